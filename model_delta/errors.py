@@ -1,0 +1,58 @@
+"""Three kinds of failure, named by what the caller should do about them.
+
+    AtollError
+    ├── Untrusted          refuse, report, never retry
+    │   ├── SignatureInvalid
+    │   ├── DigestMismatch
+    │   ├── Expired
+    │   └── RolledBack
+    ├── Unavailable        retry with backoff, at the shell
+    │   ├── NotFound
+    │   └── StorageFull
+    └── Malformed          a bug or an attack: count it, do not retry
+
+A message names the object, what was expected and what was found. Messages never hold key material, certificates or
+feature values.
+"""
+
+from __future__ import annotations
+
+
+class AtollError(Exception):
+    """Base of every error that Atoll raises on purpose."""
+
+
+class Untrusted(AtollError):
+    """What was received is not vouched for: refuse it and report it; a retry gives the same answer."""
+
+
+class SignatureInvalid(Untrusted):
+    """Fewer valid signatures than the role's threshold."""
+
+
+class DigestMismatch(Untrusted):
+    """Bytes whose digest is not the one they were named by."""
+
+
+class Expired(Untrusted):
+    """A signed record read after its expiry."""
+
+
+class RolledBack(Untrusted):
+    """A record older than one already accepted."""
+
+
+class Unavailable(AtollError):
+    """The other side did not answer, or has not got it yet: retry with backoff until a deadline."""
+
+
+class NotFound(Unavailable):
+    """The named object is not there (yet)."""
+
+
+class StorageFull(Unavailable):
+    """No room left to write; nothing was changed."""
+
+
+class Malformed(AtollError):
+    """Input that does not have the promised form."""

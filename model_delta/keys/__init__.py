@@ -1,0 +1,1 @@
+"""Who can read a model, and who holds which key."""

@@ -1,0 +1,1 @@
+"""How one model version becomes another."""

@@ -1,0 +1,59 @@
+"""What a device is asked to train: the announcement of one federated round.
+
+It is signed like a plan (`Envelope` of type `round`) and published retained, so that a device that was away hears of an
+open round when it returns. Weights do not travel: the task names the base version by digest, and a device that does not
+run that version sits the round out. The training step travels as data (an ONNX graph named by digest), never as code.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+TASK_TYPE = "round"
+
+
+class AggregatorKey(msgspec.Struct, frozen=True):
+    """An aggregator's public keys: X25519 raw bytes to seal to, SubjectPublicKeyInfo to verify its signatures."""
+
+    name: str
+    sealing: bytes
+    verifying: bytes
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """One trainable tensor, in the order of the flat vector. It is read from the base file's stored tensors: `tensor` as
+    float32, or int8 times the float32 tensor `scale` (one per last-axis channel) when `scale` is set."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    scale: str = ""
+
+
+class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Round `round_id` on the base version `base`.
+
+    `training_graph` is the digest of an ONNX file with inputs `parameters` float32[d], `features` float32[n, f],
+    `labels` float32[n], `learning_rate` float32[] and outputs `updated` float32[d], `loss` float32[].
+    A device runs `steps` mini-batches of `batch_size`, clips the difference to `clip_norm_l2`, encodes it with
+    `fraction_bits` and shares it in Z_2^64. `deadline` and `issued` are Unix seconds.
+    """
+
+    format: int = 1
+    tenant: str
+    model: str
+    round_id: str
+    base: str
+    training_graph: str
+    parameters: tuple[Parameter, ...]
+    length: int
+    steps: int = 40
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    clip_norm_l2: float = 4.0
+    fraction_bits: int = 16
+    hostile_max: int = 0
+    selected_min: int = 8
+    aggregators: tuple[AggregatorKey, ...] = ()
+    issued: int
+    deadline: int
+    open: bool = True

@@ -1,0 +1,99 @@
+"""Every MQTT topic, and the small records that devices, regions and the coordinator exchange over them.
+
+    atoll/1/dev/{device}/up/...     the device writes, nobody else may
+    atoll/1/dev/{device}/down/...   the device reads, nobody else may
+    atoll/1/cfg/{tenant}/...        retained desired state: the newest plan and round announcement, signed
+
+A broker enforces this with the certificate's common name as `{device}`. Chunks are pulled by request and response with
+a small window, and never retained.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+ROOT = "atoll/1"
+CHUNK_BYTES = 32_768
+REQUEST_WINDOW = 8
+
+StoreKind = Literal["manifest", "delivery", "blob", "artifact"]
+
+
+def plan_topic(tenant: str, model: str) -> str:
+    """Retained: the newest signed plan of a model."""
+    return f"{ROOT}/cfg/{tenant}/plan/{model}"
+
+
+def round_topic(tenant: str, model: str) -> str:
+    """Retained: the newest signed round announcement of a model."""
+    return f"{ROOT}/cfg/{tenant}/round/{model}"
+
+
+def up(device: str, channel: str) -> str:
+    """A topic the device writes. Channels: hello, report, contribution, key, req/{region}."""
+    return f"{ROOT}/dev/{device}/up/{channel}"
+
+
+def down(device: str, channel: str) -> str:
+    """A topic the device reads. Channels: res (chunks and keys), ack (reports), receipt (contributions)."""
+    return f"{ROOT}/dev/{device}/down/{channel}"
+
+
+def device_of(topic: str) -> str:
+    """The device id in an `up` or `down` topic ("" if it is neither)."""
+    parts = topic.split("/")
+    return parts[3] if len(parts) > 4 and parts[2] == "dev" else ""
+
+
+class ChunkRequest(msgspec.Struct, frozen=True):
+    """Bytes [offset, offset + length) of a stored object. `request` is echoed in the response."""
+
+    request: int
+    kind: StoreKind
+    name: str
+    offset: int = 0
+    length: int = CHUNK_BYTES
+
+
+class ChunkResponse(msgspec.Struct, frozen=True):
+    """The bytes asked for and the object's whole size, or an `error` ("" when there is none)."""
+
+    request: int
+    total: int = 0
+    offset: int = 0
+    data: bytes = b""
+    error: str = ""
+
+
+class KeyRequest(msgspec.Struct, frozen=True):
+    """Asks for the artifact key of `manifest`. Carried in an Envelope of type `key-request` signed by the device."""
+
+    request: int
+    device_id: str
+    manifest: str
+    time: int
+
+
+class KeyResponse(msgspec.Struct, frozen=True):
+    """The artifact key sealed (HPKE) to the device's X25519 key, or an `error`."""
+
+    request: int
+    sealed: bytes = b""
+    error: str = ""
+
+
+class ReportAck(msgspec.Struct, frozen=True):
+    """All records up to and including `sequence` of boot `epoch` are durable at the coordinator."""
+
+    epoch: int
+    sequence: int
+
+
+class ContributionReceipt(msgspec.Struct, frozen=True):
+    """The contribution to `round_id` is in the updates log, or was refused for `reason`."""
+
+    round_id: str
+    accepted: bool
+    reason: str = ""

@@ -1,0 +1,1 @@
+"""Who vouches for a model, a plan, a round or a report."""

@@ -1,0 +1,1 @@
+"""What is measured, and when a measurement is alarming."""
