@@ -1,0 +1,281 @@
+"""The command line.
+
+Each command is a few lines: it reads its options and calls one function of a wiring module, imported only then, so that
+`atoll --help` stays quick. Every command takes `--json`; errors are one line on standard error, with exit code 2 for
+what a person must put right, 3 for what a retry may cure, 4 for a refusal on grounds of trust.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import typer
+
+from atoll import __version__
+from model_delta.errors import AtollError
+
+app = typer.Typer(
+    name="atoll",
+    help="Run fraud models on a fleet of payment devices: publish, roll out, watch, roll back, and learn together.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _group(name: str, text: str) -> typer.Typer:
+    group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
+rollout = _group("rollout", "Send a published version out to the fleet in stages, watch it, stop it.")
+round_ = _group("round", "Let the fleet learn: federated rounds that no server can read.")
+device = _group("device", "Run one device, as a device team would embed it.")
+gateway = _group("gateway", "Run the program of one region.")
+coordinator = _group("coordinator", "Run the program in the middle.")
+aggregator = _group("aggregator", "Run one of the three aggregators of a federated round.")
+fleet = _group("fleet", "Run many simulated devices in one process.")
+broker = _group("broker", "Run the embedded MQTT 5 broker.")
+
+DataOption = Annotated[
+    Path, typer.Option("--data", envvar="ATOLL_DATA", help="The platform's data folder.", show_default=True)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+DEFAULT_DATA = Path("atoll-data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"atoll {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def demo(
+    devices: Annotated[int, typer.Option(help="How many devices (20 to 240).", min=20, max=240)] = 60,
+    rounds: Annotated[int, typer.Option(help="Federated rounds in act 3 (1 to 10).", min=1, max=10)] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of payments, population and faults.")] = 7,
+    broker: Annotated[str, typer.Option(help="auto, mosquitto or embedded.")] = "auto",
+    report: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("demo-report"),
+    json: JsonOption = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's data folder and logs.")] = False,
+) -> None:
+    """Run the whole platform on this machine: seven acts in about two minutes, with a live page and a report."""
+    from atoll.demo import run_demo
+
+    raise typer.Exit(
+        run_demo(devices=devices, rounds=rounds, seed=seed, broker=broker, report=report, as_json=json, keep=keep)
+    )
+
+
+@app.command()
+def up(
+    data: DataOption = DEFAULT_DATA,
+    port: Annotated[int, typer.Option(help="First of the ports used: coordinator, broker, gateway, ...")] = 7400,
+    region: Annotated[str, typer.Option(help="The region of the one gateway.")] = "eu-west",
+    broker: Annotated[str, typer.Option(help="auto, mosquitto or embedded.")] = "auto",
+    learning: Annotated[
+        bool, typer.Option("--learning", help="Also start Flower and three aggregators, for federated rounds.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Start a platform here: coordinator, broker and one gateway, with their state in a data folder."""
+    from atoll.up import run_up
+
+    raise typer.Exit(run_up(data, port=port, region=region, broker=broker, learning=learning, as_json=json))
+
+
+@app.command()
+def publish(
+    model: Annotated[Path, typer.Argument(help="An ONNX model file.")],
+    name: Annotated[str, typer.Option("--model", help="The model's name on the platform.")] = "fraud",
+    golden: Annotated[
+        Path | None, typer.Option(help="CSV of feature rows whose scores every device must reproduce.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Scores at or above it are declined.", min=0.0, max=1.0)] = 0.5,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Text file with one feature name a line; default: the features a terminal computes."),
+    ] = None,
+    quantize: Annotated[bool, typer.Option(help="Store the weights as int8.")] = True,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Describe, sign, encrypt and store a model as a new version. Nobody runs it until a rollout says so."""
+    from atoll.operate import publish_model
+
+    publish_model(data, model, name, golden, threshold, features, quantize=quantize, as_json=json)
+
+
+@rollout.command("apply")
+def rollout_apply(
+    file: Annotated[Path, typer.Argument(help="A rollout YAML file: cohorts, stages, guardrails.")],
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Start (or replace) the rollout that FILE describes."""
+    from atoll.operate import apply_rollout
+
+    apply_rollout(data, file, as_json=json)
+
+
+@rollout.command("status")
+def rollout_status(
+    name: Annotated[str, typer.Argument(help="The rollout's name; all when left out.")] = "",
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Show stages, health and decisions of rollouts."""
+    from atoll.operate import show_rollouts
+
+    show_rollouts(data, name, as_json=json)
+
+
+@rollout.command("abort")
+def rollout_abort(
+    name: Annotated[str, typer.Argument(help="The rollout's name.")],
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Stop a rollout: every device goes back to the stable version."""
+    from atoll.operate import abort_rollout
+
+    abort_rollout(data, name, as_json=json)
+
+
+@round_.command("run")
+def round_run(
+    model: Annotated[str, typer.Option(help="The model to improve.")] = "fraud",
+    quorum: Annotated[int, typer.Option(help="Fewest contributions to aggregate.", min=3)] = 12,
+    hostile: Annotated[int, typer.Option(help="Assumed bound on hostile devices (f).", min=0)] = 2,
+    deadline: Annotated[float, typer.Option(help="Seconds until the round closes for contributions.", min=1)] = 60.0,
+    steps: Annotated[int, typer.Option(help="Mini-batches a device trains.", min=1)] = 40,
+    wait: Annotated[bool, typer.Option(help="Wait for the round's end and show progress.")] = True,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Open a federated round on the stable version and publish the candidate that comes out of it."""
+    from atoll.operate import run_round
+
+    run_round(data, model, quorum, hostile, deadline, steps, wait=wait, as_json=json)
+
+
+@round_.command("status")
+def round_status(
+    round_id: Annotated[str, typer.Argument(help="The round; all when left out.")] = "",
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Show who took part in rounds, who was refused and why, and what came out."""
+    from atoll.operate import show_rounds
+
+    show_rounds(data, round_id, as_json=json)
+
+
+@device.command("run")
+def device_run(
+    device_id: Annotated[str, typer.Option("--id", help="The device's name.")] = "pos-0001",
+    device_class: Annotated[str, typer.Option("--class", help="pos, phone, pi or mcu.")] = "pos",
+    region: Annotated[str, typer.Option(help="Home region; the platform's only one when left out.")] = "",
+    payments: Annotated[
+        Path | None, typer.Option(help="A labelled payments CSV (Time,V1..V28,Amount,Class); default: simulated.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Payments a second.", min=0.01)] = 2.0,
+    count: Annotated[int, typer.Option(help="Stop after so many decisions; 0 runs until Ctrl-C.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated payments.")] = 7,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Enrol one device with the platform of the data folder and let it decide payments, printing each decision."""
+    from atoll.device import run_device
+
+    run_device(data, device_id, device_class, region, payments, rate=rate, count=count, seed=seed, as_json=json)
+
+
+@gateway.command("run")
+def gateway_run(
+    region: Annotated[str, typer.Option(help="The region's name.")] = "eu-west",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Run one region's gateway of the platform in the data folder."""
+    from atoll.gateway import run_gateway
+
+    run_gateway(data, region)
+
+
+@coordinator.command("run")
+def coordinator_run(data: DataOption = DEFAULT_DATA) -> None:
+    """Run the coordinator of the platform in the data folder."""
+    from atoll.coordinator import run_coordinator
+
+    run_coordinator(data)
+
+
+@aggregator.command("run")
+def aggregator_run(
+    name: Annotated[str, typer.Option(help="a0, a1 or a2.")] = "a0",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Run one aggregator of the platform in the data folder."""
+    from atoll.aggregator import run_aggregator
+
+    run_aggregator(data, name)
+
+
+@broker.command("run")
+def broker_run(data: DataOption = DEFAULT_DATA) -> None:
+    """Run the embedded MQTT 5 broker of the platform in the data folder."""
+    from atoll.broker import run_broker
+
+    run_broker(data)
+
+
+@fleet.command("run")
+def fleet_run(
+    devices: Annotated[int, typer.Option(help="Size of the whole fleet.", min=1, max=300)] = 20,
+    shard: Annotated[str, typer.Option(help="Which part of it this process runs, as I/N.")] = "0/1",
+    seed: Annotated[int, typer.Option(help="Seed of payments, population and faults.")] = 7,
+    hostile: Annotated[float, typer.Option(help="Share of devices that poison their updates.", min=0, max=0.5)] = 0.0,
+    rate: Annotated[float, typer.Option(help="Payments a second and device.", min=0.01)] = 4.0,
+    absent: Annotated[str, typer.Option(help="Devices to leave out, separated by commas.")] = "",
+    observe: Annotated[
+        bool, typer.Option("--observe", help="Keep every raw update in the data folder, for comparisons only.")
+    ] = False,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Run simulated devices with their own payment streams against the platform of the data folder."""
+    from atoll.fleet import run_fleet
+
+    run_fleet(
+        data, devices=devices, shard=shard, seed=seed, hostile=hostile, rate=rate, absent=absent, observe=observe
+    )
+
+
+def main() -> None:
+    """Entry point: run the command, turn our errors into one line and an exit code."""
+    try:
+        app()
+    except AtollError as error:
+        from atoll.entry import exit_code
+
+        print(f"atoll: {error}", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,67 @@
+"""How every long-running process of a platform starts and ends.
+
+A process runs one coroutine until SIGTERM or SIGINT cancels it; what it opened is closed on the way out. Errors that a
+person must put right end it with exit code 2 and one line; losing a peer ends it with 3, so that a supervisor restarts
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+from atoll.settings import ConfigurationError
+from model_delta.errors import AtollError, Malformed, StorageFull, Unavailable
+
+
+def run_process(main: Coroutine[Any, Any, None], name: str) -> None:
+    """Run `main` until it ends or a signal cancels it; exit with the code its error stands for."""
+    logging.basicConfig(
+        level=os.environ.get("ATOLL_LOG", "INFO"), format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        asyncio.run(_cancel_on_signal(main))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseExceptionGroup as group:
+        sys.exit(_report(_first(group), name))
+    except AtollError as error:
+        sys.exit(_report(error, name))
+
+
+async def _cancel_on_signal(main: Coroutine[Any, Any, None]) -> None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(main)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _report(error: BaseException, name: str) -> int:
+    if not isinstance(error, AtollError):
+        raise error
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def exit_code(error: AtollError) -> int:
+    """2 for what a person must put right, 3 for what a retry may cure, 4 for a refusal on grounds of trust."""
+    if isinstance(error, ConfigurationError | Malformed | StorageFull):
+        return 2
+    if isinstance(error, Unavailable):
+        return 3
+    return 4

@@ -1,0 +1,184 @@
+"""Where a platform's state lives, and on which addresses its processes listen.
+
+A platform is a data folder. Everything it keeps is inside; the folder carries a format number, so that an older program
+refuses a newer folder instead of damaging it, and a lock, so that two platforms never share one. Settings are read here
+once and passed on as ordinary arguments.
+
+    DATA/
+      format                    the folder's format number
+      lock                      held by the running `atoll up` or `atoll demo`
+      endpoints.json            addresses of the running processes
+      keyring                   the embedded keyring (0600)
+      tokens.json               bearer tokens by role (0600)
+      identities/NAME/          key, certificate, trust anchors of one process or device
+      coordinator/ broker/ flower/ aggregators/N/ gateways/REGION/ devices/ID/ logs/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from model_delta.errors import AtollError, StorageFull
+
+FORMAT = 1
+TENANT = "acme"
+MODEL = "fraud"
+LOOPBACK = "127.0.0.1"
+
+TOKEN_ROLES = ("admin", "gateway", "aggregator", "flower", "join", "tenant")
+"""Roles of bearer tokens: operators, gateways, aggregators, the Flower app, enrolment, and the tenant's API key."""
+
+
+class ConfigurationError(AtollError):
+    """Something a person has to put right before the command can run; the command ends with exit code 2."""
+
+
+class Broker(msgspec.Struct, frozen=True):
+    """The MQTT broker's address."""
+
+    host: str
+    port: int
+    kind: str
+
+
+class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
+    """Addresses of a running platform. `gateways` maps region to base URL, `aggregators` name to base URL."""
+
+    coordinator: str
+    broker: Broker
+    gateways: dict[str, str]
+    aggregators: dict[str, str] = {}
+    flower_port: int = 0
+
+
+class DataFolder:
+    """A platform's data folder: paths, format check, tokens, endpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool = False) -> DataFolder:
+        """Open the folder at `path`; `create` it if it is absent or empty. Raises ConfigurationError, StorageFull."""
+        folder = cls(path.resolve())
+        marker = folder.path / "format"
+        if not marker.exists():
+            if not create:
+                raise ConfigurationError(
+                    f"{path}: expected an Atoll data folder, found none; start one with `atoll up --data {path}`"
+                )
+            if folder.path.exists() and any(folder.path.iterdir()):
+                raise ConfigurationError(
+                    f"{path}: expected an Atoll data folder or an empty one, found other files; pass another --data"
+                )
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                write_private(marker, f"{FORMAT}\n".encode())
+            except OSError as error:
+                raise StorageFull(f"{path}: cannot create the data folder: {error.strerror}") from None
+        found = marker.read_text().strip()
+        if not found.isdigit() or int(found) > FORMAT:
+            raise ConfigurationError(
+                f"{path}: data folder of format {found or 'nothing'}, this atoll reads up to {FORMAT}; upgrade atoll"
+            )
+        return folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one platform. Raises ConfigurationError when another process has it."""
+        with (self.path / "lock").open("a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigurationError(
+                    f"{self.path}: another atoll is running on this data folder; stop it or pass another --data"
+                ) from None
+            yield
+
+    def child(self, *parts: str) -> Path:
+        """A folder inside, created when absent."""
+        path = self.path.joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
+
+    @property
+    def keyring_path(self) -> Path:
+        """The embedded keyring's file."""
+        return self.path / "keyring"
+
+    def identity(self, name: str) -> Path:
+        """The folder of one identity."""
+        return self.child("identities", name)
+
+    def tokens(self) -> dict[str, str]:
+        """Bearer tokens by role; made on first use, kept in a file that only the owner reads."""
+        path = self.path / "tokens.json"
+        if not path.exists():
+            write_private(path, json.dumps({role: secrets.token_urlsafe(24) for role in TOKEN_ROLES}).encode())
+        found: dict[str, str] = json.loads(path.read_text())
+        return found
+
+    def write_endpoints(self, endpoints: Endpoints) -> None:
+        """Publish the addresses of the running platform to the folder's other users."""
+        write_private(self.path / "endpoints.json", msgspec.json.encode(endpoints))
+
+    def endpoints(self) -> Endpoints:
+        """The addresses of the running platform. Raises ConfigurationError when none was ever started here."""
+        path = self.path / "endpoints.json"
+        if not path.exists():
+            raise ConfigurationError(f"{self.path}: no platform was started here; run `atoll up --data {self.path}`")
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Endpoints)
+        except msgspec.DecodeError as error:
+            raise ConfigurationError(f"{path}: expected addresses as JSON: {error}; start `atoll up` again") from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace the file at `path` atomically, readable by its owner alone. Raises StorageFull."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageFull(f"{path}: cannot write: {error.strerror}; free some space and try again") from None
+
+
+def require_free_port(port: int, what: str, option: str, host: str = LOOPBACK) -> int:
+    """Return `port` if it can be bound now. Raises ConfigurationError naming who wanted it and which option moves it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            raise ConfigurationError(
+                f"port {port} ({what}): expected it free, found it taken; stop what listens there or pass {option}"
+            ) from None
+    return port
+
+
+def quiet_environment() -> dict[str, str]:
+    """This process's environment with every dependency's telemetry and update check switched off."""
+    return {
+        **os.environ,
+        "ORT_DISABLE_TELEMETRY": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONDONTWRITEBYTECODE": os.environ.get("PYTHONDONTWRITEBYTECODE", ""),
+    }
