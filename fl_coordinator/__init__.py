@@ -1,0 +1,1 @@
+"""The program in the middle: releases, rollouts, federated rounds, and the ledger that remembers them."""

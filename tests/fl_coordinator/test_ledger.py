@@ -1,0 +1,243 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fl_coordinator.ledger import AdmittedContribution, DeviceRecord, Ledger, ReleaseRecord, StageEvent
+from model_delta.errors import Malformed, NotFound, Unavailable
+from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
+
+MANIFEST = "a" * 64
+
+
+def device(device_id: str = "pos-0001") -> DeviceRecord:
+    return DeviceRecord(
+        device_id=device_id,
+        kind="device",
+        tenant="acme",
+        device_class="pos",
+        region="eu-west",
+        labels={"merchant": "grocery"},
+        certificate=b"PEM",
+        certificate_serial="7",
+        enrolled=100.0,
+    )
+
+
+def report(first: int, last: int, *, epoch: int = 2**64 - 1, decisions: int = 10, **more: object) -> Report:
+    fields: dict[str, object] = {
+        "device_id": "pos-0001",
+        "epoch": epoch,
+        "first_sequence": first,
+        "last_sequence": last,
+        "time": 1.0,
+        "state": "IDLE",
+        "running": MANIFEST,
+        "plan_serial": 3,
+        "summaries": (ModelSummary(manifest=MANIFEST, where="device", decisions=decisions, latency={4: decisions}),),
+        "outcomes": (UpdateOutcome(manifest=MANIFEST, event="adopted"),),
+    }
+    return Report(**{**fields, **more})  # type: ignore[arg-type]
+
+
+def total(ledger: Ledger) -> int:
+    return sum(row.summary.decisions for row in ledger.summaries())
+
+
+def release(number: int, source: str = "s", parent: str = "") -> ReleaseRecord:
+    return ReleaseRecord(
+        manifest=f"{number:064x}",
+        model="fraud",
+        name="",
+        version={"eu-west": number},
+        release=number,
+        parents=(parent,) if parent else (),
+        created=1.0,
+        source=source,
+        source_blob="b",
+        wrapped_key=b"w",
+        file_bytes=10,
+        bytes_whole=10,
+        bytes_patch={},
+    )
+
+
+def test_a_report_counts_once_however_often_it_arrives(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    first = ledger.fold([report(1, 10)], 5.0, 9)
+    again = ledger.fold([report(1, 10), report(11, 15, decisions=5), report(11, 15, decisions=5)], 6.0, 9)
+    assert [(fold.kind, acked) for _, fold, acked in [*first, *again]] == [
+        ("new", 10),
+        ("duplicate", 10),
+        ("new", 15),
+        ("duplicate", 15),
+    ]
+    assert total(ledger) == 15
+    assert [entry.device_id for entry in ledger.outcomes(MANIFEST)] == ["pos-0001"] * 2
+
+
+def test_an_overlap_is_not_folded_and_the_device_is_told_where_to_go_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    ledger.fold([report(1, 10)], 5.0, 9)
+    [(_, fold, acked)] = ledger.fold([report(5, 20)], 6.0, 9)
+    assert (fold.kind, acked, total(ledger)) == ("overlap", 10, 10)
+
+
+def test_a_gap_is_counted_and_a_new_outbox_starts_over(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    ledger.fold([report(1, 10), report(16, 20, decisions=5), report(1, 3, epoch=4, decisions=3)], 5.0, 9)
+    assert ledger.missing_records() == 5
+    assert total(ledger) == 18
+
+
+def test_counters_since_boot_add_up_over_reports_and_outboxes(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    ledger.fold(
+        [report(1, 2, lost_requests=2), report(3, 4, lost_requests=5), report(1, 2, epoch=9, lost_requests=1)], 5.0, 9
+    )
+    assert ledger.device("pos-0001").lost_requests == 6
+
+
+def test_a_report_without_records_updates_the_state_and_never_the_totals(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    ledger.fold([report(1, 10)], 5.0, 9)
+    for now in (6.0, 7.0):
+        [(_, fold, acked)] = ledger.fold([report(11, 10, state="SAFE", safe_mode=True)], now, 9)
+        assert (fold.kind, acked) == ("empty", 10)
+    assert total(ledger) == 10
+    found = ledger.device("pos-0001")
+    assert (found.state, found.safe_mode, found.last_seen) == ("SAFE", True, 7.0)
+
+
+def test_a_device_cannot_claim_a_plan_that_was_never_issued(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    ledger.fold([report(1, 10, plan_serial=10**9)], 5.0, 4)
+    assert [row.plan_serial for row in ledger.summaries()] == [4]
+    assert ledger.summaries(plan_serial_min=5) == []
+
+
+def test_enrolling_again_keeps_the_history(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    ledger.heard("pos-0001", 50.0, running=MANIFEST, state="IDLE")
+    ledger.enrol(device())
+    assert ledger.device("pos-0001").last_seen == 50.0
+    assert ledger.device("pos-0001").traits.labels == {"merchant": "grocery"}
+    with pytest.raises(NotFound, match="not enrolled"):
+        ledger.device("pos-9999")
+
+
+def test_release_counters_and_sources_are_unique(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_release(release(1))
+    ledger.add_release(release(2, parent=f"{1:064x}"))
+    with pytest.raises(Malformed, match="already recorded"):
+        ledger.add_release(release(2, source="t"))
+    assert ledger.release_from("fraud", "s", f"{1:064x}") == release(2, parent=f"{1:064x}")
+    assert ledger.release_from("fraud", "t", "") is None
+    assert [record.release for record in ledger.releases("fraud")] == [1, 2]
+
+
+def test_a_rollout_step_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_release(release(1))
+    step = {"name": "r", "model": "fraud", "state": "running", "created": 1.0}
+    history = StageEvent(2.0, 0, 1, "stage", "one device")
+    ledger.save_rollout(**step, record=b"one", history=history, plan=(1, b"plan"), stable=f"{1:064x}")  # type: ignore[arg-type]
+    with pytest.raises(sqlite3.IntegrityError):  # serial 1 is taken
+        ledger.save_rollout(**step, record=b"two", history=history, plan=(1, b"other"), withdrawn={f"{1:064x}": "bad"})  # type: ignore[arg-type]
+    assert ledger.rollout("r") == b"one"
+    assert ledger.plan("fraud") == (1, b"plan")
+    assert ledger.stage_history("r") == [history]
+    assert ledger.withdrawn("fraud") == {}
+    assert ledger.stable("fraud") == f"{1:064x}"
+
+
+def test_one_contribution_a_device_and_round(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.admit("r1", [AdmittedContribution("b", "d2", 90, 5, 1.0), AdmittedContribution("a", "d1", 10, 5, 1.0)])
+    ledger.admit("r1", [AdmittedContribution("a", "other", 200, 5, 2.0)])
+    assert [c.digest for c in ledger.contributions("r1")] == ["d1", "d2"]
+    ledger.count_refusal("r1", "late")
+    ledger.count_refusal("r1", "late")
+    assert ledger.refusals("r1") == {"late": 2}
+
+
+def test_a_round_opens_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.save_round_result("r1", b"first", b"t")
+    ledger.save_round_result("r1", b"second", b"t")
+    assert ledger.round_result("r1") == (b"first", b"t")
+
+
+def test_a_newer_schema_and_a_stranger_file_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA user_version = 99")
+    raw.close()
+    with pytest.raises(Malformed, match=r"schema 99 .*newer"):
+        Ledger(path)
+    other = tmp_path / "other"
+    other.write_bytes(b"not a database " * 100)
+    with pytest.raises(Malformed, match="not a ledger"):
+        Ledger(other)
+
+
+def test_a_second_coordinator_is_told_who_holds_the_ledger(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "ledger.sqlite")
+    with pytest.raises(Unavailable, match="another coordinator"):
+        Ledger(tmp_path / "ledger.sqlite")
+    first.close()
+    Ledger(tmp_path / "ledger.sqlite").close()
+
+
+def test_a_full_disk_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.enrol(device())
+    pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(Unavailable, match="no room left"):
+        ledger.save_round_result("r1", b"x" * 100_000, b"")
+    ledger._db.execute("PRAGMA max_page_count = 1000000")
+    assert ledger.round_result("r1") is None
+    ledger.add_event(1.0, "note", "still usable")
+    assert [event.text for event in ledger.events()] == ["still usable"]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from fl_coordinator.ledger import Ledger
+ledger = Ledger(Path(sys.argv[1]))
+number = 0
+while True:
+    number += 1
+    ledger.add_event(float(number), "n", str(number))
+    print(number, flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    acknowledged = 0
+    while acknowledged < 25:
+        acknowledged = int(child.stdout.readline())
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    acknowledged = max([acknowledged, *(int(line) for line in child.stdout.read().split())])
+    child.stdout.close()
+    survived = {int(event.text) for event in Ledger(path).events(1_000_000)}
+    assert set(range(1, acknowledged + 1)) <= survived
