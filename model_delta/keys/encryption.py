@@ -1,10 +1,10 @@
 """Nobody between the publisher and the device reads a model: how bytes are sealed.
 
 *Sealed blobs* carry segments and patches through stores, brokers and mirrors. The plaintext is compressed (bz2) where
-that helps and split into 64 KiB chunks, each encrypted with AES-256-GCM in the STREAM construction (Hoang, Reyhanitabar,
-Rogaway, Vizár: Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance, CRYPTO 2015): the chunk's index
-and a final flag are in the nonce, so that chunks cannot be dropped, repeated, re-ordered or cut off. The associated data
-are the header, the manifest's digest and the label, so that a blob opens only as what it was sealed as.
+that helps and split into 64 KiB chunks, each encrypted with AES-256-GCM in the STREAM construction (Hoang,
+Reyhanitabar, Rogaway, Vizár: Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance, CRYPTO 2015): the
+chunk's index and a final flag are in the nonce, so that chunks cannot be dropped, repeated, re-ordered or cut off. The
+associated data are the header, the manifest's digest and the label: a blob opens only as what it was sealed as.
 
     header  = "ATB1" | coding (0 plain, 1 bz2) | salt (16 bytes)
     subkey  = HKDF-SHA256(artifact key, salt, "atoll blob")
@@ -67,8 +67,8 @@ def seal_blob(key: bytes, manifest_digest: str, label: str, plaintext: bytes) ->
 def open_blob(key: bytes, manifest_digest: str, label: str, sealed: bytes, size_max: int) -> bytes:
     """The plaintext of a sealed blob, at most `size_max` bytes.
 
-    Raises Malformed for a bad header, a cut-off blob or one that unpacks to more than `size_max` (memory stays bounded),
-    and Untrusted for a chunk that does not open under this key, manifest and label.
+    Raises Malformed for a bad header, a cut-off blob or one that unpacks to more than `size_max` (memory stays
+    bounded), and Untrusted for a chunk that does not open under this key, manifest and label.
     """
     _require_key(key)
     what = f"sealed blob {label!r} of {manifest_digest[:16]}…"
