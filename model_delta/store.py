@@ -1,0 +1,167 @@
+"""Bytes by kind and name: manifests, deliveries, sealed blobs, artifacts.
+
+A store believes nothing and promises one thing: what `get` returns is what some `put` wrote, whole. The reader checks
+digests. `DirectoryStore` keeps each object as a file `KIND/NAME`: written aside in `.writing`, flushed, renamed, and
+the folder flushed. A crash at any point leaves the old object or the new one, and at most a file in `.writing`, which
+the next store to open the folder sweeps away; a file that another process is still writing is locked and left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+from model_delta.digest import digest_of
+from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
+
+BLOB = "blob"
+_KIND = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ArtifactStore(Protocol):
+    """Where a program keeps and finds objects. Names are digests, or short names in a kind of their own."""
+
+    def put(self, kind: str, name: str, data: bytes) -> None:
+        """Keep `data`, replacing what had this name; durable on return. Raises StorageFull and Malformed (name)."""
+
+    def put_blob(self, data: bytes) -> str:
+        """Keep `data` as a `blob` under its digest, which is returned."""
+
+    def get(self, kind: str, name: str) -> bytes:
+        """The whole object. Raises NotFound."""
+
+    def read(self, kind: str, name: str, offset: int, length: int) -> tuple[int, bytes]:
+        """The object's size, and its bytes [offset, offset + length), fewer at the end. Raises NotFound."""
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the object is there."""
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """The names in a kind, sorted."""
+
+
+class DirectoryStore:
+    """An `ArtifactStore` in a folder, which is made if it is not there. Any number of processes may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(path)
+        self._writing = self._path / ".writing"
+        self._writing.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def put(self, kind: str, name: str, data: bytes) -> None:
+        """See `ArtifactStore.put`."""
+        target = self._file(kind, name)
+        try:
+            if not target.parent.exists():
+                target.parent.mkdir(exist_ok=True)
+                _flush_folder(self._path)
+            while not self._write(target, data):
+                pass  # another store's sweep won the race for a file not yet locked
+            _flush_folder(target.parent)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise StorageFull(
+                    f"store {self._path}: no room for {len(data)} bytes of {kind} {name[:16]} ({error.strerror}); "
+                    "nothing was changed, free some space"
+                ) from None
+            raise Unavailable(f"store {self._path}: {kind} {name[:16]}: {error.strerror}") from None
+
+    def put_blob(self, data: bytes) -> str:
+        """See `ArtifactStore.put_blob`. A blob that is there already, undamaged, is not written again."""
+        digest = digest_of(data)
+        try:
+            if digest_of(self.get(BLOB, digest)) == digest:
+                return digest
+        except NotFound:
+            pass
+        self.put(BLOB, digest, data)
+        return digest
+
+    def get(self, kind: str, name: str) -> bytes:
+        """See `ArtifactStore.get`."""
+        try:
+            return self._file(kind, name).read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"store {self._path}: no {kind} named {name[:16]}") from None
+
+    def read(self, kind: str, name: str, offset: int, length: int) -> tuple[int, bytes]:
+        """See `ArtifactStore.read`. Raises Malformed for a negative offset or length."""
+        if offset < 0 or length < 0:
+            raise Malformed(f"{kind} {name[:16]}: expected a range, found offset {offset} and length {length}")
+        try:
+            with self._file(kind, name).open("rb") as file:
+                total = os.fstat(file.fileno()).st_size
+                wanted = min(length, max(total - offset, 0))
+                return total, os.pread(file.fileno(), wanted, offset) if wanted else b""
+        except FileNotFoundError:
+            raise NotFound(f"store {self._path}: no {kind} named {name[:16]}") from None
+
+    def has(self, kind: str, name: str) -> bool:
+        """See `ArtifactStore.has`."""
+        return self._file(kind, name).is_file()
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """See `ArtifactStore.names`."""
+        try:
+            return tuple(sorted(entry.name for entry in os.scandir(self._folder(kind)) if _NAME.fullmatch(entry.name)))
+        except FileNotFoundError:
+            return ()
+
+    def _folder(self, kind: str) -> Path:
+        if not _KIND.fullmatch(kind):
+            raise Malformed(f"store: expected a kind of small letters, digits and '-', found {kind[:80]!r}")
+        return self._path / kind
+
+    def _file(self, kind: str, name: str) -> Path:
+        folder = self._folder(kind)
+        if not _NAME.fullmatch(name):
+            raise Malformed(f"{kind}: expected a name of letters, digits, '.', '_', '-', found {name[:80]!r}")
+        return folder / name
+
+    def _write(self, target: Path, data: bytes) -> bool:
+        aside = self._writing / f"{os.getpid()}-{os.urandom(8).hex()}"
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+            aside.rename(target)
+        except FileNotFoundError:
+            return False
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _sweep(self) -> None:
+        for leftover in self._writing.iterdir():
+            try:
+                descriptor = os.open(leftover, os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink(missing_ok=True)
+            except BlockingIOError:
+                pass  # somebody is writing it
+            finally:
+                os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
