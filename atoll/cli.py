@@ -263,9 +263,7 @@ def fleet_run(
     """Run simulated devices with their own payment streams against the platform of the data folder."""
     from atoll.fleet import run_fleet
 
-    run_fleet(
-        data, devices=devices, shard=shard, seed=seed, hostile=hostile, rate=rate, absent=absent, observe=observe
-    )
+    run_fleet(data, devices=devices, shard=shard, seed=seed, hostile=hostile, rate=rate, absent=absent, observe=observe)
 
 
 def main() -> None:

@@ -158,7 +158,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def require_free_port(port: int, what: str, option: str, host: str = LOOPBACK) -> int:
-    """Return `port` if it can be bound now. Raises ConfigurationError naming who wanted it and which option moves it."""
+    """Return `port` if it can be bound now. Raises ConfigurationError naming who wanted it and what option moves it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
