@@ -77,7 +77,7 @@ class KeyRequest(msgspec.Struct, frozen=True):
 
 
 class KeyResponse(msgspec.Struct, frozen=True):
-    """The artifact key sealed (HPKE) to the device's X25519 key, or an `error`."""
+    """The artifact key sealed (HPKE, context `artifact_key_info`) to the device's X25519 key, or an `error`."""
 
     request: int
     sealed: bytes = b""
@@ -97,3 +97,8 @@ class ContributionReceipt(msgspec.Struct, frozen=True):
     round_id: str
     accepted: bool
     reason: str = ""
+
+
+def artifact_key_info(device_id: str, manifest: str) -> bytes:
+    """The HPKE context of a `KeyResponse.sealed`: an answer for one device and version opens as nothing else."""
+    return f"atoll artifact key|{device_id}|{manifest}".encode()
