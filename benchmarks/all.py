@@ -1,0 +1,44 @@
+"""Run every benchmark and draw `docs/benchmarks.md` from what they print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.claims import ROOT, Claim, table
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+NOT_SUBJECTS = {"__init__", "all", "claims"}
+
+
+def main() -> int:
+    """Returns 1 when a benchmark failed; the page is written from those that ran."""
+    sections, failed = [], []
+    for script in sorted(Path(__file__).parent.glob("*.py")):
+        if script.stem in NOT_SUBJECTS:
+            continue
+        print(f"benchmarks.{script.stem} ...", file=sys.stderr, flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{script.stem}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode != 0:
+            failed.append(script.stem)
+            continue
+        result = json.loads(done.stdout)
+        claims = msgspec.convert(result["claims"], list[Claim])
+        machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+        sections.append(
+            f"## {script.stem}\n\n`python -m benchmarks.{script.stem}` at commit {result['commit']}; {machine}.\n\n"
+            f"{table(claims)}\n"
+        )
+    PAGE.write_text("# Benchmarks\n\nDrawn by `make bench`; do not edit.\n\n" + "\n".join(sections))
+    print(f"wrote {PAGE.relative_to(ROOT)}" + (f"; failed: {', '.join(failed)}" if failed else ""), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
