@@ -21,6 +21,7 @@ from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 BLOB = "blob"
 _KIND = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_ATTEMPTS = 4
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,8 +63,8 @@ class DirectoryStore:
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
                 _flush_folder(self._path)
-            while not self._write(target, data):
-                pass  # another store's sweep won the race for a file not yet locked
+            if not any(self._write(target, data) for _ in range(_ATTEMPTS)):
+                raise Unavailable(f"store {self._path}: {kind} {name[:16]}: swept away while it was written; try again")
             _flush_folder(target.parent)
         except OSError as error:
             if error.errno in _NO_ROOM:
@@ -135,7 +136,7 @@ class DirectoryStore:
                 view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
             aside.rename(target)
-        except FileNotFoundError:
+        except FileNotFoundError:  # another store's sweep won the race for a file not yet locked
             return False
         except BaseException:
             aside.unlink(missing_ok=True)
