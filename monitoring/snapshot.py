@@ -1,7 +1,7 @@
 """The state of a whole platform at one moment, as the live page and the command line read it.
 
-It is what `GET /v1/state` returns and what each event of `GET /v1/events` carries, as JSON. Compatibility promise: fields
-are added with defaults, never renamed. Versions are shown as `label` (`eu-west:3`) beside their manifest digest.
+It is what `GET /v1/state` returns and what each event of `GET /v1/events` carries, as JSON. Compatibility promise:
+fields are added with defaults, never renamed. Versions are shown as `label` (`eu-west:3`) beside their digest.
 """
 
 from __future__ import annotations
