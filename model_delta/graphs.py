@@ -386,6 +386,8 @@ def _guess(data: bytes) -> str:
         return "a TensorFlow Lite model"
     if data[4:8] == b"ORTM":
         return "an ORT-format model"
+    if data.startswith(b"\x08"):  # ModelProto.ir_version
+        return f"a damaged or cut-off one of {len(data)} bytes"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in data[:64]):
         return "plain text"
     return f"{len(data)} bytes of something else"

@@ -53,14 +53,16 @@ class TrustState(msgspec.Struct, frozen=True):
     round_issued: int = 0
 
 
-def accept_manifest(envelope: bytes, expected_digest: str, anchors: TrustAnchors, now: float) -> Manifest:
-    """The manifest named `expected_digest`, if the role `release` vouches for it.
+def accept_manifest(
+    envelope: bytes, expected_digest: str, anchors: TrustAnchors, now: float, role: str = "release"
+) -> Manifest:
+    """The manifest named `expected_digest`, if `role` (`release`, or `baseline` for a device's last resort) vouches.
 
     `now` is Unix seconds. Raises Malformed, SignatureInvalid, DigestMismatch (validly signed, but another version),
     Untrusted (another tenant's) and Expired.
     """
     require_digest(expected_digest, "manifest digest")
-    payload = _verified(envelope, MANIFEST_TYPE, "release", anchors)
+    payload = _verified(envelope, MANIFEST_TYPE, role, anchors)
     require_match(payload, expected_digest, f"manifest {expected_digest[:16]}…")
     manifest = parse_manifest(payload)
     what = f"manifest {expected_digest[:16]}… of {manifest.model}"
