@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from device_sim.fraud_model import initial_layers, loss_gradients, score, train
-from device_sim.payments import FEATURES, PaymentSpec, generate
+from device_sim.fraud_model import initial_layers, loss_gradients, score, train, train_baseline
+from device_sim.payments import FEATURE_SET, FEATURES, FIRST_MONDAY, PaymentSpec, generate
 from device_sim.population import population, terminals_of
 from monitoring.quality import at_threshold, average_precision
 
@@ -34,6 +34,7 @@ def test_gradients_match_finite_differences() -> None:
         assert gradient[index] == pytest.approx((up - down) / (2 * step), rel=2e-2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_drift_costs_precision_and_retraining_brings_it_back() -> None:
     spec = PaymentSpec(terminals_of(population(40, seed=11)), days=40, seed=11, drift_day=20)
     table = generate(spec)
@@ -75,3 +76,26 @@ def test_scores_are_finite_for_extreme_inputs() -> None:
 def test_a_slice_without_fraud_is_refused() -> None:
     with pytest.raises(ValueError, match="0 frauds in 50 rows"):
         train(np.zeros((50, 3), np.float32), np.zeros(50, bool), seed=1)
+
+
+@pytest.mark.slow
+def test_the_baseline_keeps_most_of_the_precision_in_a_few_hundred_bytes() -> None:
+    table = generate(PaymentSpec(terminals_of(population(30, seed=4)), days=25, seed=4))
+    features = table.features()
+    teacher = train(features, table.fraud, seed=4, steps=500)
+    baseline, precision = train_baseline(
+        teacher,
+        features,
+        table.fraud,
+        tenant="acme",
+        model="fraud",
+        release=1,
+        created=FIRST_MONDAY,
+        feature_set=FEATURE_SET,
+        seed=4,
+    )
+    assert precision > 0.85 * teacher.average_precision
+    assert len(baseline.encode()) <= 360
+    found = at_threshold(baseline.scores(features), table.fraud, baseline.decision_threshold)
+    assert found.false_positive_rate < 0.02
+    assert found.recall > 0.5
