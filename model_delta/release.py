@@ -85,9 +85,10 @@ def build_release(
     """Describe, cut, seal and sign `file` as version `version`, release number `release`, of `model`.
 
     `parents` are the versions it was made from, each with its file: they enter the lineage and get a patch;
-    `patch_from` are further versions that only get a patch. A patch that is no smaller than the whole is left out. `key`
-    is this version's artifact key (32 bytes), `now` Unix seconds, `lifetime_s` seconds until the manifest expires.
-    `inputs` and `outputs` are read from the ONNX graph unless both are given (a file that is not ONNX needs them).
+    `patch_from` are further versions that only get a patch. A patch that is no smaller than the whole is left out.
+    `key` is this version's artifact key (32 bytes), `now` Unix seconds, `lifetime_s` seconds until the manifest
+    expires. `inputs` and `outputs` are read from the ONNX graph unless both are given (a file that is not ONNX needs
+    them). `role` signs.
     Raises Malformed for an unusable file, and DigestMismatch for a parent whose file is not the one in its manifest.
     """
     if not file:
