@@ -1,0 +1,185 @@
+"""The queue between the coordinator and its Flower ServerApp, and the form in which commands cross it.
+
+The ServerApp is a process of its own, started by Flower, and it may die and come back at any moment. So it fetches its
+work: it asks for the next command (`next_command`, a long poll), sends it to the named nodes through Flower, and
+delivers what they answered (`reply`). Both are mounted by the coordinator's HTTP control API, which also checks the
+bearer token; nothing here knows HTTP.
+
+A command is handed out again at every poll until it is answered or its deadline passes. The ServerApp works on one
+command at a time, so a poll means that it holds none; a node recognises the id of a command that it has done already
+and repeats its answer. Delivery is therefore at least once, execution once.
+
+Wire form (JSON; `payload` and the values of `replies` are the canonical CBOR of `model_delta.encoding`, in base64).
+Fields may be added; a reader ignores those that it does not know.
+
+    command  {"id": str, "nodes": [str], "payload": str, "deadline_s": float}       seconds left when handed out
+    reply    {"id": str, "replies": {node: str}, "failures": {node: reason}}        the end of the command
+    progress {"id": str, "progress": true}                                         "still waiting for nodes"
+    answer to reply and progress: {"wanted": bool}, false when nobody waits for this command any more
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from model_delta.encoding import pack, unpack_plain
+from model_delta.errors import Malformed, Unavailable
+
+PENDING_MAX = 16
+"""Commands that may wait at once; a round needs one."""
+
+REPLY_MARGIN_S = 0.5
+"""How much earlier than the coordinator the ServerApp gives up on silent nodes, so that its answer names them."""
+
+
+class CommandFailed(Unavailable):
+    """A command that not every node answered. `replies` has what did arrive, `failures` a reason per missing node."""
+
+    def __init__(self, message: str, replies: Mapping[str, dict[str, Any]], failures: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.replies = dict(replies)
+        self.failures = dict(failures)
+
+
+class _Pending:
+    """One command that has not been answered."""
+
+    def __init__(self, nodes: tuple[str, ...], payload: str, deadline: float) -> None:
+        self.nodes = nodes
+        self.payload = payload
+        self.deadline = deadline
+        self.handed_out = False
+        self.answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+
+
+class FlowerBridge:
+    """Commands in, the nodes' answers out. Belongs to one event loop; nothing in it survives a restart."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pending: dict[str, _Pending] = {}
+        self._arrived = asyncio.Event()
+        self._contact = clock()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the ServerApp last asked for work or reported progress (or since this bridge was made)."""
+        return max(0.0, self._clock() - self._contact)
+
+    async def command(
+        self, payload: Mapping[str, Any], nodes: Sequence[str], deadline_s: float
+    ) -> dict[str, dict[str, Any]]:
+        """Have every node carry out `payload`, and return its answer by node name.
+
+        Raises CommandFailed, which names each missing node and why, when one did not answer within `deadline_s`
+        seconds or answered with an error; Unavailable when too many commands wait already.
+        """
+        if not nodes:
+            raise Malformed("Flower command: expected at least one node, found none")
+        if len(self._pending) >= PENDING_MAX:
+            raise Unavailable(f"Flower command: {PENDING_MAX} commands wait already; is the ServerApp running?")
+        command_id = uuid.uuid4().hex
+        pending = _Pending(tuple(nodes), _armour(pack(dict(payload))), self._clock() + deadline_s)
+        self._pending[command_id] = pending
+        self._arrived.set()
+        try:
+            body = await asyncio.wait_for(pending.answer, deadline_s)
+        except TimeoutError:
+            why = "did not answer" if pending.handed_out else "was not asked: the ServerApp fetched no command"
+            failures = dict.fromkeys(pending.nodes, f"{why} within {deadline_s:g} s")
+            raise CommandFailed(_describe(failures, pending.nodes), {}, failures) from None
+        finally:
+            del self._pending[command_id]
+        replies, failures = _read_reply(body, pending.nodes)
+        if failures:
+            raise CommandFailed(_describe(failures, pending.nodes), replies, failures)
+        return replies
+
+    async def next_command(self, wait_s: float) -> dict[str, Any] | None:
+        """The oldest command without an answer, as its wire form; None when there was none for `wait_s` seconds."""
+        deadline = self._clock() + min(max(wait_s, 0.0), 60.0)
+        while True:
+            now = self._contact = self._clock()
+            for command_id, pending in self._pending.items():
+                if not pending.answer.done() and pending.deadline > now:
+                    pending.handed_out = True
+                    left = round(pending.deadline - now, 3)
+                    nodes = list(pending.nodes)
+                    return {"id": command_id, "nodes": nodes, "payload": pending.payload, "deadline_s": left}
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), max(0.0, deadline - now))
+            except TimeoutError:
+                self._contact = self._clock()
+                return None
+
+    def reply(self, body: Any) -> dict[str, bool]:
+        """Take the ServerApp's answer or sign of progress, a decoded JSON object; says whether it is still wanted.
+
+        Raises Malformed when `body` is neither.
+        """
+        if not isinstance(body, Mapping) or not isinstance(body.get("id"), str):
+            raise Malformed("Flower reply: expected an object with the command's `id`")
+        self._contact = self._clock()
+        pending = self._pending.get(body["id"])
+        if pending is None or pending.answer.done():
+            return {"wanted": False}
+        if body.get("progress") is not True:
+            _read_reply(body, pending.nodes)
+            pending.answer.set_result(body)
+        return {"wanted": True}
+
+
+def read_command(body: Any) -> tuple[str, tuple[str, ...], bytes, float]:
+    """Take a command's wire form apart: id, node names, payload (CBOR), seconds left. Raises Malformed."""
+    try:
+        nodes = tuple(str(node) for node in body["nodes"])
+        return str(body["id"]), nodes, _disarm(body["payload"]), float(body["deadline_s"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Malformed(f"Flower command: expected id, nodes, payload and deadline_s: {error!r}") from None
+
+
+def write_reply(command_id: str, replies: Mapping[str, bytes], failures: Mapping[str, str]) -> dict[str, Any]:
+    """The wire form of an answer; `replies` are CBOR bytes by node name."""
+    return {"id": command_id, "replies": {n: _armour(r) for n, r in replies.items()}, "failures": dict(failures)}
+
+
+def _read_reply(body: Mapping[str, Any], nodes: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    replies: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    armoured, reasons = body.get("replies"), body.get("failures")
+    if not isinstance(armoured, Mapping) or not isinstance(reasons, Mapping):
+        raise Malformed("Flower reply: expected `replies` and `failures`, two objects keyed by node name")
+    for node in nodes:
+        if node in armoured:
+            answer = unpack_plain(_disarm(armoured[node]))
+            if not isinstance(answer, dict):
+                raise Malformed(f"Flower reply of {node}: expected a map, found {type(answer).__name__}")
+            replies[node] = answer
+        else:
+            failures[node] = str(reasons.get(node, "is missing from the ServerApp's answer"))[:500]
+    return replies, failures
+
+
+def _describe(failures: Mapping[str, str], nodes: Sequence[str]) -> str:
+    reasons = "; ".join(f"{node} {reason}" for node, reason in failures.items())
+    return f"Flower command: {len(nodes) - len(failures)} of {len(nodes)} nodes answered; {reasons}"
+
+
+def _armour(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _disarm(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise Malformed(f"Flower message: expected base64 text, found {type(text).__name__}")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Malformed(f"Flower message: not base64: {error}") from None
