@@ -1,0 +1,97 @@
+"""The ONNX runtime of the device; the only importer of onnxruntime here.
+
+The import is lazy (it costs 0.1 s) and its telemetry is switched off before it. Sessions are lean: sequential, one
+thread, no arena, no memory pattern; at this size more threads only cost. Devices of one process that run the same
+version share one session: it is thread-safe, costs nothing per device and keeps its caches warm.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.inference import Arrays
+from model_delta.digest import digest_of
+from model_delta.errors import Malformed
+from model_delta.manifest import Manifest, manifest_digest
+
+_lock = threading.Lock()
+_models: weakref.WeakValueDictionary[str, OnnxModel] = weakref.WeakValueDictionary()
+_graphs: dict[str, OnnxModel] = {}
+_GRAPHS_MAX = 4
+
+
+class OnnxModel:
+    """One session. `digest` is the manifest's (or, for a bare graph, the file's)."""
+
+    def __init__(self, digest: str, file: bytes, what: str) -> None:
+        self.digest = digest
+        self._session = _open_session(file, what)
+        self._inputs = {item.name: item for item in self._session.get_inputs()}
+        self._outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
+        """Run named tensors. Raises Malformed when they do not fit the model."""
+        try:
+            results = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:  # onnxruntime raises several unrelated kinds, and plain ValueError
+            raise Malformed(f"model {self.digest[:12]}: {_first_line(error)}") from None
+        return dict(zip(self._outputs, results, strict=True))
+
+
+def open_model(manifest: Manifest, file: bytes) -> OnnxModel:
+    """The version as a loaded model; the one that is already open in this process, if it is. `file` has been checked
+    against the manifest. Raises Malformed when onnxruntime refuses it or its inputs are not the manifest's."""
+    digest = manifest_digest(manifest)
+    with _lock:
+        found = _models.get(digest)
+        if found is None:
+            found = OnnxModel(digest, file, f"model {manifest.model} {digest[:12]}")
+            expected = {spec.name for spec in manifest.inputs}
+            if set(found._inputs) != expected:
+                raise Malformed(
+                    f"model {manifest.model} {digest[:12]}: expected inputs {sorted(expected)}, "
+                    f"found {sorted(found._inputs)}"
+                )
+            _models[digest] = found
+        return found
+
+
+def run_graph(graph: bytes, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
+    """Run a bare graph (a training step). The last few graphs stay open. Raises Malformed."""
+    digest = digest_of(graph)
+    with _lock:
+        found = _graphs.get(digest)
+        if found is None:
+            found = OnnxModel(digest, graph, f"graph {digest[:12]}")
+            while len(_graphs) >= _GRAPHS_MAX:
+                _graphs.pop(next(iter(_graphs)))
+            _graphs[digest] = found
+    return found.run(inputs)
+
+
+def _open_session(file: bytes, what: str) -> Any:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise Malformed(f"{what}: onnxruntime cannot open it: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
