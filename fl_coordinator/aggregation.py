@@ -1,0 +1,154 @@
+"""From the aggregators' openings to the mean update, and from a mean update to new weights.
+
+Each share of the selected sum arrives from two aggregators and must be the same; the norm of the sum must be the one
+that the opened Gram matrix foretells. The plain mean of plain updates stands beside it as the yardstick: what an
+undefended round would have produced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_coordinator.shares.fixed_point import WORD_BYTES, Words, decode
+from fl_coordinator.shares.party import Decision, read_gram
+from fl_coordinator.shares.sharing import PARTIES
+from model_delta.digest import digest_of
+from model_delta.encoding import unpack
+from model_delta.errors import Malformed, Untrusted
+from model_delta.task import RoundTask
+from model_delta.trust.signing import key_id, load_public_key, open_envelope, verify
+
+OPENING_TYPE = "round-opening"
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """What an aggregator signs (Ed25519, an Envelope of type `round-opening`): the packed Decision, its own place, and
+    digests of its two shares of the selected sum ("" when nothing was opened)."""
+
+    aggregator: str
+    index: int
+    decision: bytes
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What a round produced: the decision all three signed, and the mean update float32[d] (None when refused)."""
+
+    decision: Decision
+    mean: NDArray[np.float32] | None
+
+
+def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> Aggregate:
+    """Verify three aggregators' replies (see `Aggregator.run_round`) and add up the shares of the sum.
+
+    Raises Untrusted, naming the aggregator (or the two of which one is wrong), for a signature that does not hold, for
+    decisions or shares that differ, and for a sum whose norm is not the one in the Gram matrix.
+    """
+    if len(replies) != PARTIES:
+        raise Malformed(f"round {task.round_id!r}: expected {PARTIES} openings, found {len(replies)}")
+    openings: dict[int, Opening] = {}
+    shares: dict[int, tuple[bytes, bytes]] = {}
+    for reply in replies:
+        opening, first, second = _verified(reply, task)
+        if opening.index in openings:
+            raise Untrusted(f"{opening.aggregator}: opened round {task.round_id!r} twice")
+        openings[opening.index] = opening
+        shares[opening.index] = (first, second)
+    names = [key.name for key in task.aggregators]
+    _require_same_decision([openings[index].decision for index in range(PARTIES)], names)
+    decision = unpack(openings[0].decision, Decision)
+    if (decision.round_id, decision.base, decision.tenant) != (task.round_id, task.base, task.tenant):
+        raise Untrusted(f"round {task.round_id!r}: the aggregators decided about round {decision.round_id!r}")
+    if not decision.selected:
+        return Aggregate(decision, None)
+    total = _sum_of_shares(shares, names, task)
+    if _norm_squared(total) != _foretold(decision):
+        raise Untrusted(
+            f"round {task.round_id!r}: the opened sum has another norm than the Gram matrix foretells; one of "
+            f"{', '.join(names)} deviated"
+        )
+    return Aggregate(decision, (decode(total, task.fraction_bits) / len(decision.selected)).astype(np.float32))
+
+
+def apply_mean(base: NDArray[np.float32], mean: NDArray[np.float32], rate: float = 1.0) -> NDArray[np.float32]:
+    """New parameters base + rate * mean, float32[d] (the server's step of FedAvg: McMahan et al., AISTATS 2017)."""
+    if base.shape != mean.shape:
+        raise Malformed(f"mean update: expected shape {base.shape} as the base has, found {mean.shape}")
+    return (base.astype(np.float64) + rate * mean.astype(np.float64)).astype(np.float32)
+
+
+def plain_fedavg(updates: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The unweighted mean of updates float32[d] in clear: the yardstick, and what an attacker would have reached.
+
+    Uses no clipping and refuses nothing; values that are not finite stay so.
+    """
+    if not updates:
+        raise Malformed("plain mean: expected at least 1 update, found none")
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean: NDArray[np.float32] = np.mean(np.stack(updates).astype(np.float64), axis=0).astype(np.float32)
+    return mean
+
+
+def _verified(reply: Mapping[str, Any], task: RoundTask) -> tuple[Opening, bytes, bytes]:
+    try:
+        envelope = open_envelope(bytes(reply["opening"]))
+        first, second = bytes(reply["first"]), bytes(reply["second"])
+    except (KeyError, TypeError):
+        raise Malformed(f"round {task.round_id!r}: expected a reply with opening, first and second") from None
+    keys = {key_id(key): key for key in (load_public_key(entry.verifying) for entry in task.aggregators)}
+    opening = unpack(verify(envelope, OPENING_TYPE, keys), Opening)
+    if not 0 <= opening.index < PARTIES or task.aggregators[opening.index].name != opening.aggregator:
+        raise Untrusted(f"{opening.aggregator}: is not aggregator {opening.index} of round {task.round_id!r}")
+    own = load_public_key(task.aggregators[opening.index].verifying)
+    verify(envelope, OPENING_TYPE, {key_id(own): own})
+    for number, data, digest in ((1, first, opening.first), (2, second, opening.second)):
+        if digest != (digest_of(data) if data else ""):
+            raise Untrusted(f"{opening.aggregator}: share {number} of the sum is not the one it signed")
+        if data and len(data) != WORD_BYTES * task.length:
+            raise Untrusted(
+                f"{opening.aggregator}: share {number} of the sum: expected {WORD_BYTES * task.length} bytes, "
+                f"found {len(data)}"
+            )
+    return opening, first, second
+
+
+def _require_same_decision(decisions: list[bytes], names: list[str]) -> None:
+    if len(set(decisions)) == 1:
+        return
+    odd = [name for name, value in zip(names, decisions, strict=True) if decisions.count(value) == 1]
+    raise Untrusted(f"{' and '.join(odd)}: signed another decision than the rest")
+
+
+def _sum_of_shares(shares: Mapping[int, tuple[bytes, bytes]], names: list[str], task: RoundTask) -> Words:
+    """Share i is aggregator i's first and aggregator i-1's second. Two mismatches point at their common holder."""
+    differing = [index for index in range(PARTIES) if shares[index][0] != shares[(index - 1) % PARTIES][1]]
+    if differing:
+        holders = [{index, (index - 1) % PARTIES} for index in differing]
+        suspects = set.intersection(*holders) or set().union(*holders)
+        who = " or ".join(names[index] for index in sorted(suspects))
+        raise Untrusted(f"{who}: a share of the opened sum differs from what its other holder sent")
+    total = np.zeros(task.length, dtype=np.uint64)
+    for index in range(PARTIES):
+        if not shares[index][0]:
+            raise Untrusted(f"{names[index]}: signed a selection but sent no share of its sum")
+        total = total + np.frombuffer(shares[index][0], dtype="<u8")
+    return total
+
+
+def _norm_squared(total: Words) -> int:
+    """Of a sum of accepted updates, modulo 2^64: the comparison only needs equality."""
+    return int(np.sum(total * total, dtype=np.uint64))
+
+
+def _foretold(decision: Decision) -> int:
+    place = {index: position for position, index in enumerate(decision.measured)}
+    chosen = [place[index] for index in decision.selected]
+    return int(np.sum(read_gram(decision)[np.ix_(chosen, chosen)].view(np.uint64), dtype=np.uint64))

@@ -1,0 +1,1 @@
+"""Which updates to keep, decided from the Gram matrix alone: pure, plain NumPy."""

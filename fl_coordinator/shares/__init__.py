@@ -1,0 +1,1 @@
+"""What is computed on shares, without anybody seeing an update."""

@@ -1,0 +1,85 @@
+"""The device's half of a secure round: clip, encode, split, seal, sign. Needs only NumPy and cryptography.
+
+The raw update is the caller's to forget. What this returns may be shown to anybody: two of the three aggregators would
+have to conspire to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_coordinator.shares.contribution import (
+    CONTRIBUTION_TYPE,
+    Claim,
+    Contribution,
+    mask_share,
+    sealing_info,
+    sealing_keys,
+)
+from fl_coordinator.shares.fixed_point import Rng, Words, clip, encode
+from fl_coordinator.shares.range_check import require_announceable
+from fl_coordinator.shares.sharing import PARTIES, SEED_BYTES, expand
+from model_delta.digest import digest_of
+from model_delta.encoding import pack
+from model_delta.errors import Malformed
+from model_delta.keys.encryption import seal_to
+from model_delta.task import RoundTask
+from model_delta.trust.signing import pre_authentication_encoding
+
+
+def make_contribution(
+    update: NDArray[np.float32],
+    task: RoundTask,
+    identity_sign: Callable[[bytes], bytes],
+    certificate_pem: bytes,
+    device_id: str,
+    rng: Rng,
+) -> bytes:
+    """A packed Contribution from a local update, float32[d], clipped here to the task's norm.
+
+    `identity_sign` makes an ECDSA P-256 SHA-256 signature (DER) over a message; `rng` must be cryptographic. Raises
+    Malformed for another length, for values that are not finite, and for a round that no device should join.
+    """
+    require_announceable(task)
+    if update.size != task.length:
+        raise Malformed(f"update for round {task.round_id!r}: expected {task.length} values, found {update.size}")
+    encoded = encode(clip(update, task.clip_norm_l2), task.fraction_bits, rng)
+    return share_out(encoded, task, identity_sign, certificate_pem, device_id, rng)
+
+
+def share_out(
+    encoded: Words,
+    task: RoundTask,
+    identity_sign: Callable[[bytes], bytes],
+    certificate_pem: bytes,
+    device_id: str,
+    rng: Rng,
+) -> bytes:
+    """A packed Contribution from ring elements, uint64[d], as they are: nothing is clipped or checked here."""
+    secrets = [rng(SEED_BYTES) for _ in range(PARTIES)]
+    rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
+    masked = mask_share(secrets[2], task, device_id, rest)
+    sealed = tuple(
+        seal_to(key.sealing, secrets[index] + secrets[(index + 1) % PARTIES], sealing_info(task, device_id, index))
+        for index, key in enumerate(task.aggregators)
+    )
+    claim = pack(
+        Claim(
+            tenant=task.tenant,
+            model=task.model,
+            round_id=task.round_id,
+            base=task.base,
+            device_id=device_id,
+            length=encoded.size,
+            fraction_bits=task.fraction_bits,
+            certificate=certificate_pem,
+            sealing_keys=sealing_keys(task.aggregators),
+            sealed=sealed,
+            masked=digest_of(masked),
+        )
+    )
+    signature = identity_sign(pre_authentication_encoding(CONTRIBUTION_TYPE, claim))
+    return pack(Contribution(claim, signature, masked))
