@@ -150,7 +150,7 @@ def quantized(
     feature_set: str,
     decision_threshold: float,
 ) -> BaselineModel:
-    """A baseline from trained layers (W float32[F, H], b[H]), (W float32[H, 1], b[1]) over (x - mean) / scale_of_codes.
+    """A baseline from trained layers (W float32[F, H], b[H]), (W [H, 1], b[1]) over (x - mean) / scale.
 
     Each layer's weights are rounded to int4 at the scale of least squared error. Raises ValueError for other shapes.
     """
@@ -178,7 +178,7 @@ def quantized(
 
 
 def int4_scale(weights: Float32) -> float:
-    """The step (a float16 value) at which rounding to -7..7 leaves the least squared error; 1.0 for all-zero weights."""
+    """The step (a float16 value) at which rounding to -7..7 leaves the least squared error; 1.0 for all zeros."""
     largest = float(np.abs(weights).max())
     if largest == 0.0:
         return 1.0

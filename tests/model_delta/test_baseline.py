@@ -66,8 +66,8 @@ def test_what_was_sealed_is_what_is_read(features: int, hidden: int, seed: int) 
 
 def test_scores_follow_the_float_model_it_was_rounded_from() -> None:
     rng = np.random.default_rng(3)
-    first = rng.integers(-7, 8, (8, 4)).astype(np.float32) / 8  # int4 holds these exactly
-    second = np.array([[7.0], [-3.0], [2.0], [-6.0]], np.float32) / 4
+    first = rng.integers(-7, 8, (8, 4)).astype(np.float32) / np.float32(8)  # int4 holds these exactly
+    second = np.array([[7.0], [-3.0], [2.0], [-6.0]], np.float32) / np.float32(4)
     first[0, 0] = 7 / 8
     codes = codes_of_scale(np.full(8, 2.0, np.float32))
     mean = np.full(8, 0.5, np.float32)
