@@ -1,0 +1,92 @@
+"""Every reason to refuse a contribution, in the order in which they are asked.
+
+The order matters: nothing that a contribution claims is looked at before its signature and its certificate hold, and a
+device learns only the first reason. Each reason has a short name, which is counted, and a sentence, which is sent back.
+A device that sends the same bytes again (its receipt was lost) is not refused: it gets its receipt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+REASONS = (
+    "bad signature",
+    "unknown certificate",
+    "expired certificate",
+    "revoked certificate",
+    "wrong round",
+    "wrong base",
+    "wrong length",
+    "duplicate",
+    "late",
+    "over quota",
+    "malformed",
+)
+
+
+class Offered(msgspec.Struct, frozen=True, kw_only=True):
+    """A contribution as the checks of its bytes left it. `flaw` is the first of the signature and certificate reasons
+    that applies ("" when none does), `mismatch` says what else does not belong to the round."""
+
+    device_id: str
+    digest: str
+    flaw: str = ""
+    flaw_text: str = ""
+    round_id: str = ""
+    base: str = ""
+    length: int = 0
+    mismatch: str = ""
+
+
+class OpenRound(msgspec.Struct, frozen=True, kw_only=True):
+    """What admission needs to know of the round. `admitted` maps device to digest; times are Unix seconds."""
+
+    round_id: str
+    base: str
+    length: int
+    collecting: bool
+    deadline: float
+    contributions_max: int
+    admitted: Mapping[str, str]
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """One of `REASONS`, and the sentence for the device."""
+
+    reason: str
+    text: str
+
+
+def refuse(offered: Offered, round_: OpenRound | None, now: float) -> Refusal | None:
+    """Why `offered` is not admitted to the model's newest round (None: there is none), or None when it is.
+
+    The caller appends an admitted contribution unless `already_in` holds.
+    """
+    if offered.flaw:
+        return Refusal(offered.flaw, offered.flaw_text)
+    if round_ is None or offered.round_id != round_.round_id:
+        wanted = "no round is open" if round_ is None else f"the round is {round_.round_id}"
+        return Refusal("wrong round", f"contribution to {offered.round_id!r}: {wanted}")
+    if offered.base != round_.base:
+        return Refusal("wrong base", f"trained on {offered.base[:16]}…, the round is on {round_.base[:16]}…")
+    if offered.length != round_.length:
+        return Refusal("wrong length", f"expected {round_.length} parameters, found {offered.length}")
+    if offered.mismatch:
+        return Refusal("malformed", offered.mismatch)
+    before = round_.admitted.get(offered.device_id)
+    if before == offered.digest:
+        return None
+    if before is not None:
+        return Refusal("duplicate", "another contribution of this device is in the round already")
+    if not round_.collecting or now > round_.deadline:
+        return Refusal("late", f"round {round_.round_id} no longer takes contributions")
+    if len(round_.admitted) >= round_.contributions_max:
+        return Refusal("over quota", f"round {round_.round_id} has its {round_.contributions_max} contributions")
+    return None
+
+
+def already_in(offered: Offered, round_: OpenRound) -> bool:
+    """Whether these very bytes were admitted before: acknowledge again, append nothing."""
+    return round_.admitted.get(offered.device_id) == offered.digest

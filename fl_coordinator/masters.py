@@ -1,0 +1,88 @@
+"""The float32 weights behind a quantized version, and how a round's mean update is added to them.
+
+Devices run and train the int8 file; its rounding must not enter the next version. So a round adds the mean of the
+*updates* to the bytes that were published, tensor by tensor in place: everything else in the file stays as it is, byte
+for byte, and averaging cannot move a weight that nobody trained.
+
+Rounds need the layout of our own fraud model: `layer0.weight`, `layer0.bias`, ... behind `input.mean` and
+`input.scale`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from model_delta import graphs
+from model_delta.errors import Malformed
+from model_delta.manifest import Manifest, StoredTensor
+from model_delta.segments import read_tensor, stored_tensors
+from model_delta.task import Parameter
+
+Float32 = npt.NDArray[np.float32]
+
+
+def parameters_of(manifest: Manifest) -> tuple[Parameter, ...]:
+    """The trainable tensors of a version, in the order of the flat vector, as its file stores them.
+
+    Raises Malformed for a model of another layout."""
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    parameters = []
+    for name in _names(tensors, f"version {manifest.release} of {manifest.model}"):
+        scale = f"{name}_scale" if tensors[name].dtype == "int8" else ""
+        if tensors[name].dtype not in ("int8", "float32") or (scale and scale not in tensors):
+            raise Malformed(
+                f"tensor {name!r} of {manifest.model}: expected float32, or int8 with {name}_scale, "
+                f"found {tensors[name].dtype}; publish a model written by mlp_model"
+            )
+        parameters.append(Parameter(name, tensors[name].shape, scale))
+    return tuple(parameters)
+
+
+def training_graph(source: bytes, positive_weight: float) -> bytes:
+    """The ONNX graph of one training step for the model in `source`: the input's mean and scale, no weights."""
+    tensors = {tensor.name: tensor for tensor in stored_tensors(source)}
+    weights = [name for name in _names(tensors, "published model") if name.endswith(".weight")]
+    sizes = [tensors[weights[0]].shape[0], *(tensors[name].shape[1] for name in weights)]
+    mean, scale = (read_tensor(source, tensors[name]).astype(np.float32) for name in ("input.mean", "input.scale"))
+    return graphs.mlp_training_graph(sizes, mean, scale, positive_weight)
+
+
+def apply_mean(source: bytes, mean: Float32) -> bytes:
+    """The published bytes with `mean`, float32[d], added to the trainable tensors. Raises Malformed when d differs or a
+    sum is not finite."""
+    tensors = {tensor.name: tensor for tensor in stored_tensors(source)}
+    names = _names(tensors, "published model")
+    length = sum(_count(tensors[name]) for name in names)
+    if mean.shape != (length,):
+        raise Malformed(f"mean update: expected {length} parameters, found {mean.shape}")
+    changed = bytearray(source)
+    start = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype != "float32":
+            raise Malformed(f"tensor {name!r}: expected float32 master weights, found {tensor.dtype}")
+        count = _count(tensor)
+        moved = read_tensor(source, tensor).reshape(-1) + mean[start : start + count]
+        if not np.isfinite(moved).all():
+            raise Malformed(f"tensor {name!r}: the mean update leaves a weight that is not finite")
+        changed[tensor.offset : tensor.offset + tensor.size] = moved.astype("<f4").tobytes()
+        start += count
+    return bytes(changed)
+
+
+def _names(tensors: dict[str, StoredTensor], what: str) -> list[str]:
+    names: list[str] = []
+    while f"layer{len(names) // 2}.weight" in tensors:
+        names += [f"layer{len(names) // 2}.weight", f"layer{len(names) // 2}.bias"]
+    missing = [name for name in (*names, "input.mean", "input.scale") if name not in tensors]
+    if not names or missing:
+        raise Malformed(
+            f"{what}: a federated round needs tensors layer0.weight, layer0.bias, ..., input.mean, input.scale; found "
+            f"{', '.join(sorted(tensors)[:6]) or 'none'}; publish a model written by mlp_model"
+        )
+    return names
+
+
+def _count(tensor: StoredTensor) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))

@@ -1,0 +1,201 @@
+"""One federated round's life as a table.
+
+    ANNOUNCED    the task is signed and durable; publish it
+    COLLECTING   contributions come in until the deadline, or until all that are wanted are there
+    FROZEN       the ordered list of contributions and its Merkle root are fixed; nothing is added any more
+    AGGREGATING  an attempt is running at the three aggregators, always on the same frozen list
+    OPENED       the mean update of the chosen devices and the signed transcript are durable
+    APPLIED      the candidate passed the gates, or not
+    PUBLISHED    the candidate is a release
+    REFUSED      the candidate did not pass a gate
+    FAILED       no quorum, aggregation failed in every attempt, or an operator stopped it
+
+A pair that is not listed is refused. Every state has a row for BOOTED, which is what a crash of the coordinator looks
+like afterwards: the state's command is done again, so each command is idempotent.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from model_delta.errors import Malformed
+from model_delta.task import RoundTask
+
+ATTEMPTS_MAX = 3
+
+
+class State(enum.Enum):
+    """Where a round is."""
+
+    ANNOUNCED = "ANNOUNCED"
+    COLLECTING = "COLLECTING"
+    FROZEN = "FROZEN"
+    AGGREGATING = "AGGREGATING"
+    OPENED = "OPENED"
+    APPLIED = "APPLIED"
+    PUBLISHED = "PUBLISHED"
+    REFUSED = "REFUSED"
+    FAILED = "FAILED"
+
+
+class Event(enum.Enum):
+    """What just happened."""
+
+    BOOTED = "BOOTED"
+    HEARD = "HEARD"
+    COLLECTED = "COLLECTED"
+    TOO_FEW = "TOO_FEW"
+    BEGUN = "BEGUN"
+    OPENED = "OPENED"
+    ATTEMPT_FAILED = "ATTEMPT_FAILED"
+    EXHAUSTED = "EXHAUSTED"
+    PASSED = "PASSED"
+    GATE_CLOSED = "GATE_CLOSED"
+    RELEASED = "RELEASED"
+    BROKEN = "BROKEN"
+    ABORTED = "ABORTED"
+
+
+class Command(enum.Enum):
+    """What to do next."""
+
+    ANNOUNCE = "announce"
+    COLLECT = "collect"
+    FREEZE = "freeze"
+    AGGREGATE = "aggregate"
+    JUDGE = "judge"
+    PUBLISH = "publish"
+    REST = "rest"
+
+
+TABLE: Mapping[tuple[State, Event], tuple[State, Command]] = {
+    (State.ANNOUNCED, Event.HEARD): (State.COLLECTING, Command.COLLECT),
+    (State.ANNOUNCED, Event.BOOTED): (State.ANNOUNCED, Command.ANNOUNCE),
+    (State.ANNOUNCED, Event.TOO_FEW): (State.FAILED, Command.REST),
+    (State.ANNOUNCED, Event.BROKEN): (State.FAILED, Command.REST),
+    (State.ANNOUNCED, Event.ABORTED): (State.FAILED, Command.REST),
+    (State.COLLECTING, Event.COLLECTED): (State.FROZEN, Command.FREEZE),
+    (State.COLLECTING, Event.TOO_FEW): (State.FAILED, Command.REST),
+    (State.COLLECTING, Event.BOOTED): (State.COLLECTING, Command.COLLECT),
+    (State.COLLECTING, Event.BROKEN): (State.FAILED, Command.REST),
+    (State.COLLECTING, Event.ABORTED): (State.FAILED, Command.REST),
+    (State.FROZEN, Event.BEGUN): (State.AGGREGATING, Command.AGGREGATE),
+    (State.FROZEN, Event.BOOTED): (State.FROZEN, Command.FREEZE),
+    (State.FROZEN, Event.BROKEN): (State.FAILED, Command.REST),
+    (State.FROZEN, Event.ABORTED): (State.FAILED, Command.REST),
+    (State.AGGREGATING, Event.OPENED): (State.OPENED, Command.JUDGE),
+    (State.AGGREGATING, Event.ATTEMPT_FAILED): (State.AGGREGATING, Command.AGGREGATE),
+    (State.AGGREGATING, Event.EXHAUSTED): (State.FAILED, Command.REST),
+    (State.AGGREGATING, Event.BOOTED): (State.AGGREGATING, Command.AGGREGATE),
+    (State.AGGREGATING, Event.BROKEN): (State.FAILED, Command.REST),
+    (State.AGGREGATING, Event.ABORTED): (State.FAILED, Command.REST),
+    (State.OPENED, Event.PASSED): (State.APPLIED, Command.PUBLISH),
+    (State.OPENED, Event.GATE_CLOSED): (State.REFUSED, Command.REST),
+    (State.OPENED, Event.BOOTED): (State.OPENED, Command.JUDGE),
+    (State.OPENED, Event.BROKEN): (State.FAILED, Command.REST),
+    (State.OPENED, Event.ABORTED): (State.FAILED, Command.REST),
+    (State.APPLIED, Event.RELEASED): (State.PUBLISHED, Command.REST),
+    (State.APPLIED, Event.BOOTED): (State.APPLIED, Command.PUBLISH),
+    (State.APPLIED, Event.BROKEN): (State.FAILED, Command.REST),
+    (State.APPLIED, Event.ABORTED): (State.FAILED, Command.REST),
+    (State.PUBLISHED, Event.BOOTED): (State.PUBLISHED, Command.REST),
+    (State.REFUSED, Event.BOOTED): (State.REFUSED, Command.REST),
+    (State.FAILED, Event.BOOTED): (State.FAILED, Command.REST),
+}
+
+ENDED = frozenset({State.PUBLISHED, State.REFUSED, State.FAILED})
+
+
+def step(state: State, event: Event) -> tuple[State, Command]:
+    """The next state and what to do there. Raises Malformed for a pair that cannot happen."""
+    try:
+        return TABLE[state, event]
+    except KeyError:
+        raise Malformed(f"round: {event.name} cannot happen in state {state.name}") from None
+
+
+class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operator asks for. `base` is a manifest digest, by default the stable version. The round closes after
+    `deadline_s` seconds, or as soon as `contributions_max` devices are in (by default all enrolled devices that run the
+    base); with fewer than `quorum` it fails."""
+
+    model: str
+    base: str = ""
+    quorum: int = 8
+    contributions_max: int = 0
+    deadline_s: float = 60.0
+    aggregation_s: float = 60.0
+    steps: int = 40
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    clip_norm_l2: float = 4.0
+    hostile_max: int = 0
+    selected_min: int = 0
+    positive_weight: float = 6.0
+
+    def checked(self) -> RoundSpec:
+        """The same spec with `selected_min` filled in. Raises Malformed for numbers out of range."""
+        selected_min = self.selected_min or max(8, self.hostile_max + 2)
+        bounds: dict[str, tuple[float, float]] = {
+            "quorum": (2, 100_000),
+            "contributions_max": (0, 100_000),
+            "deadline_s": (1, 30 * 86_400),
+            "aggregation_s": (1, 3600),
+            "steps": (1, 100_000),
+            "batch_size": (1, 100_000),
+            "learning_rate": (1e-9, 100),
+            "clip_norm_l2": (1e-6, 1e6),
+            "hostile_max": (0, 10_000),
+            "positive_weight": (1e-3, 1e6),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise Malformed(f"round: {name}: expected {low:g} to {high:g}, found {getattr(self, name)}")
+        # Multi-Krum needs n >= 2f + 3 updates (Blanchard et al., 2017), and an opened sum enough senders to hide in.
+        least = max(selected_min, 2 * self.hostile_max + 3)
+        if self.quorum < least:
+            raise Malformed(
+                f"round: quorum: expected at least {least} (selected_min {selected_min}, 2 x hostile_max + 3), "
+                f"found {self.quorum}; raise quorum or lower hostile_max"
+            )
+        if 0 < self.contributions_max < self.quorum:
+            raise Malformed(
+                f"round: contributions_max: expected at least the quorum {self.quorum}, found {self.contributions_max}"
+            )
+        return msgspec.structs.replace(self, selected_min=selected_min)
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One round as it stands. `frozen` holds contribution digests in the order of the log, `devices` their senders.
+    `attempt` counts aggregations from 1. `seconds` says how long each phase took; `figures` what was measured."""
+
+    round_id: str
+    spec: RoundSpec
+    task: RoundTask
+    state: str
+    opened: float
+    frozen: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    root: str = ""
+    attempt: int = 0
+    failures: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+    rejected: dict[str, str] = {}
+    candidate: str = ""
+    reason: str = ""
+    seconds: dict[str, float] = {}
+    figures: dict[str, Any] = {}
+
+    @property
+    def at(self) -> State:
+        """The state as a member of the table."""
+        return State(self.state)
+
+    @property
+    def live(self) -> bool:
+        """Whether there is still something to do."""
+        return self.at not in ENDED
