@@ -1,0 +1,136 @@
+"""One platform on one machine: which processes it has, who they are, where they listen.
+
+`prepare` makes what every process expects to find in the data folder (keyring, tokens, identities, addresses) and may
+be called again and again; `processes` names what runs, in the order in which it starts. `atoll up`
+and `atoll demo` differ only in how many regions they ask for and in what they do next.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from atoll.settings import LOOPBACK, TENANT, Broker, ConfigurationError, DataFolder, Endpoints, write_private
+from edge_runtime.identity import Identity
+from model_delta.encoding import pack, unpack
+from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.trust.updater import TrustAnchors
+
+AGGREGATORS = ("a0", "a1", "a2")
+COORDINATOR = "coordinator"
+BROKER = "broker"
+SUPERLINK = "superlink"
+CERTIFICATE_DAYS = 400
+ANCHORS = "anchors.cbor"
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """What to start: `regions` with a gateway each, `broker` auto | mosquitto | embedded, Flower and the aggregators
+    when `learning`."""
+
+    regions: tuple[str, ...]
+    broker: str = "auto"
+    learning: bool = False
+
+
+def gateway_name(region: str) -> str:
+    """The identity of a region's gateway."""
+    return f"gateway-{region}"
+
+
+def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -> Endpoints:
+    """Make keyring, tokens, identities and addresses; what exists is kept. `next_port(what)` gives a free port.
+
+    Raises ConfigurationError and StorageFull.
+    """
+    kind = broker_kind(layout.broker)
+    data.tokens()
+    keyring = open_keyring(data)
+    endpoints = Endpoints(
+        coordinator=f"http://{LOOPBACK}:{next_port('coordinator')}",
+        broker=Broker(LOOPBACK, next_port("broker"), kind),
+        gateways={region: f"http://{LOOPBACK}:{next_port(f'gateway {region}')}" for region in layout.regions},
+        aggregators={name: f"http://{LOOPBACK}:{next_port(f'aggregator {name}')}" for name in AGGREGATORS}
+        if layout.learning
+        else {},
+        flower_port=next_port("Flower SuperLink") if layout.learning else 0,
+    )
+    servers = (BROKER, SUPERLINK) if layout.learning else (BROKER,)
+    for name in servers:
+        issue_identity(data, keyring, name, server=True)
+    for name in (COORDINATOR, *map(gateway_name, layout.regions)):
+        issue_identity(data, keyring, name)
+    data.write_endpoints(endpoints)
+    return endpoints
+
+
+def open_keyring(data: DataFolder) -> EmbeddedKeyring:
+    """The folder's keyring, made on first use."""
+    if data.keyring_path.exists():
+        return EmbeddedKeyring.open(data.keyring_path)
+    return EmbeddedKeyring.create(data.keyring_path, TENANT)
+
+
+def issue_identity(data: DataFolder, keyring: EmbeddedKeyring, name: str, *, server: bool = False) -> Path:
+    """The identity folder of `name`, with a key, a certificate of the platform's CA and the trust anchors."""
+    folder = data.identity(name)
+    if (folder / "certificate.pem").exists():
+        return folder
+    identity = Identity.create(folder, name)
+    certificate = keyring.issue_certificate(
+        identity.request_pem(), name, identity.sealing_public, days=CERTIFICATE_DAYS, server=server
+    )
+    write_private(folder / ANCHORS, pack(keyring.anchors()))
+    identity.enrolled(certificate, keyring.ca_pem())
+    return folder
+
+
+def read_anchors(folder: Path) -> TrustAnchors:
+    """The trust anchors that an identity was given. Raises ConfigurationError when it has none."""
+    path = folder / ANCHORS
+    if not path.exists():
+        raise ConfigurationError(f"{path}: expected trust anchors, found none; enrol this identity again")
+    return unpack(path.read_bytes(), TrustAnchors)
+
+
+def broker_kind(wanted: str) -> str:
+    """mosquitto or embedded; `auto` takes mosquitto when this machine has it. Raises ConfigurationError."""
+    from regional_gateway import mosquitto
+
+    if wanted not in ("auto", "mosquitto", "embedded"):
+        raise ConfigurationError(f"--broker: expected auto, mosquitto or embedded, found {wanted!r}")
+    if wanted == "mosquitto" and mosquitto.find() is None:
+        raise ConfigurationError("--broker mosquitto: no mosquitto on the PATH; install it or pass --broker embedded")
+    if wanted == "auto":
+        return "mosquitto" if mosquitto.find() is not None else "embedded"
+    return wanted
+
+
+def atoll_argv(*arguments: str) -> list[str]:
+    """How a child of this program is started, without relying on the PATH."""
+    return [sys.executable, "-m", "atoll", *arguments]
+
+
+def urls(endpoints: Endpoints) -> Mapping[str, str]:
+    """Every HTTP address by process name, for people."""
+    named = {COORDINATOR: endpoints.coordinator}
+    named.update({gateway_name(region): url for region, url in endpoints.gateways.items()})
+    named.update({f"aggregator {name}": url for name, url in endpoints.aggregators.items()})
+    return named
+
+
+def port_of(url: str) -> int:
+    """The port at the end of one of our own addresses."""
+    return int(url.rsplit(":", 1)[1])
+
+
+def regions_from(endpoints: Endpoints, home: str) -> Sequence[str]:
+    """Regions in the order in which a device of `home` asks them: the nearest first."""
+    if home not in endpoints.gateways:
+        raise ConfigurationError(
+            f"region {home!r}: expected one of {', '.join(sorted(endpoints.gateways))}; pass --region"
+        )
+    return [home, *(region for region in endpoints.gateways if region != home)]
