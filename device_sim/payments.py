@@ -363,6 +363,24 @@ class TerminalHistory:
         self._hour = _Window(_HOUR)
         self._week = _Window(_WEEK)
 
+    @classmethod
+    def resumed(cls, past: Payments, terminal: int, payments_max: int = HISTORY_PAYMENTS_MAX) -> TerminalHistory:
+        """The history that adding all payments of `terminal` in `past` one by one would have left, computed at once."""
+        mine = past.rows(past.terminal == terminal)
+        history = cls(payments_max)
+        if not len(mine):
+            return history
+        recent = int(np.searchsorted(mine.time, mine.time[-1] - _WEEK, side="right"))
+        logs = np.log1p(mine.amount[:recent])
+        history._count = recent
+        history._cents = int(mine.amount_cents[:recent].sum())
+        history._log_sum = float(logs.sum())
+        history._log_square_sum = float((logs**2).sum())
+        for payment in mine.rows(slice(recent, None)).replay(terminal):
+            history._forget(payment.time)
+            history._remember(payment)
+        return history
+
     def __len__(self) -> int:
         return len(self._recent)
 

@@ -149,3 +149,16 @@ def test_an_unknown_merchant_is_named() -> None:
 def test_no_days_is_refused() -> None:
     with pytest.raises(ValueError, match="over 0 days"):
         generate(PaymentSpec(("fuel",), days=0, seed=1))
+
+
+def test_a_resumed_history_continues_as_if_it_had_seen_everything(table: Payments) -> None:
+    past, future = table.rows(table.days(0, 10)), table.rows(table.days(10, 12))
+    features = table.features()[table.days(10, 12)]
+    for terminal in (0, 7, 17):
+        history = TerminalHistory.resumed(past, terminal)
+        online = np.array([vector(history.add(payment)) for payment in future.replay(terminal)])
+        np.testing.assert_allclose(online, features[future.terminal == terminal], rtol=1e-5, atol=1e-5)
+
+
+def test_a_history_resumed_from_nothing_is_empty(table: Payments) -> None:
+    assert len(TerminalHistory.resumed(table.rows(slice(0, 0)), 0)) == 0
