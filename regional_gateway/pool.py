@@ -169,12 +169,15 @@ def open_version(
 
 
 async def run(version: Version, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run the model on checked inputs. Raises ModelFault when it fails or answers what is no finite number."""
+    """Run the model on checked inputs. Raises ModelFault when it fails or answers what is no finite number;
+    Malformed when the inputs do not fit after all."""
     try:
         if version.inline:
             outputs = version.model.run(inputs)
         else:
             outputs = await asyncio.to_thread(version.model.run, inputs)
+    except AtollError:
+        raise  # the runtime says that the inputs do not fit after all (free dimensions other than the batch)
     except Exception as error:  # a runtime raises kinds of its own, and none may take the process down
         raise ModelFault(f"version {version.name}: the model failed: {type(error).__name__}") from error
     for output, array in outputs.items():

@@ -291,12 +291,7 @@ def _from_json(tensor: InferInput) -> Array:
     if not raw or tensor.datatype == "FP16":
         how = "binary data (FP16 has no JSON form)" if tensor.datatype == "FP16" else "data, or binary_data_size"
         raise Malformed(f"input {tensor.name[:64]!r}: expected {how}, found none")
-    depth = 0
-    while depth < min(len(raw), DIMENSIONS_MAX + 1) and raw[depth : depth + 1] == b"[":
-        depth += 1
-    if depth not in (1, len(tensor.shape)):
-        # White space between brackets is legal JSON; take the slow look only then.
-        depth = _depth(raw)
+    depth = _depth(raw)
     if depth != 1 and depth != len(tensor.shape):
         raise Malformed(
             f"input {tensor.name[:64]!r}: expected data flat or nested {len(tensor.shape)} deep, found {depth} deep"
