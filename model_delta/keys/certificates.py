@@ -156,6 +156,8 @@ def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collecti
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError):
         raise Untrusted("device certificate: not issued by this platform's CA; enroll the device again") from None
+    if not _is_client_leaf(certificate):
+        raise Untrusted("device certificate: expected a client's leaf certificate, found one for another purpose")
     identity = _identity_of(certificate)
     what = f"certificate of {identity}"
     moment = _moment(now)
@@ -165,8 +167,6 @@ def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collecti
         raise Expired(f"{what}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}; enroll the device again")
     if certificate.serial_number in revoked:
         raise Untrusted(f"{what}: revoked")
-    if not _is_client_leaf(certificate):
-        raise Untrusted(f"{what}: expected a client's leaf certificate, found one for another purpose")
     verifying = certificate.public_key()
     if not isinstance(verifying, ec.EllipticCurvePublicKey) or not isinstance(verifying.curve, ec.SECP256R1):
         raise Untrusted(f"{what}: expected a P-256 key, found {type(verifying).__name__}")
