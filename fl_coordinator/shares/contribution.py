@@ -14,7 +14,7 @@ Compatibility promise: see `model_delta.encoding`; a field that changes meaning 
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import msgspec
@@ -78,6 +78,17 @@ class VerifiedContribution:
     device_id: str
     claim: Claim
     masked: bytes
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one aggregator holds of a frozen list of n contributions: `shares` uint64[n, d] twice (zeros where refused),
+    the contributions' digests and device ids in the frozen order, and why it refused some, by index."""
+
+    digests: tuple[str, ...]
+    device_ids: tuple[str, ...]
+    refusals: Mapping[int, str]
+    shares: Pair
 
 
 def parse(data: bytes, size_max: int | None = None) -> Contribution:
@@ -149,6 +160,43 @@ def open_shares(verified: VerifiedContribution, task: RoundTask, index: int, pri
     )
 
 
+def hold(
+    contributions: Sequence[bytes],
+    task: RoundTask,
+    index: int,
+    private: X25519PrivateKey,
+    ca_pem: bytes,
+    revoked: Set[int],
+    now: float,
+) -> Holding:
+    """Verify every contribution of the frozen list and open aggregator `index`'s shares; a bad one is only refused.
+
+    Of two contributions of one device the first counts. `now` is Unix seconds.
+    """
+    first = np.zeros((len(contributions), task.length), dtype=np.uint64)
+    second = np.zeros_like(first)
+    refusals: dict[int, str] = {}
+    seen: set[str] = set()
+    for place, data in enumerate(contributions):
+        try:
+            if len(data) > size_max(task):
+                raise Malformed(f"contribution: expected at most {size_max(task)} bytes, found {len(data)}")
+            verified = verify(data, ca_pem, revoked, now)
+            reason = mismatch(verified, task)
+            if verified.device_id in seen:
+                reason = "a second contribution of this device"
+            if reason:
+                raise Untrusted(reason)
+            seen.add(verified.device_id)
+            pair = open_shares(verified, task, index, private)
+        except (Malformed, Untrusted) as error:
+            refusals[place] = str(error)
+            continue
+        first[place], second[place] = pair.first, pair.second
+    digests = tuple(digest_of(data) for data in contributions)
+    return Holding(digests, tuple(_claimed_device(data) for data in contributions), refusals, Pair(first, second))
+
+
 def sealing_info(task: RoundTask, device_id: str, index: int) -> bytes:
     """What a sealed pair is bound to: the round, the base, the device and the aggregator's place."""
     return pack(["atoll shares", task.tenant, task.model, task.round_id, task.base, device_id, index])
@@ -173,6 +221,14 @@ def _share(verified: VerifiedContribution, task: RoundTask, number: int, secret:
         return np.frombuffer(AESGCM(secret).decrypt(_NONCE, verified.masked, bound), dtype="<u8")
     except InvalidTag:
         raise Untrusted("the masked vector does not open under the sealed secret") from None
+
+
+def _claimed_device(data: bytes) -> str:
+    """The device a contribution names, believed or not; "" when it cannot be read."""
+    try:
+        return unpack(parse(data).claim, Claim).device_id
+    except Malformed:
+        return ""
 
 
 def _short(value: object) -> str:

@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fl_coordinator.rules import selection
+from fl_coordinator.shares.contribution import Holding
 from fl_coordinator.shares.fixed_point import Rng, Words, norm_max
 from fl_coordinator.shares.range_check import bound_exponent, range_check, require_announceable
 from fl_coordinator.shares.sharing import (
@@ -59,17 +60,6 @@ _TAG_BYTES = 32
 _REASON_MAX = 300
 
 R = TypeVar("R", bound=msgspec.Struct)
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What one aggregator holds of a frozen list of n contributions: `shares` uint64[n, d] twice (zeros where refused),
-    the contributions' digests and device ids in the frozen order, and why it refused some, by index."""
-
-    digests: tuple[str, ...]
-    device_ids: tuple[str, ...]
-    refusals: Mapping[int, str]
-    shares: Pair
 
 
 class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,7 +55,7 @@ def require_announceable(task: RoundTask) -> None:
     exponent = bound_exponent(task)
     if exponent > EXPONENT_MAX:
         raise Malformed(
-            f"{what}: with {task.length} parameters, clip norm {task.clip_norm_l2:g}, {task.fraction_bits} fraction bits "
+            f"{what}: {task.length} parameters, clip norm {task.clip_norm_l2:g}, {task.fraction_bits} fraction bits: "
             f"a subset sum can reach 2^{exponent}, at most 2^{EXPONENT_MAX} keeps the distances from wrapping; "
             f"lower fraction_bits to {max(0, task.fraction_bits - (exponent - EXPONENT_MAX))} or the clip norm"
         )
