@@ -8,7 +8,8 @@ A bounded, append-only queue of `Decision`, `Feedback` and `UpdateOutcome` recor
 A record is one plain `write`: it survives the death of the process; after a power cut a torn or damaged tail is cut off
 when the queue is opened. `marks` holds how far the coordinator has acknowledged and the range of the last report, which
 is written before that report is sent: a device that dies in between repeats exactly the same range, so the coordinator
-can tell a repetition from news, and a number that may have left the device is never given to another record.
+can tell a repetition from news. (Marks are not waited for on the disk: a power cut may lose the last of them, and then
+the coordinator's acknowledgement puts the numbering right.)
 
 Acknowledged segments stay while there is room (`history_records`), so that the outcome of a payment, which comes weeks
 later, can still be joined to its decision. When the queue is full the oldest records go, and the loss is counted.
@@ -143,7 +144,7 @@ class Outbox:
         return self.last_sequence - self.marks.acked
 
     def append(self, record: Record) -> int:
-        """Keep `record`; its number, or 0 when it could not be kept (counted in `marks.dropped`, its number is used up).
+        """Keep `record`; its number, or 0 when it could not be kept (counted in `marks.dropped`; the number is spent).
         Raises nothing: a full disk must not cost an answer."""
         payload = pack([_NAMES[type(record)], record])
         frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
@@ -198,11 +199,18 @@ class Outbox:
         return first, last
 
     def acknowledge(self, epoch: int, sequence: int) -> bool:
-        """The coordinator has everything up to `sequence`. False (and nothing changed) for another epoch, a repetition,
-        or a number that was never sent."""
-        if epoch != self.marks.epoch or not self.marks.acked < sequence <= self.marks.sent:
+        """The coordinator has everything up to `sequence`. False (and nothing changed) for another epoch or a
+        repetition. If it knows more than was ever sent from here, a power cut has taken records that had left already:
+        numbering goes on behind them."""
+        if epoch != self.marks.epoch or sequence <= self.marks.acked:
             return False
-        self._write_marks(acked=sequence)
+        lost = 0
+        if sequence > self.marks.sent:
+            if sequence >= self._next:
+                self._next = sequence + 1
+                self._count = self._segment
+            lost = sequence - max(self.marks.sent, self.marks.acked)
+        self._write_marks(acked=sequence, sent=max(self.marks.sent, sequence), dropped=self.marks.dropped + lost)
         self._shrink()
         return True
 
@@ -281,7 +289,7 @@ class Outbox:
 
     def _write_marks(self, **changes: int) -> None:
         marks = msgspec.structs.replace(self.marks, **changes)
-        replace_file(self._directory / "marks", pack(marks))
+        replace_file(self._directory / "marks", pack(marks), durable=False)
         self.marks = marks
 
 

@@ -34,6 +34,7 @@ from model_delta.errors import AtollError, Malformed, NotFound, StorageFull
 from model_delta.manifest import Manifest, manifest_digest, parse_manifest
 from model_delta.trust.signing import open_envelope
 from model_delta.trust.updater import TrustState
+from monitoring.telemetry import UpdateOutcome
 
 SlotName = Literal["a", "b"]
 SLOTS: tuple[SlotName, SlotName] = ("a", "b")
@@ -45,6 +46,7 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     `target` and `slot`: the version being installed and where. `rollout`: the plan that asked for it. `route`: patch,
     chain, whole or none. `started` and `switched`: Unix seconds. `given_up`: versions that failed here, by the rollout
     that offered them; they are not tried again in it. `plan`: the newest accepted plan, as received.
+    `outcomes`: what is yet to be told, noted when the outbox's last number was `told_after`.
     """
 
     state: State = State.IDLE
@@ -58,6 +60,8 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     given_up: dict[str, str] = {}
     trust: TrustState = TrustState()
     plan: bytes = b""
+    outcomes: tuple[UpdateOutcome, ...] = ()
+    told_after: int = 0
     adopted: int = 0
     rolled_back: int = 0
 
@@ -231,9 +235,10 @@ def other_slot(slot: str) -> SlotName:
     return "a" if slot == "b" else "b"
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a power cut leaves the old or the new content. Raises StorageFull with the old
-    content in place."""
+def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `data` so that a power cut leaves the old or the new content; with `durable` off it is only
+    certain that the death of this process does (and it costs no disk wait). Raises StorageFull with the old content in
+    place."""
     temporary = path.with_name(path.name + ".new")
     with _storage_errors(path):
         try:
@@ -242,14 +247,16 @@ def replace_file(path: Path, data: bytes) -> None:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(handle, view) :]
-                os.fsync(handle)
+                if durable:
+                    os.fsync(handle)
             finally:
                 os.close(handle)
             temporary.rename(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

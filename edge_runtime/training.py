@@ -113,7 +113,7 @@ def train(
 
 
 def clip(update: Vector, norm_max: float) -> tuple[Vector, float]:
-    """`update` scaled down to L2 norm `norm_max` if it is longer, and its norm before (Abadi et al. 2016, section 3)."""
+    """`update` scaled down to L2 norm `norm_max` if longer, and its norm before (Abadi et al. 2016, section 3)."""
     norm = float(np.linalg.norm(update.astype(np.float64)))
     if norm <= norm_max:
         return update.astype(np.float32), norm

@@ -1,0 +1,278 @@
+"""The device: its parts put together, and what it says to the world.
+
+    Answers         a payment in, a decision out                           answers.py
+    Installation    which version answers, and how the next one gets here  installation.py
+    Participation   one step of training for a federated round             participation.py
+    Outbox          what happened, until the coordinator has it            outbox.py
+
+The device is given everything it touches: a link to the broker, a folder, a clock, runtimes as callables. Waits use the
+monotonic clock; wall time (`clock`) only judges expiry and dates records, so a jump of it delays nothing.
+
+    device = Device(identity=..., traits=..., ...)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(device.run())
+        decision = await device.decide(features)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime import training
+from edge_runtime.answers import Answers, Running
+from edge_runtime.fetching import Fetcher
+from edge_runtime.identity import Identity
+from edge_runtime.inference import OpenModel, RunGraph
+from edge_runtime.installation import Installation
+from edge_runtime.link import Link
+from edge_runtime.outbox import Outbox, Record, fold
+from edge_runtime.participation import Contribute, Data, Participation, Train
+from edge_runtime.probation import ProbationRules
+from edge_runtime.regions import AskRegion
+from edge_runtime.safe_mode import Baseline, FrameJoiner, OpenBaseline, SafeMode, verified_baseline
+from edge_runtime.slots import Slots
+from model_delta.encoding import pack, unpack
+from model_delta.errors import AtollError, Unavailable
+from model_delta.plan import DeviceTraits
+from model_delta.topics import ReportAck, down, plan_topic, round_topic, up
+from model_delta.trust.updater import TrustAnchors
+from monitoring.telemetry import Decision, Feedback, Report
+
+CONNECTION_POLL_S = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+class Device:
+    """One device and one model.
+
+    `directory` is its own and survives restarts. `mirrors`: regions whose mirrors serve it, home first (its own region
+    when not given). `data` gives local training payments (features float32[n, F], labels float32[n]); `contribute` turns
+    a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional parts may be None: a
+    device without `data` or `contribute` takes no part in rounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        traits: DeviceTraits,
+        model: str,
+        directory: Path,
+        link: Link,
+        anchors: TrustAnchors,
+        feature_names: Sequence[str],
+        open_model: OpenModel,
+        rng: random.Random,
+        clock: Callable[[], float] = time.time,
+        mirrors: Sequence[str] = (),
+        regions: AskRegion | None = None,
+        open_baseline: OpenBaseline | None = None,
+        join_frames: Callable[[], FrameJoiner] | None = None,
+        data: Callable[[], Data] | None = None,
+        contribute: Contribute | None = None,
+        run_graph: RunGraph | None = None,
+        train: Train = training.train,
+        probation: ProbationRules | None = None,
+        margin: float = 0.02,
+        amount_feature: str = "amount",
+        amount_limit: float = 50.0,
+        report_interval_s: float = 5.0,
+        answer_deadline_s: float = 3.0,
+        retry_first_s: float = 0.5,
+        receipt_deadline_s: float = 5.0,
+    ) -> None:
+        self.device_id, self.traits, self.model = identity.name, traits, model
+        self._link, self._clock, self._rng = link, clock, rng
+        self._report_interval_s = report_interval_s
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        slots = Slots(directory)
+        self.outbox = Outbox(directory / "outbox", draw_epoch=rng.getrandbits(48))
+        self.running = Running()
+        self.safe_mode = SafeMode(
+            directory / "baseline",
+            open_baseline=open_baseline or verified_baseline(anchors, model),
+            join=join_frames,
+            amount_feature=amount_feature,
+            amount_limit=amount_limit,
+        )
+        self.fetcher = Fetcher(
+            link=link,
+            identity=identity,
+            regions=tuple(mirrors) or (traits.region,),
+            slots=slots,
+            rng=rng,
+            clock=clock,
+            answer_deadline_s=answer_deadline_s,
+        )
+        self._report_now = asyncio.Event()
+        self.installation = Installation(
+            traits=traits,
+            model=model,
+            slots=slots,
+            fetcher=self.fetcher,
+            outbox=self.outbox,
+            running=self.running,
+            anchors=anchors,
+            open_model=open_model,
+            clock=clock,
+            rng=rng,
+            probation=probation or ProbationRules(),
+            told=self._report_now.set,
+            retry_first_s=retry_first_s,
+        )
+        self.participation: Participation | None = None
+        if data is not None and contribute is not None and run_graph is not None:
+            self.participation = Participation(
+                device_id=self.device_id,
+                model=model,
+                path=directory / "round.record",
+                link=link,
+                fetcher=self.fetcher,
+                slots=slots,
+                running=self.running,
+                anchors=anchors,
+                clock=clock,
+                rng=np.random.default_rng(rng.getrandbits(64)),
+                data=data,
+                train=train,
+                contribute=contribute,
+                run_graph=run_graph,
+                trust=lambda: self.installation.record.trust,
+                keep_trust=self.installation.keep_trust,
+                receipt_deadline_s=receipt_deadline_s,
+            )
+        self._answers = Answers(
+            device_id=self.device_id,
+            region=traits.region,
+            feature_names=feature_names,
+            running=self.running,
+            safe_mode=self.safe_mode,
+            outbox=self.outbox,
+            regions=regions,
+            clock=clock,
+            observe=self.installation.observe,
+            margin=margin,
+        )
+
+    # -- payments
+
+    async def decide(self, features: Mapping[str, float]) -> Decision:
+        """Answer one payment, in every state. Raises Malformed for features that are missing or not finite."""
+        return await self._answers.decide(features)
+
+    def feedback(self, decision_id: str, fraud: bool) -> Feedback:
+        """What a payment turned out to be. Raises NotFound when the decision is too old, Malformed for a foreign id."""
+        return self._answers.feedback(decision_id, fraud)
+
+    # -- the baseline, which may come by another line
+
+    def receive_baseline(self, data: bytes) -> Baseline:
+        """A signed baseline as a whole. Raises Untrusted, Malformed, StorageFull."""
+        return self.safe_mode.receive(data)
+
+    def receive_frame(self, frame: bytes) -> Baseline | None:
+        """One frame of a baseline; the baseline once it is complete. Raises as `receive_baseline`."""
+        return self.safe_mode.receive_frame(frame)
+
+    # -- what the fleet sees
+
+    @property
+    def state(self) -> str:
+        """The update's state."""
+        return str(self.installation.record.state)
+
+    @property
+    def in_safe_mode(self) -> bool:
+        """Whether no full model may answer now."""
+        return bool(self.running.blocked(self._clock()))
+
+    async def run(self) -> None:
+        """Live until cancelled: follow plans, report, take part in rounds."""
+        tenant = self.traits.tenant
+        self.fetcher.start()
+        self._link.subscribe(down(self.device_id, "ack"), self._acknowledged)
+        if self.participation is not None:
+            self.participation.start()
+            self._link.subscribe(round_topic(tenant, self.model), self.participation.announced)
+        self._link.subscribe(plan_topic(tenant, self.model), self.installation.offered)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.installation.run(), name=f"{self.device_id} installation")
+                group.create_task(self._greet(), name=f"{self.device_id} hello")
+                group.create_task(self._report(), name=f"{self.device_id} report")
+                if self.participation is not None:
+                    group.create_task(self.participation.run(), name=f"{self.device_id} participation")
+        finally:
+            self.outbox.close()
+
+    async def _greet(self) -> None:
+        """Say hello once per connection."""
+        greeted = False
+        while True:
+            if not self._link.connected:
+                greeted = False
+            elif not greeted:
+                with contextlib.suppress(Unavailable):
+                    await self._link.publish(up(self.device_id, "hello"), pack(self._hello()))
+                    greeted = True
+            await asyncio.sleep(CONNECTION_POLL_S)
+
+    def _hello(self) -> dict[str, str]:
+        return {
+            "device_id": self.device_id,
+            "device_class": self.traits.device_class,
+            "region": self.traits.region,
+            "running": self.running.digest,
+            "state": self.state,
+        }
+
+    async def _report(self) -> None:
+        """Report every interval (an eighth of jitter keeps a fleet from marching in step), at once after an outcome."""
+        while True:
+            pause = self._report_interval_s * (1 + (self._rng.random() - 0.5) / 4)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._report_now.wait(), pause)
+            self._report_now.clear()
+            if not self._link.connected:
+                continue
+            try:
+                await self._link.publish(up(self.device_id, "report"), pack(self._next_report()))
+            except AtollError as error:  # the broker went away, or the disk is full: the next interval tries again
+                _log.info("%s: report: %s", self.device_id, error)
+
+    def _next_report(self) -> Report:
+        first, last = self.outbox.next_range()
+        records: list[Record] = [record for _, record in self.outbox.read(first, last)]
+        folded = fold(records)
+        marks = self.outbox.marks
+        return Report(
+            device_id=self.device_id,
+            epoch=marks.epoch,
+            first_sequence=first,
+            last_sequence=last,
+            time=self._clock(),
+            state=self.state,
+            running=self.running.digest,
+            safe_mode=self.in_safe_mode,
+            plan_serial=self.installation.plan_serial,
+            dropped=marks.dropped,
+            lost_requests=marks.lost_requests,
+            summaries=folded.summaries,
+            outcomes=folded.outcomes,
+        )
+
+    def _acknowledged(self, _topic: str, payload: bytes) -> None:
+        try:
+            ack = unpack(payload, ReportAck)
+            self.outbox.acknowledge(ack.epoch, ack.sequence)
+        except AtollError as error:
+            _log.warning("%s: acknowledgement: %s", self.device_id, error)

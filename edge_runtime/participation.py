@@ -1,0 +1,197 @@
+"""The device's part in a federated round: one step on local payments, one contribution, sent until it is receipted.
+
+What must never happen is a second, different contribution to a round: the two would differ by noise an attacker can
+use, and count twice. So the contribution is on disk before it is sent for the first time, and from then on the same
+bytes are sent, also after the power was off, until a receipt comes or the round closes. The raw update is never stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.answers import Running
+from edge_runtime.fetching import Fetcher
+from edge_runtime.inference import RunGraph
+from edge_runtime.link import Link
+from edge_runtime.slots import Slots, replace_file
+from edge_runtime.training import LocalUpdate
+from model_delta.digest import require_match
+from model_delta.encoding import pack, unpack
+from model_delta.errors import AtollError, Expired, Unavailable
+from model_delta.task import RoundTask
+from model_delta.topics import ContributionReceipt, down, up
+from model_delta.trust.updater import TrustAnchors, TrustState, accept_task
+
+Data = tuple[NDArray[np.float32], NDArray[np.float32]]
+Contribute = Callable[[NDArray[np.float32], RoundTask], bytes]
+Train = Callable[
+    [bytes, RoundTask, bytes, NDArray[np.float32], NDArray[np.float32], np.random.Generator, RunGraph], LocalUpdate
+]
+
+_log = logging.getLogger(__name__)
+
+
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The last round this device sent to: its bytes, and how it ended ("" while waiting for the receipt)."""
+
+    round_id: str = ""
+    contribution: bytes = b""
+    ended: str = ""
+    loss_before: float = 0.0
+    loss_after: float = 0.0
+
+
+class Participation:
+    """Follows round announcements for one device and model."""
+
+    def __init__(
+        self,
+        *,
+        device_id: str,
+        model: str,
+        path: Path,
+        link: Link,
+        fetcher: Fetcher,
+        slots: Slots,
+        running: Running,
+        anchors: TrustAnchors,
+        clock: Callable[[], float],
+        rng: np.random.Generator,
+        data: Callable[[], Data],
+        train: Train,
+        contribute: Contribute,
+        run_graph: RunGraph,
+        trust: Callable[[], TrustState],
+        keep_trust: Callable[[TrustState], None],
+        receipt_deadline_s: float = 5.0,
+    ) -> None:
+        self._device_id, self._model, self._path = device_id, model, path
+        self._link, self._fetcher, self._slots, self._running = link, fetcher, slots, running
+        self._anchors, self._clock, self._rng, self._data = anchors, clock, rng, data
+        self._train, self._contribute, self._run_graph = train, contribute, run_graph
+        self._trust, self._keep_trust = trust, keep_trust
+        self._receipt_deadline_s = receipt_deadline_s
+        self._jitter = random.Random(int(rng.integers(1 << 62)))
+        self._task: RoundTask | None = None
+        self._changed = asyncio.Event()
+        self._graphs: dict[str, bytes] = {}
+        self.refused = 0
+        self.last_refusal = ""
+        self.record = _read(path)
+
+    def announced(self, _topic: str, payload: bytes) -> None:
+        """A round announcement has arrived; an unbelievable one is counted and otherwise ignored."""
+        try:
+            task, trust = accept_task(payload, self._model, self._anchors, self._trust(), self._clock())
+            if trust != self._trust():
+                self._keep_trust(trust)
+        except Expired:
+            return  # a round that closed while we were away
+        except AtollError as error:
+            self.refused += 1
+            self.last_refusal = str(error)
+            _log.warning("%s: round announcement refused: %s", self._device_id, error)
+            return
+        self._task = task
+        self._changed.set()
+
+    def receipted(self, _topic: str, payload: bytes) -> None:
+        """The coordinator has the contribution, or refuses it for good."""
+        try:
+            receipt = unpack(payload, ContributionReceipt)
+        except AtollError:
+            return
+        if receipt.round_id == self.record.round_id and not self.record.ended:
+            ended = "accepted" if receipt.accepted else f"refused: {receipt.reason}"[:300]
+            self._write(msgspec.structs.replace(self.record, ended=ended, contribution=b""))
+            self._changed.set()
+
+    def start(self) -> None:
+        """Subscribe to the receipts (announcements are the caller's subscription)."""
+        self._link.subscribe(down(self._device_id, "receipt"), self.receipted)
+
+    async def run(self) -> None:
+        """Take part in every announced round, until cancelled."""
+        while True:
+            self._changed.clear()
+            pause = None
+            task = self._task
+            if task is not None and task.open and self._clock() < task.deadline:
+                try:
+                    pause = await self._take_part(task)
+                except Unavailable as error:
+                    pause = 0.5 + self._jitter.random()
+                    _log.info("%s: round %s: %s", self._device_id, task.round_id, error)
+                except AtollError as error:
+                    self._give_up(task, str(error))
+            await _wait(self._changed, pause)
+
+    async def _take_part(self, task: RoundTask) -> float | None:
+        """One attempt; seconds until the next is due, or None when there is nothing left to do."""
+        if self.record.round_id != task.round_id:
+            if self._running.digest != task.base:
+                return 1.0  # it may still be adopted before the round closes
+            await self._prepare(task)
+        if self.record.ended:
+            return None
+        await self._link.publish(up(self._device_id, "contribution"), self.record.contribution)
+        return self._receipt_deadline_s * (0.75 + self._jitter.random() / 2)
+
+    async def _prepare(self, task: RoundTask) -> None:
+        """Train, share and store the one contribution to this round."""
+        graph = await self._graph(task.training_graph)
+        version = self._slots.installed(self._slots.pointer())
+        if version is None or version.digest != task.base:
+            raise Unavailable(f"round {task.round_id}: the base version is not in the slot that answers")
+        file = self._slots.read_file(version)
+        features, labels = self._data()
+        rng = np.random.default_rng(self._rng.integers(1 << 62))
+
+        def compute() -> tuple[bytes, LocalUpdate]:
+            local = self._train(file, task, graph, features, labels, rng, self._run_graph)
+            return self._contribute(local.update, task), local
+
+        contribution, local = await asyncio.to_thread(compute)
+        self._write(
+            RoundRecord(
+                round_id=task.round_id,
+                contribution=contribution,
+                loss_before=local.loss_before,
+                loss_after=local.loss_after,
+            )
+        )
+
+    async def _graph(self, digest: str) -> bytes:
+        if digest not in self._graphs:
+            graph = await self._fetcher.object("artifact", digest)
+            require_match(graph, digest, f"training graph {digest[:16]}…")
+            self._graphs = {digest: graph}
+        return self._graphs[digest]
+
+    def _give_up(self, task: RoundTask, reason: str) -> None:
+        _log.warning("%s: sits out round %s: %s", self._device_id, task.round_id, reason)
+        self._write(RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300]))
+
+    def _write(self, record: RoundRecord) -> None:
+        replace_file(self._path, pack(record))
+        self.record = record
+
+
+def _read(path: Path) -> RoundRecord:
+    return unpack(path.read_bytes(), RoundRecord) if path.exists() else RoundRecord()
+
+
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+    """Until `event` is set or `seconds` are over (None: for as long as it takes)."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        pass
