@@ -56,16 +56,17 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Pool:
-    """Loaded versions by manifest digest. `load` brings one into memory: it fetches, checks, opens, and may raise."""
+    """Loaded versions by manifest digest. `load` brings one into memory: it fetches, checks, opens, and may raise.
+    `on_load` is told how many seconds each load took."""
 
     def __init__(
         self,
         load: Callable[[str], Awaitable[Version]],
         *,
         versions_max: int = 64,
-        on_load: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._load, self._versions_max, self._on_load = load, versions_max, on_load
+        self._load, self._versions_max = load, versions_max
+        self.on_load: Callable[[float], None] = lambda seconds: None
         self._loaded: OrderedDict[str, Version] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Version]] = {}
         self._failed: dict[str, tuple[AtollError, float]] = {}
@@ -137,7 +138,7 @@ class Pool:
         self._loaded[digest] = version
         while len(self._loaded) > self._versions_max:
             self._loaded.popitem(last=False)
-        self._on_load(asyncio.get_running_loop().time() - started)
+        self.on_load(asyncio.get_running_loop().time() - started)
         return version
 
 

@@ -113,6 +113,7 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self._full_at: dict[str, float] = {}
+        versions.pool.on_load = self.meters.cold_loads.observe
         self.meters.loaded.read_from(lambda: len(versions.pool))
         self.meters.in_flight.read_from(lambda: self.in_flight)
         self.meters.ready.read_from(lambda: float(self.ready()))

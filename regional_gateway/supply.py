@@ -97,7 +97,6 @@ class Supply:
         open_model: OpenModel,
         sealing: X25519PrivateKey,
         clock: Callable[[], float] = time.time,
-        on_load: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._store, self._link, self._anchors = store, link, anchors
         self._fetch, self._artifact_key, self._open_model = fetch, artifact_key, open_model
@@ -107,7 +106,7 @@ class Supply:
         self._arrived: dict[tuple[str, str], bytes] = {}
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
-        self.pool = Pool(self._load, on_load=on_load)
+        self.pool = Pool(self._load)
 
     def plan(self, tenant: str, model: str) -> RolloutPlan | None:
         """The plan in force, or None if none was ever accepted."""

@@ -548,6 +548,7 @@ def test_what_happened_is_counted(world: World) -> None:
         assert f'atoll_gateway_decisions_total{{arm="stable",decision="approve",version="{name}"}} 3.0' in text
         assert "atoll_gateway_models_loaded 1.0" in text
         assert "atoll_gateway_ready 1.0" in text
+        assert "atoll_gateway_cold_load_seconds_count 1.0" in text
 
     run_in(world, story)
 
