@@ -101,8 +101,8 @@ def tampered(
 class ObservedUpdates:
     """Raw updates of a simulated fleet in a folder, for the comparison with a plain average.
 
-    One file an update, `<folder>/<round>/<device>.<honest|hostile>.npy`, complete or absent; several fleet processes may
-    write into the same folder.
+    One file an update, `<folder>/<round>/<device>.<honest|hostile>.npy`, complete or absent; several fleet processes
+    may write into the same folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ def plain_average(updates: list[Vector]) -> Vector:
     """The unweighted mean of raw updates: what FedAvg with equal weights (McMahan et al., 2017) would have applied."""
     if not updates:
         raise Malformed("plain average: no updates were observed in this round")
-    return np.mean(np.stack(updates).astype(np.float64), axis=0).astype(np.float32)
+    return np.asarray(np.mean(np.stack(updates), axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def _plain(name: str) -> str:
