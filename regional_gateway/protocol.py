@@ -11,6 +11,7 @@ status that becomes is decided in `app`, nowhere else.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,6 +162,7 @@ _infer_decoder = msgspec.json.Decoder(InferRequest)
 _LEAVES: dict[str, Any] = {"b": bool, "u": int, "i": int, "f": float, "O": str}
 
 
+@functools.cache
 def datatype_of(dtype: str) -> str:
     """The protocol's name of a NumPy dtype name (`float32` -> `FP32`). Raises Malformed for one it has no name for."""
     name = _DATATYPES.get(np.dtype(object) if dtype in ("object", "str", "string") else np.dtype(dtype))
@@ -241,8 +243,8 @@ def require_inputs(inputs: Mapping[str, Array], specs: Sequence[TensorSpec], mod
 
 
 def datatype_of_array(array: Array) -> str:
-    """The protocol's name of the array's type."""
-    return datatype_of(array.dtype.name)
+    """The protocol's name of the array's type. Raises Malformed for one it has no name for."""
+    return _DATATYPES.get(array.dtype) or datatype_of(array.dtype.name)
 
 
 def encode_infer(

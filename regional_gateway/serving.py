@@ -245,7 +245,7 @@ async def _answer(
     traits = DeviceTraits(asker.device_id, tenant.name, asker.device_class, gateway.region)
     route = choose(plan, traits, asked_version.rpartition("@")[2])
     if isinstance(route, Refusal):
-        raise UnknownModel(route.reason)
+        raise UnknownModel(route.reason) if asked_version else NotReady(route.reason)
     version, late = gateway.versions.pool.get(route.manifest), ""
     if version is None and route.fallback:
         version = gateway.versions.pool.get(route.fallback)

@@ -160,6 +160,8 @@ class Supply:
     async def _accept(self, key: tuple[str, str], envelope: bytes) -> None:
         tenant, model = key
         known = self._followed.get(key)
+        if known is not None and known.envelope == envelope:
+            return  # a retained message returns on every reconnect
         now = self._clock()
         state = known.state if known else TrustState()
         plan, state = accept_plan(envelope, model, self._anchors[tenant], state, now)

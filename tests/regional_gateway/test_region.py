@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,37 @@ def test_inference_in_json_and_binary_gives_the_models_own_numbers(world: World)
             found = np.frombuffer(packed.content[length:], "<f4").reshape(5, 1)
             np.testing.assert_allclose(found, expected, atol=1e-6)
         assert len(world.left) == 15
+
+    run_in(world, story)
+
+
+def test_no_body_makes_the_region_fail(world: World) -> None:
+    chance = random.Random(7)
+    plain = json.dumps({"features": PAYMENT, "device_id": "pos-0001"}).encode()
+    flat = json.dumps(tensors(id="1", outputs=[{"name": "score"}])).encode()
+    pieces = [b"null", b"-1", b"1e400", b"[]", b"{}", b'"x"', b"[[", b"\xff", b"9" * 30, b"true", b",", b""]
+
+    def broken(body: bytes) -> bytes:
+        for _ in range(chance.randint(1, 3)):
+            start = chance.randrange(len(body) + 1)
+            end = min(len(body), start + chance.choice((0, 1, 2, 8, 40)))
+            body = body[:start] + chance.choice(pieces) + body[end:]
+        return body
+
+    async def story(region: Region) -> None:
+        await world.publisher.plan(stable=world.publisher.publish(mlp(1)).digest)
+        await region.until_ready()
+        statuses = set()
+        for _ in range(400):
+            headers = {"inference-header-content-length": str(chance.randint(-1, 200))} if chance.random() < 0.3 else {}
+            for answer in (
+                await region.client.post("/predict", content=broken(plain), headers=AUTHORIZED),
+                await region.infer(broken(flat), **headers),
+            ):
+                statuses.add(answer.status_code)
+                assert answer.status_code in (200, 400, 404), answer.text
+                assert answer.status_code == 200 or list(answer.json()) == ["error"]
+        assert {200, 400} <= statuses
 
     run_in(world, story)
 
