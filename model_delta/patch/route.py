@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Literal
 
 import msgspec
@@ -49,23 +50,26 @@ def plan_update(have: Mapping[str, int], want: Manifest, deliveries: Mapping[str
     no combination leads there.
     """
     goal = manifest_digest(want)
-    if goal in have:
-        return Route((), 0, "none")
-    edges = list(_edges(goal, want, deliveries))
     held = [digest for digest, size in sorted(have.items()) if size > 0]
-    best: dict[str, int] = {}
-    queue: list[tuple[int, int, str, tuple[Step, ...]]] = [(0, 0, digest, ()) for digest in ("", *held)]
+    if goal in held:
+        return Route((), 0, "none")
+    edges: dict[str, list[Step]] = {}
+    for step in _edges(goal, want, deliveries):
+        edges.setdefault(step.base, []).append(step)
+    order = count()  # decides between equal costs: first found, so the same answer everywhere
+    queue: list[tuple[int, int, str, tuple[Step, ...]]] = [(0, next(order), digest, ()) for digest in ("", *held)]
+    settled: set[str] = set()
     while queue:
-        cost, length, here, steps = heapq.heappop(queue)
-        if here in best:
+        cost, _, here, steps = heapq.heappop(queue)
+        if here in settled:
             continue
-        best[here] = cost
+        settled.add(here)
         if here == goal:
             return Route(steps, sum(blob.size for step in steps for blob in step.blobs), _kind(steps))
-        for step in edges:
-            if step.base == here and step.target not in best:
+        for step in edges.get(here, ()):
+            if step.target not in settled:
                 price = cost + STEP_BYTES + sum(blob.size for blob in step.blobs)
-                heapq.heappush(queue, (price, length + 1, step.target, (*steps, step)))
+                heapq.heappush(queue, (price, next(order), step.target, (*steps, step)))
     raise NotFound(
         f"version {goal[:16]}… of {want.model}: none of {len(deliveries)} deliveries leads there; "
         "fetch the delivery again from another region"

@@ -68,11 +68,12 @@ def run(file: bytes, **inputs: Any) -> dict[str, Any]:
 
 
 def session_of(file: bytes) -> Any:
-    """A sequential session on one thread."""
+    """A sequential session on one thread that folds constant weights (see `graphs.quantize_weights`)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import tracemalloc
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -94,8 +95,13 @@ def test_digest_and_label_cannot_trade_places() -> None:
 
 def test_a_bomb_is_refused_within_bounded_memory() -> None:
     bomb = seal_blob(KEY, DIGEST, LABEL, bytes(50_000_000))
-    with pytest.raises(Malformed, match="at most 1000 bytes"):
-        open_blob(KEY, DIGEST, LABEL, bomb, 1000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed, match="at most 1000 bytes"):
+            open_blob(KEY, DIGEST, LABEL, bomb, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def handmade(coding: int, body: bytes) -> bytes:
