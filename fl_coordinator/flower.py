@@ -1,50 +1,44 @@
-"""Flower between the coordinator and its aggregators: the SuperLink process, the nodes, and the ServerApp's loop.
+"""Flower between the coordinator and its aggregators: server program, registrations and run, nodes, ServerApp.
 
 Flower carries commands, not data. One round is one message per node and one small answer back; the devices' shares
-travel elsewhere. Four parts, in the order of a command's way:
+travel elsewhere. A command's way:
 
 - `FlowerBridge` (in `flower_bridge`) queues commands in the coordinator.
 - The ServerApp, a process that Flower starts, fetches them over HTTP and sends each to the named nodes
   (`server_app`). It runs as long as the platform does; there is no `flwr run` per round and no strategy.
-- The SuperLink, Flower's server process, keeps messages and registrations in SQLite (`SuperLink` supervises it).
+- The SuperLink, Flower's server process, keeps messages and registrations in SQLite. `flower_superlink` supervises it;
+  what runs inside is `run_superlink`; `Control` registers nodes and starts the run.
 - `FlowerNode`, a thread in the aggregator's process, takes a message, calls the aggregator, returns its answer.
 
 Flower is pinned to one version, and this file is the only one that imports it (inside functions, so that importing
-this module is cheap and works without Flower). Besides its public Grid it uses Flower's protobuf clients of the Fleet
-and Control APIs, which are private; `tests/fl_coordinator/test_flower_process.py` holds them to what is assumed here.
-`FleetHttpClient` is used rather than `http_request_response` around it, because the latter ends the whole process
-(`sys.exit`, SIGINT to itself) when the server refuses, and a node only wants to try again.
+this module is cheap and works without Flower). Besides its public Grid it uses Flower's server program and the
+protobuf clients of the Fleet and Control APIs, which are private; `tests/fl_coordinator/test_flower_process.py` holds
+them to what is assumed here. `FleetHttpClient` is used rather than `http_request_response` around it, because the
+latter ends the whole process (`sys.exit`, SIGINT to itself) when the server refuses, and a node only wants to try
+again.
 
 What is closed off, and how: the Control API of an open-source SuperLink answers anybody who reaches the port, and a
 run that it starts is code that the SuperLink executes. `run_superlink` therefore puts a bearer token in front of every
 path but `/v1/fleet/` (each request signed with a registered node's key) and `/v1/runtime/` (task tokens). A node runs
 no bundle: it knows one kind of message, whose payload the aggregator must still find signed by the coordinator.
-Telemetry, update checks and package installation are switched off by `superlink_environment` and `superlink_argv`.
-
-How processes die. The SuperLink starts `flower-superexec` (in its own session), which starts `flwr-serverapp`; both
-poll for their parent every 0.2 s and end when it is gone. The SuperLink itself ends when its supervisor is gone or its
-SuperExec ends. None of this is immediate, so `SuperLink.stop` and every start also end whatever still carries this
-folder's FLWR_HOME in its environment (Linux).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
+import hashlib
 import hmac
+import importlib
 import logging
 import os
-import secrets
 import signal
 import ssl
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,130 +54,20 @@ Handler = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 APP_FOLDER = Path(__file__).resolve().parent / "flower_app"
 POLL_S = 0.2
+POLL_IDLE_S = 1.0
+"""A node that had no command for `BUSY_S` seconds polls this often: each poll costs the SuperLink about 10 ms."""
+BUSY_S = 20.0
 SERVER_POLL_WAIT_S = 2.0
 REQUEST_TIMEOUT_S = 10.0
 NODE_LIFE_S = 10.0
 """Flower's shortest heartbeat interval; it counts a node as gone after twice this."""
 
+NIST_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+
 _log = logging.getLogger("atoll.flower")
 
 
-# --- the SuperLink process ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SuperLinkPlace:
-    """Where a SuperLink lives: its folder, its one port, and PEM files. The certificate must be valid for `host`."""
-
-    folder: Path
-    port: int
-    certificate: Path
-    private_key: Path
-    ca: Path
-    host: str = "127.0.0.1"
-
-    @property
-    def address(self) -> str:
-        """`host:port` of all three of its APIs."""
-        return f"{self.host}:{self.port}"
-
-    @property
-    def home(self) -> Path:
-        """FLWR_HOME; also the mark by which its processes are recognised."""
-        return self.folder.resolve() / "home"
-
-    @property
-    def log(self) -> Path:
-        """What the SuperLink, its SuperExec and the ServerApp print, since the last start."""
-        return self.folder / "superlink.log"
-
-    @property
-    def token(self) -> Path:
-        """The file with the Control API's bearer token."""
-        return self.folder / "control.token"
-
-
-def prepare(place: SuperLinkPlace) -> None:
-    """Create the folder, the control token (0600) and what the environment points to; harmless when they exist."""
-    for folder in (place.folder, place.home, place.home.parent / "tmp"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not place.token.exists():
-        _write_private(place.token, secrets.token_urlsafe(32).encode("ascii"))
-
-
-def superlink_argv(place: SuperLinkPlace) -> list[str]:
-    """The command line of the SuperLink process (Flower's own server, started through `run_superlink`)."""
-    return [
-        *(sys.executable, "-P", "-m", "fl_coordinator.flower", str(place.token)),
-        *("--host", place.host, "--port", str(place.port)),
-        *("--ssl-certfile", str(place.certificate), "--ssl-keyfile", str(place.private_key)),
-        *("--ssl-ca-certfile", str(place.ca)),
-        *("--database", str(place.folder.resolve() / "superlink.db")),
-        *("--isolation", "subprocess", "--enable-supernode-auth", "--disable-runtime-dependency-installation"),
-    ]
-
-
-def superlink_environment(place: SuperLinkPlace, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the SuperLink and what it starts, made from the supervisor's own (`inherited`).
-
-    Telemetry and update checks off, no proxies, every file inside the folder, the commands of this interpreter's
-    environment first on PATH, and our packages importable.
-    """
-    dropped = {"http_proxy", "https_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir"}
-    kept = {
-        name: value
-        for name, value in inherited.items()
-        if name.lower() not in dropped and not name.startswith(("FLWR_", "OTEL_"))
-    }
-    commands = dict.fromkeys((sysconfig.get_path("scripts"), str(Path(sys.executable).parent)))
-    temporary = str(place.home.parent / "tmp")
-    return kept | {
-        "FLWR_HOME": str(place.home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-        "ORT_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "*",
-        "TMPDIR": temporary,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(
-            part for part in (str(Path(__file__).resolve().parent.parent), inherited.get("PYTHONPATH", "")) if part
-        ),
-        "PATH": os.pathsep.join((*commands, inherited.get("PATH", os.defpath))),
-    }
-
-
-def processes_of(place: SuperLinkPlace) -> dict[int, str]:
-    """Processes that carry this folder's FLWR_HOME, by id: the base name of the command. Empty where /proc is not."""
-    mark = b"FLWR_HOME=" + os.fsencode(place.home)
-    found: dict[int, str] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(entry.name) == os.getpid() or mark not in (entry / "environ").read_bytes().split(b"\0"):
-                continue
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it ended, or is not ours
-            continue
-        script = words[1] if len(words) > 1 and b"python" in Path(os.fsdecode(words[0])).name.encode() else words[0]
-        found[int(entry.name)] = "superlink" if b"fl_coordinator.flower" in words else Path(os.fsdecode(script)).name
-    return found
-
-
-def end_processes(place: SuperLinkPlace) -> list[int]:
-    """Kill every process of this folder, and return their ids. Their state is in SQLite, which survives this."""
-    ended: list[int] = []
-    for _ in range(20):  # a dying parent may just have started a child
-        alive = processes_of(place)
-        if not alive:
-            break
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            ended.append(pid)
-        time.sleep(0.05)
-    return sorted(set(ended))
+# --- the SuperLink's process -----------------------------------------------------------------------------------------
 
 
 class _ControlToken:
@@ -211,13 +95,11 @@ class _ControlToken:
 
 
 def run_superlink(arguments: Sequence[str]) -> None:
-    """Be a SuperLink: the main program of the process that `superlink_argv` describes. Returns when it is told to end.
+    """Be a SuperLink: the main program of the process that `flower_superlink` starts. Returns when it is told to end.
 
     The same as `flower-superlink`, with a bearer token in front of the Control API, no access log, and an end when
     the supervisor or the SuperExec is gone.
     """
-    import importlib
-
     token = Path(arguments[0]).read_text("ascii").strip()
     sys.argv = ["flower-superlink", *arguments[1:]]
     # The package's attribute of the same name is a function, so the module is fetched by its path.
@@ -247,172 +129,21 @@ def _end_when_alone(supervisor: int, lifespan: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class SuperLink:
-    """Supervises one SuperLink process and the run of our app on it. Belongs to one event loop."""
-
-    def __init__(self, place: SuperLinkPlace, environment: Mapping[str, str]) -> None:
-        self._place = place
-        self._environment = superlink_environment(place, environment)
-        self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id while it runs."""
-        process = self._process
-        return process.pid if process is not None and process.returncode is None else None
-
-    async def start(self, ready_s: float = 60.0) -> None:
-        """Start the process and return when its Control API answers.
-
-        Raises Unavailable with the log's last line when it ends before that or takes longer than `ready_s` seconds.
-        """
-        place = self._place
-        await self.stop()
-        await asyncio.to_thread(prepare, place)
-        with await asyncio.to_thread(_fresh_log, place.log) as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *superlink_argv(place),
-                env=self._environment,
-                cwd=place.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C in the terminal is for the supervisor to interpret
-            )
-        deadline = time.monotonic() + ready_s
-        while True:
-            if self._process.returncode is not None or time.monotonic() > deadline:
-                why = f"ended with {self._process.returncode}" if self.pid is None else f"not ready in {ready_s:g} s"
-                await self.stop()
-                raise Unavailable(f"SuperLink at {place.address}: {why}: {_last_line(place.log)} (log: {place.log})")
-            try:
-                await asyncio.to_thread(self._probe)
-                return
-            except Unavailable:
-                await asyncio.sleep(0.1)
-
-    def _probe(self) -> None:
-        with Control(self._place) as control:
-            control.node_names()
-
-    async def stop(self) -> None:
-        """End the process and everything it started; returns when nothing is left."""
-        process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), 3.0)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-        await asyncio.to_thread(end_processes, self._place)
-
-    async def supervise(
-        self,
-        nodes: Callable[[], Mapping[str, bytes]],
-        silent_s: Callable[[], float],
-        coordinator_url: str,
-        coordinator_token: Path,
-        coordinator_ca: Path | None = None,
-        silent_max_s: float = 15.0,
-        start_max_s: float = 45.0,
-    ) -> None:
-        """Keep the SuperLink, the registrations and the ServerApp alive until cancelled, then stop them.
-
-        `nodes` says which public keys (as `node_public_key` gives them) belong to which name, and may grow;
-        `silent_s` is the bridge's. A ServerApp that has gone, or was silent for `silent_max_s` seconds (`start_max_s`
-        while it starts), is replaced by a new run; when that does not help, the SuperLink is restarted.
-        """
-        ensure = functools.partial(self._ensure, nodes, coordinator_url, coordinator_token, coordinator_ca)
-        pause_s = 0.5
-        try:
-            while True:
-                try:
-                    await self.start()
-                    await asyncio.to_thread(ensure, True)
-                    if await self._watch(ensure, nodes, silent_s, silent_max_s, start_max_s):
-                        pause_s = 0.5
-                except Unavailable as error:
-                    _log.warning("%s; trying again in %.1f s", error, pause_s)
-                await asyncio.sleep(pause_s)
-                pause_s = min(10.0, pause_s * 2)
-        finally:
-            await self.stop()
-
-    def _ensure(
-        self,
-        nodes: Callable[[], Mapping[str, bytes]],
-        url: str,
-        token: Path,
-        ca: Path | None,
-        fresh: bool,
-    ) -> None:
-        with Control(self._place) as control:
-            control.register_nodes(nodes())
-            control.ensure_run(url, token, ca, fresh=fresh)
-
-    async def _watch(
-        self,
-        ensure: Callable[[bool], None],
-        nodes: Callable[[], Mapping[str, bytes]],
-        silent_s: Callable[[], float],
-        silent_max_s: float,
-        start_max_s: float,
-    ) -> bool:
-        """Until the SuperLink must be started anew; says whether the ServerApp was ever heard."""
-        started, known, heard, replaced = time.monotonic(), dict(nodes()), False, False
-        while self.pid is not None:
-            await asyncio.sleep(0.5)
-            if dict(nodes()) != known:
-                known = dict(nodes())
-                await asyncio.to_thread(ensure, False)
-            running_s = time.monotonic() - started
-            in_touch = silent_s() < running_s
-            heard = heard or in_touch
-            gone = in_touch and "flwr-serverapp" not in (await asyncio.to_thread(processes_of, self._place)).values()
-            if in_touch and not gone and silent_s() < silent_max_s:
-                replaced = False
-            elif gone or in_touch or running_s > start_max_s:
-                if replaced and not in_touch:
-                    _log.warning("SuperLink %s: no ServerApp after a second run; restarting it", self._place.address)
-                    return heard
-                _log.warning("ServerApp %s; starting a new run", "has gone" if gone else "is silent")
-                await asyncio.to_thread(ensure, True)
-                started, replaced = time.monotonic(), True
-        _log.warning("SuperLink %s ended: %s", self._place.address, _last_line(self._place.log))
-        return heard
-
-
-def _fresh_log(path: Path) -> Any:
-    if path.exists():
-        path.replace(path.with_suffix(".log.1"))
-    return path.open("ab")
-
-
-def _last_line(path: Path) -> str:
-    try:
-        lines = path.read_text("utf-8", "replace")[-4000:].splitlines()
-    except OSError:
-        return "no log"
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "empty log")
-
-
-# --- the SuperLink's Control API --------------------------------------------------------------------------------------
+# --- the SuperLink's Control API -------------------------------------------------------------------------------------
 
 
 class Control:
     """Registers nodes and starts the run, over the SuperLink's Control API. Blocks; use it in a thread."""
 
-    def __init__(self, place: SuperLinkPlace) -> None:
+    def __init__(self, address: str, ca: Path, token: Path) -> None:
         from flwr.supercore.control import ControlHttpClient
 
         try:
-            token = place.token.read_text("ascii").strip()
+            bearer = _Bearer(token.read_text("ascii").strip())
         except OSError as error:
-            raise Unavailable(f"SuperLink control token {place.token}: {error.strerror}") from None
-        self._address = place.address
-        self._client = _client(ControlHttpClient, place.address, place.ca, [_Bearer(token)])
+            raise Unavailable(f"SuperLink control token {token}: {error.strerror}") from None
+        self._address = address
+        self._client = _client(ControlHttpClient, address, ca, [bearer])
 
     def __enter__(self) -> Control:
         return self
@@ -442,6 +173,7 @@ class Control:
         known = self._nodes()
         ids: dict[str, int] = {}
         for name, key in public_keys.items():
+            check_public_key(key, f"Flower node {name}")
             for node in known:
                 if node.public_key == key and node.name == name:
                     ids[name] = node.node_id
@@ -495,8 +227,6 @@ class Control:
 @functools.cache
 def build_app() -> tuple[str, bytes]:
     """Our Flower App Bundle: SHA-256 and bytes; the same for the same installed files."""
-    import hashlib
-
     from flwr.cli.build import build_fab_from_disk
 
     bundle: bytes = build_fab_from_disk(APP_FOLDER)
@@ -529,6 +259,10 @@ def _client(kind: Callable[..., Any], address: str, ca: Path, interceptors: Sequ
     return client
 
 
+class _Refused(Unavailable):
+    """The server answered, but not with what was asked for."""
+
+
 @contextlib.contextmanager
 def _as_unavailable(doing: str) -> Iterator[None]:
     import httpx
@@ -537,12 +271,12 @@ def _as_unavailable(doing: str) -> Iterator[None]:
         yield
     except httpx.HTTPStatusError as error:
         found = f"HTTP {error.response.status_code} {error.response.text[:200]}"
-        raise Unavailable(f"{doing}: {found}") from None
+        raise _Refused(f"{doing}: {found}") from None
     except (httpx.HTTPError, OSError) as error:
         raise Unavailable(f"{doing}: {type(error).__name__}: {error}") from None
 
 
-# --- a node ---------------------------------------------------------------------------------------------------------
+# --- a node ----------------------------------------------------------------------------------------------------------
 
 
 def node_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -555,13 +289,12 @@ def node_key(path: Path) -> ec.EllipticCurvePrivateKey:
         new = ec.generate_private_key(ec.SECP384R1())
         plain = serialization.NoEncryption()
         pem = new.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-        _write_private(path, pem)
+        write_private(path, pem)
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except ValueError:
         raise Malformed(f"Flower node key {path}: expected an unencrypted PEM private key") from None
-    nist = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, nist):
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, NIST_CURVES):
         raise Malformed(f"Flower node key {path}: expected a key on a NIST curve, found {type(key).__name__}")
     return key
 
@@ -572,7 +305,18 @@ def node_public_key(path: Path) -> bytes:
     return node_key(path).public_key().public_bytes(serialization.Encoding.PEM, form)
 
 
-def _write_private(path: Path, data: bytes) -> None:
+def check_public_key(pem: bytes, what: str) -> None:
+    """Raise Malformed unless `pem` is a public key that Flower takes for a node: one on a NIST curve, in PEM."""
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except ValueError:
+        raise Malformed(f"{what}: expected a public key in PEM, found {len(pem)} bytes of something else") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, NIST_CURVES):
+        raise Malformed(f"{what}: expected a key on a NIST curve, found {type(key).__name__}")
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a secret to `path` at once, readable by its owner alone (0600)."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -599,6 +343,7 @@ class FlowerNode:
         key: Path,
         handler: Handler,
         poll_s: float = POLL_S,
+        poll_idle_s: float = POLL_IDLE_S,
     ) -> None:
         self.name = name
         self._address = address
@@ -606,9 +351,12 @@ class FlowerNode:
         self._key = key
         self._handler = handler
         self._poll_s = poll_s
+        self._poll_idle_s = poll_idle_s
+        self._busy_until = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._done: dict[str, dict[str, Any]] = {}
+        self._working: threading.Thread | None = None
         self._connected = threading.Event()
 
     @property
@@ -650,11 +398,16 @@ class FlowerNode:
             session.keep_alive()
             message = session.pull()
             if message is None:
-                self._stop.wait(self._poll_s)
+                self._stop.wait(self._poll_s if time.monotonic() < self._busy_until else self._poll_idle_s)
                 continue
             answer = self._answer(message, session)
-            if answer is not None:
+            self._busy_until = time.monotonic() + BUSY_S
+            if answer is None:
+                return
+            try:
                 session.push(message, answer)
+            except _Refused as error:  # its run was stopped; the next ServerApp asks again
+                _log.info("node %s: %s", self.name, error)
 
     def _answer(self, message: Any, session: _FleetSession) -> dict[str, Any] | None:
         """The record to send back, or None when stopped meanwhile. The SuperLink is kept informed while it takes."""
@@ -666,13 +419,19 @@ class FlowerNode:
         except (KeyError, TypeError, ValueError, Malformed) as error:
             return {"id": "", "error": f"does not understand the command: {error}"[:500]}
         if command_id not in self._done:
+            if self._working is not None and self._working.is_alive():
+                return {"id": command_id, "error": "is still busy with an earlier command"}
             work = threading.Thread(target=self._work, args=(command_id, payload), name=f"{self.name}-command")
             work.daemon = True
             work.start()
+            self._working = work
+            deadline = time.monotonic() + float(message.metadata.ttl)
             while work.is_alive():
                 work.join(0.05)
                 if self._stop.is_set():
                     return None
+                if time.monotonic() > deadline:
+                    return {"id": command_id, "error": f"took longer than {message.metadata.ttl:.0f} s"}
                 with contextlib.suppress(Unavailable):
                     session.keep_alive()
         return self._done[command_id]
@@ -713,8 +472,9 @@ class _FleetSession:
 
     def __exit__(self, *_: object) -> None:
         if self._node is not None:
-            with contextlib.suppress(Unavailable):
+            with contextlib.suppress(Unavailable, OSError):
                 self._deactivate(self._node.node_id)
+                self._memory.unlink()
         self._client.close()
 
     def activate(self) -> None:
@@ -811,13 +571,16 @@ class _FleetSession:
                 raise Unavailable(f"{self._where}: sending an answer: {error}") from None
 
 
-# --- inside the ServerApp's process ---------------------------------------------------------------------------------
+# --- inside the ServerApp's process ----------------------------------------------------------------------------------
 
 
 def server_app() -> Any:
     """The ServerApp of our bundle: carries commands from the coordinator to the nodes until Flower ends it."""
     from flwr.serverapp import ServerApp
 
+    # An answer can be seen a moment before its content has arrived; Flower then waits a whole second.
+    grids: Any = importlib.import_module("flwr.superlink.grid.http_grid")
+    grids.pull_objects = functools.partial(grids.pull_objects, initial_backoff=0.05, backoff_cap=0.5)
     app = ServerApp()
 
     @app.main()  # type: ignore[untyped-decorator]
@@ -879,7 +642,7 @@ class _Coordinator:
 class CommandCarrier:
     """The ServerApp's loop, on Flower's Grid: one message per node and command, its own polling, its own deadline."""
 
-    def __init__(self, grid: Any, coordinator: _Coordinator, poll_s: float = POLL_S) -> None:
+    def __init__(self, grid: Any, coordinator: _Coordinator, poll_s: float = POLL_S / 2) -> None:
         self._grid = grid
         self._coordinator = coordinator
         self._poll_s = poll_s
@@ -938,15 +701,15 @@ class CommandCarrier:
         from flwr.app import ConfigRecord, Message, RecordDict
 
         online = {node.name: node for node in self._grid.get_nodes() if node.status == "online"}
-        for name in names:
-            node = online.get(name)
-            if node is None or (name in sent and sent[name][1] == node.last_activated_at):
-                continue
-            content = RecordDict({"command": ConfigRecord({"id": command_id, "payload": payload})})
-            message = Message(content, dst_node_id=node.node_id, message_type="query", ttl=left_s + 30.0)
-            message_id = next(iter(self._grid.push_messages([message])), None)
+        due = [n for n in names if n in online and (n not in sent or sent[n][1] != online[n].last_activated_at)]
+        # The same record for all: Flower stores and uploads equal objects once.
+        content = RecordDict({"command": ConfigRecord({"id": command_id, "payload": payload})})
+        messages = [
+            Message(content, dst_node_id=online[name].node_id, message_type="query", ttl=left_s + 30.0) for name in due
+        ]
+        for name, message_id in zip(due, self._grid.push_messages(messages), strict=True):
             if message_id:
-                sent[name] = (message_id, node.last_activated_at)
+                sent[name] = (message_id, online[name].last_activated_at)
 
     def _collect(self, sent: dict[str, tuple[str, str]], replies: dict[str, bytes], failures: dict[str, str]) -> None:
         waiting = {message_id: name for name, (message_id, _) in sent.items() if name not in replies | failures}

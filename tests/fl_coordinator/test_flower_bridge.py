@@ -1,0 +1,153 @@
+"""The queue between coordinator and ServerApp, driven as the two HTTP endpoints drive it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fl_coordinator.flower_bridge import PENDING_MAX, CommandFailed, FlowerBridge, read_command, write_reply
+from model_delta.encoding import pack, unpack_plain
+from model_delta.errors import Malformed, Unavailable
+
+NODES = ("aggregator-1", "aggregator-2")
+
+
+async def fetch(bridge: FlowerBridge) -> tuple[str, tuple[str, ...], Any, float]:
+    command = await bridge.next_command(1.0)
+    assert command is not None
+    command_id, nodes, payload, left_s = read_command(command)
+    return command_id, nodes, unpack_plain(payload), left_s
+
+
+def test_a_command_reaches_its_nodes_and_their_answers_come_back() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        task = asyncio.create_task(bridge.command({"round_id": "r-1", "attempt": 2, "salt": b"\x00"}, NODES, 5.0))
+        command_id, nodes, payload, left_s = await fetch(bridge)
+        assert nodes == NODES
+        assert payload == {"round_id": "r-1", "attempt": 2, "salt": b"\x00"}
+        assert 4.0 < left_s <= 5.0
+        assert bridge.reply({"id": command_id, "progress": True}) == {"wanted": True}
+        answers = {node: pack({"share": node.encode(), "rows": 3}) for node in NODES}
+        assert bridge.reply(write_reply(command_id, answers, {})) == {"wanted": True}
+        assert await task == {node: {"share": node.encode(), "rows": 3} for node in NODES}
+        assert bridge.reply(write_reply(command_id, answers, {})) == {"wanted": False}
+
+    asyncio.run(scenario())
+
+
+def test_a_command_is_handed_out_again_until_it_is_answered() -> None:
+    """A ServerApp that dies with a command in its hands takes nothing with it."""
+
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
+        first, second = await fetch(bridge), await fetch(bridge)
+        assert first[:3] == second[:3]
+        bridge.reply(write_reply(first[0], {node: pack({}) for node in NODES}, {}))
+        assert await task == {node: {} for node in NODES}
+        assert await bridge.next_command(0.0) is None
+
+    asyncio.run(scenario())
+
+
+def test_failures_name_the_node_and_keep_the_other_answers() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        task = asyncio.create_task(bridge.command({"n": 1}, (*NODES, "aggregator-3"), 5.0))
+        command_id = (await fetch(bridge))[0]
+        bridge.reply(write_reply(command_id, {"aggregator-1": pack({"ok": True})}, {"aggregator-2": "is not online"}))
+        with pytest.raises(CommandFailed, match="1 of 3 nodes answered; aggregator-2 is not online") as caught:
+            await task
+        assert caught.value.replies == {"aggregator-1": {"ok": True}}
+        assert caught.value.failures["aggregator-3"] == "is missing from the ServerApp's answer"
+
+    asyncio.run(scenario())
+
+
+def test_the_deadline_says_whether_anybody_fetched_the_command() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        with pytest.raises(CommandFailed, match="was not asked: the ServerApp fetched no command"):
+            await bridge.command({"n": 1}, NODES, 0.05)
+        task = asyncio.create_task(bridge.command({"n": 2}, NODES, 0.1))
+        command_id = (await fetch(bridge))[0]
+        with pytest.raises(CommandFailed, match=r"did not answer within 0\.1 s"):
+            await task
+        assert bridge.reply({"id": command_id, "progress": True}) == {"wanted": False}
+
+    asyncio.run(scenario())
+
+
+def test_a_poll_waits_for_a_command_and_tells_that_the_server_app_lives() -> None:
+    async def scenario() -> None:
+        now = [100.0]
+        bridge = FlowerBridge(clock=lambda: now[0])
+        now[0] = 130.0
+        assert bridge.silent_s == 30.0
+        poll = asyncio.create_task(bridge.next_command(10.0))
+        await asyncio.sleep(0)
+        assert bridge.silent_s == 0.0
+        task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
+        command = await poll
+        assert command is not None
+        now[0] = 133.0
+        assert bridge.silent_s == 3.0
+        bridge.reply({"id": command["id"], "progress": True})
+        assert bridge.silent_s == 0.0
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_the_queue_is_bounded_and_empties_when_callers_give_up() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0)) for n in range(PENDING_MAX)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="16 commands wait already"):
+            await bridge.command({"n": -1}, NODES, 5.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert await bridge.next_command(0.0) is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [],
+        {"replies": {}, "failures": {}},
+        {"id": "KNOWN", "replies": {}},
+        {"id": "KNOWN", "replies": {"aggregator-1": "not base64!"}, "failures": {}},
+        {"id": "KNOWN", "replies": {"aggregator-1": 7}, "failures": {}},
+        {"id": "KNOWN", "replies": {"aggregator-1": "AQI="}, "failures": {}},  # two CBOR values
+        {"id": "KNOWN", "replies": {"aggregator-1": "AQ=="}, "failures": {}},  # a number, not a map
+    ],
+)
+def test_a_malformed_answer_is_refused_and_the_command_stays(body: Any) -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
+        command_id = (await fetch(bridge))[0]
+        if isinstance(body, dict) and body.get("id") == "KNOWN":
+            body["id"] = command_id
+        with pytest.raises(Malformed):
+            bridge.reply(body)
+        assert not task.done()
+        assert (await fetch(bridge))[0] == command_id
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_command_needs_a_node() -> None:
+    async def scenario() -> None:
+        with pytest.raises(Malformed, match="at least one node"):
+            await FlowerBridge().command({}, (), 1.0)
+
+    asyncio.run(scenario())

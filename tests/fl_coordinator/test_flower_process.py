@@ -1,0 +1,344 @@
+"""The real SuperLink, SuperExec, ServerApp and nodes: what the three flower modules assume of the pinned Flower.
+
+One platform for the whole scenario, because starting it takes seconds; its processes are killed one after the other,
+with a command under way, and after each death the same question must be answered again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fl_coordinator import flower
+from fl_coordinator.flower_bridge import CommandFailed, FlowerBridge
+from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, processes_of
+from model_delta.errors import Malformed, Unavailable, Untrusted
+from model_delta.keys.certificates import make_request
+from model_delta.keys.keyring import EmbeddedKeyring
+
+NAMES = ("aggregator-1", "aggregator-2", "aggregator-3")
+TOKEN = "a-token-of-this-test"
+ANSWER = bytes(range(256)) * 1200  # 307,200 bytes: the shares of an opened sum
+
+NODE_PROCESS = """
+import sys, time
+from pathlib import Path
+from fl_coordinator.flower import FlowerNode
+
+def handler(command):
+    Path(sys.argv[4]).touch()
+    time.sleep(command["seconds"])
+    return {"pid": __import__("os").getpid()}
+
+FlowerNode("aggregator-4", sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), handler).run()
+"""
+
+
+class Aggregator:
+    """Stands where an aggregator will: takes as long as the command says, answers with much data, counts its calls."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: list[str] = []
+        self.called = threading.Event()
+
+    def __call__(self, command: dict[str, Any]) -> dict[str, Any]:
+        self.calls.append(command["question"])
+        self.called.set()
+        if command["question"] == "refuse":
+            raise Untrusted("device pos-0007: its two shares differ")
+        if command["question"] == "fail":
+            raise KeyError("a secret that must not travel")
+        time.sleep(command.get("seconds", 0.0))
+        return {"name": self.name, "digest": hashlib.sha256(command["salt"]).digest(), "sum": ANSWER, "rows": 3}
+
+
+class Platform:
+    """A certificate authority, a coordinator's two endpoints, a supervised SuperLink and three nodes in threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token = folder / "coordinator.token"
+        self.token.write_text(TOKEN)
+        self.place = SuperLinkPlace(
+            folder / "flower", free_port(), folder / "superlink.pem", folder / "superlink.key", folder / "ca.pem"
+        )
+        certify(self.place, folder)
+        self.keys = {name: flower.node_public_key(folder / f"{name}.key") for name in NAMES}
+        self.aggregators = {name: Aggregator(name) for name in NAMES}
+        self.nodes = [self.node(name) for name in NAMES]
+        self.superlink = SuperLink(self.place, os.environ)
+        self.url = ""
+
+    def node(self, name: str) -> flower.FlowerNode:
+        key = self.folder / f"{name}.key"
+        return flower.FlowerNode(name, self.place.address, self.place.ca, key, self.aggregators[name], 0.1, 0.2)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[FlowerBridge]:
+        bridge = FlowerBridge()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        server = uvicorn.Server(uvicorn.Config(endpoints(bridge), host="127.0.0.1", port=port, log_level="warning"))
+        serving = asyncio.create_task(server.serve())
+        for node in self.nodes:
+            node.start()
+        supervising = asyncio.create_task(
+            self.superlink.supervise(lambda: self.keys, lambda: bridge.silent_s, self.url, self.token)
+        )
+        try:
+            yield bridge
+        finally:
+            supervising.cancel()
+            await asyncio.gather(supervising, return_exceptions=True)
+            for node in self.nodes:
+                await asyncio.to_thread(node.stop)
+            server.should_exit = True
+            await serving
+
+    async def kill(self, name: str) -> None:
+        pids = [pid for pid, command in processes_of(self.place).items() if command == name]
+        assert len(pids) == 1, f"expected one {name}"
+        os.kill(pids[0], signal.SIGKILL)
+
+    async def all_called(self) -> None:
+        for aggregator in self.aggregators.values():
+            assert await asyncio.to_thread(aggregator.called.wait, 60.0)
+
+    def forget_calls(self) -> None:
+        for aggregator in self.aggregators.values():
+            aggregator.calls.clear()
+            aggregator.called.clear()
+
+    def calls(self) -> list[list[str]]:
+        return [aggregator.calls for aggregator in self.aggregators.values()]
+
+
+def endpoints(bridge: FlowerBridge) -> Starlette:
+    def refused(request: Request) -> bool:
+        return request.headers.get("authorization") != f"Bearer {TOKEN}"
+
+    async def commands(request: Request) -> Response:
+        if refused(request):
+            return Response(status_code=401)
+        command = await bridge.next_command(float(request.query_params["wait"]))
+        return Response(status_code=204) if command is None else JSONResponse(command)
+
+    async def replies(request: Request) -> Response:
+        return Response(status_code=401) if refused(request) else JSONResponse(bridge.reply(await request.json()))
+
+    return Starlette(
+        routes=[
+            Route("/v1/flower/commands", commands),
+            Route("/v1/flower/replies", replies, methods=["POST"]),
+        ]
+    )
+
+
+def certify(place: SuperLinkPlace, folder: Path) -> None:
+    keyring = EmbeddedKeyring.create(folder / "keyring", "acme")
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    place.private_key.write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    request = make_request(key, "superlink")
+    place.certificate.write_bytes(keyring.issue_certificate(request, "superlink", None, server=True))
+    place.ca.write_bytes(keyring.ca_pem())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def sockets_of(pids: set[int]) -> tuple[set[tuple[str, int]], set[str]]:
+    """What these processes listen on (hexadecimal address, port), and the hexadecimal addresses they talk to."""
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    listening, talking = set(), set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] not in inodes:
+                continue
+            address, port = fields[1].split(":")
+            if fields[3] == "0A":
+                listening.add((address, int(port, 16)))
+            else:
+                talking.add(fields[2].split(":")[0])
+    return listening, talking
+
+
+@pytest.mark.slow
+def test_commands_get_through_whatever_dies(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    before = set(tmp_path.iterdir())
+
+    async def scenario() -> None:
+        async with platform.running() as bridge:
+            await answers_of_300_kb(platform, bridge)
+            await failures_have_names(bridge)
+            await asyncio.to_thread(the_control_api_is_closed_and_idempotent, platform)
+            loopback = "0100007F"
+            pids = set(processes_of(platform.place))
+            assert sorted(processes_of(platform.place).values()) == ["flower-superexec", "flwr-serverapp", "superlink"]
+            listening, talking = sockets_of(pids)
+            assert listening == {(loopback, platform.place.port)}
+            assert talking == {loopback}
+            await a_killed_superlink_costs_nothing(platform, bridge)
+            await a_killed_server_app_is_replaced(platform, bridge)
+            await a_killed_superexec_is_replaced(platform, bridge)
+            await a_killed_aggregator_gets_its_command_again(platform, bridge)
+
+    asyncio.run(scenario())
+    assert processes_of(platform.place) == {}
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", platform.place.port), 1.0)
+    assert {path.name for path in set(tmp_path.iterdir()) - before} <= {
+        *("flower", "started", "aggregator-4.key", "aggregator-4.key.node"),
+    }
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "flower").glob("superlink.*"))
+    assert TOKEN.encode() not in everything
+
+
+async def answers_of_300_kb(platform: Platform, bridge: FlowerBridge) -> None:
+    for salt in (b"one", b"two"):
+        replies = await bridge.command({"question": "add", "salt": salt}, NAMES, 60.0)
+        digest = hashlib.sha256(salt).digest()
+        assert replies == {name: {"name": name, "digest": digest, "sum": ANSWER, "rows": 3} for name in NAMES}
+    assert platform.calls() == [["add", "add"]] * 3
+
+
+async def failures_have_names(bridge: FlowerBridge) -> None:
+    with pytest.raises(CommandFailed) as caught:
+        await bridge.command({"question": "refuse", "salt": b""}, (NAMES[0], "aggregator-9"), 3.0)
+    assert caught.value.failures == {
+        NAMES[0]: "Untrusted: device pos-0007: its two shares differ",
+        "aggregator-9": "is not online",
+    }
+    with pytest.raises(CommandFailed) as caught:
+        await bridge.command({"question": "fail", "salt": b""}, NAMES[:1], 10.0)
+    assert caught.value.failures == {NAMES[0]: "failed with KeyError; see its log"}
+
+
+def the_control_api_is_closed_and_idempotent(platform: Platform) -> None:
+    place = platform.place
+    with flower.Control(place.address, place.ca, place.token) as control:
+        ids = control.register_nodes(platform.keys)
+        assert control.register_nodes(platform.keys) == ids == control.node_names()
+        run = control.ensure_run(platform.url, platform.token)
+        assert control.ensure_run(platform.url, platform.token) == run
+        with pytest.raises(Malformed, match="registered for 'aggregator-1'"):
+            control.register_nodes({"aggregator-8": platform.keys[NAMES[0]]})
+    wrong = place.folder.parent / "wrong.token"
+    wrong.write_text("something-else")
+    with (
+        flower.Control(place.address, place.ca, wrong) as control,
+        pytest.raises(Unavailable, match="HTTP 401"),
+    ):
+        control.ensure_run(platform.url, platform.token)
+    wrong.unlink()
+
+
+async def a_killed_superlink_costs_nothing(platform: Platform, bridge: FlowerBridge) -> None:
+    """Registrations survive in SQLite; the nodes finish what they do, and it is not done twice."""
+    platform.forget_calls()
+    command = asyncio.create_task(bridge.command({"question": "q", "salt": b"3", "seconds": 1.0}, NAMES, 60.0))
+    await platform.all_called()
+    await platform.kill("superlink")
+    assert set(await command) == set(NAMES)
+    assert platform.calls() == [["q"]] * 3
+
+
+async def a_killed_server_app_is_replaced(platform: Platform, bridge: FlowerBridge) -> None:
+    platform.forget_calls()
+    command = asyncio.create_task(bridge.command({"question": "q", "salt": b"4", "seconds": 0.5}, NAMES, 60.0))
+    await platform.all_called()
+    await platform.kill("flwr-serverapp")
+    assert set(await command) == set(NAMES)
+    assert platform.calls() == [["q"]] * 3
+
+
+async def a_killed_superexec_is_replaced(platform: Platform, bridge: FlowerBridge) -> None:
+    await platform.kill("flower-superexec")
+    assert set(await bridge.command({"question": "q", "salt": b"5"}, NAMES, 60.0)) == set(NAMES)
+
+
+async def a_killed_aggregator_gets_its_command_again(platform: Platform, bridge: FlowerBridge) -> None:
+    """Also: a node that is registered while everything runs."""
+    key, started = platform.folder / "aggregator-4.key", platform.folder / "started"
+    platform.keys["aggregator-4"] = flower.node_public_key(key)
+    words = [sys.executable, "-c", NODE_PROCESS, platform.place.address, *map(str, (platform.place.ca, key, started))]
+    process = subprocess.Popen(words)
+    try:
+        command = asyncio.create_task(bridge.command({"seconds": 3.0}, ["aggregator-4"], 60.0))
+        while not started.exists():
+            assert not command.done()
+            await asyncio.sleep(0.05)
+        process.kill()
+        process.wait()
+        process = subprocess.Popen(words)
+        assert await command == {"aggregator-4": {"pid": process.pid}}
+    finally:
+        process.kill()
+        process.wait()
+
+
+SUPERVISOR = """
+import asyncio, os, sys
+from pathlib import Path
+from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
+
+async def main():
+    folder = Path(sys.argv[1])
+    place = SuperLinkPlace(folder / "flower", int(sys.argv[2]), *(folder / n for n in sys.argv[3:6]))
+    await SuperLink(place, os.environ).start()
+    print("ready", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
+    names = ("superlink.pem", "superlink.key", "ca.pem")
+    place = SuperLinkPlace(tmp_path / "flower", free_port(), *(tmp_path / name for name in names))
+    certify(place, tmp_path)
+    words = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(place.port), *names]
+    supervisor = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "ready\n"
+        assert "superlink" in processes_of(place).values()
+    finally:
+        supervisor.kill()
+        supervisor.communicate()
+    deadline = time.monotonic() + 15.0
+    while processes_of(place):
+        assert time.monotonic() < deadline, f"still there: {processes_of(place)}"
+        time.sleep(0.1)
