@@ -75,7 +75,7 @@ class Answers:
         self._clock, self._observe, self._margin = clock, observe, margin
 
     async def decide(self, features: Mapping[str, float]) -> Decision:
-        """Answer one payment and leave the record. Raises Malformed (missing or non-finite features) and nothing else."""
+        """Answer one payment and leave the record. Raises only Malformed: for missing or non-finite features."""
         begun = time.perf_counter()
         row = feature_row(features, self._names)
         local, fallback, error = self._score_here(row)
@@ -97,15 +97,8 @@ class Answers:
         if local is not None:
             return self._keep(begun, version, "device", local, local < self._threshold())
         safe = self._safe_mode.answer(features, row)
-        return self._keep(
-            begun,
-            version if error else safe.digest,
-            "baseline",
-            safe.score,
-            safe.approved,
-            fallback=fallback,
-            error=error,
-        )
+        named = version if error else safe.digest  # a failure is told of the version that failed
+        return self._keep(begun, named, "baseline", safe.score, safe.approved, fallback=fallback, error=error)
 
     def feedback(self, decision_id: str, fraud: bool) -> Feedback:
         """Record what a decision turned out to be. Raises NotFound (too long ago, or another device's), Malformed."""

@@ -55,9 +55,9 @@ class Device:
     """One device and one model.
 
     `directory` is its own and survives restarts. `mirrors`: regions whose mirrors serve it, home first (its own region
-    when not given). `data` gives local training payments (features float32[n, F], labels float32[n]); `contribute` turns
-    a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional parts may be None: a
-    device without `data` or `contribute` takes no part in rounds.
+    when not given). `data` gives local training payments (features float32[n, F], labels float32[n]); `contribute`
+    turns a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional parts may be
+    None: a device without `data`, `contribute` or `run_graph` takes no part in rounds.
     """
 
     def __init__(

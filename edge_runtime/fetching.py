@@ -64,9 +64,7 @@ class Fetcher:
         self._answer_deadline_s, self._set_aside_s = answer_deadline_s, set_aside_s
         self._window, self._chunk_bytes = window, chunk_bytes
         self._open = asyncio.Semaphore(window)
-        self._request = rng.randrange(
-            1 << 48
-        )  # an answer to an earlier life of this device fits no question of this one
+        self._request = rng.randrange(1 << 48)  # so that answers to an earlier life fit no question of this one
         self._aside: dict[str, float] = {}
         self._waiting_chunks: dict[int, asyncio.Future[ChunkResponse]] = {}
         self._waiting_keys: dict[int, asyncio.Future[KeyResponse]] = {}
@@ -88,7 +86,7 @@ class Fetcher:
         return b"".join(parts)
 
     async def blob(self, blob: Blob) -> bytes:
-        """A sealed blob, checked against its digest; resumes at the first chunk that is not on disk. Raises Unavailable,
+        """A sealed blob, checked against its digest; resumes at the first chunk not on disk. Raises Unavailable,
         NotFound, StorageFull, and DigestMismatch when every region gives other bytes."""
         for attempt in range(len(self._regions) + 1):
             if not self._slots.has(blob.digest):
@@ -180,9 +178,7 @@ class Fetcher:
     def _order(self) -> list[str]:
         """Every region, those that are set aside last."""
         now = time.monotonic()
-        return sorted(
-            self._regions, key=lambda region: (self._aside.get(region, 0.0) > now, self._regions.index(region))
-        )
+        return sorted(self._regions, key=lambda region: self._aside.get(region, 0.0) > now)  # stable: home stays first
 
     def _set_aside(self, region: str) -> None:
         self._aside[region] = time.monotonic() + self._set_aside_s

@@ -3,11 +3,8 @@
 `Installation` holds the update's record, feeds events to `update.step`, writes the new state down, and only then
 performs the command that the table gave. Every command can be performed again after a power cut: what it needs is in
 the record, and what it did half is finished or repeated. An outcome (adopted, rolled back, refused, withdrawn, safe
-mode) is written into the record together with the state that it belongs to, and moves to the outbox from there, so that
-it is told exactly once whenever the power goes off.
-
-What is fetched is believed only after `trust.updater` and `release.open_release` have agreed; the release floor is
-stored before the pointer moves.
+mode) is written in one go with the state that it belongs to, and moves from the record to the outbox from there, so
+that it is told exactly once wherever the power goes off. The release floor is stored before the pointer moves.
 """
 
 from __future__ import annotations
@@ -17,36 +14,42 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from edge_runtime.acquisition import Acquisition
 from edge_runtime.answers import Running
 from edge_runtime.fetching import Fetcher
 from edge_runtime.inference import LoadedModel, OpenModel, array_of
 from edge_runtime.outbox import Outbox
 from edge_runtime.probation import LiveRecord, ProbationRules, Verdict, judge_golden, judge_live
-from edge_runtime.slots import InstalledVersion, Slots, UpdateRecord, other_slot
+from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, other_slot
 from edge_runtime.update import Command, Event, Refusal, State, step
-from model_delta.encoding import unpack
-from model_delta.errors import AtollError, Expired, NotFound, Unavailable, Untrusted
-from model_delta.manifest import Delivery, Manifest
-from model_delta.patch.route import Route, plan_update
+from model_delta.errors import AtollError, Expired, StorageFull, Unavailable
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
-from model_delta.release import check_file, open_release
-from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan, check_release
+from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan
 from monitoring.telemetry import UpdateOutcome
 
-CHAIN_VERSIONS_MAX = 8
 LIVE_RECORDS_MAX = 1_000
+GIVEN_UP_MAX = 16
 
 _log = logging.getLogger(__name__)
 
 
+class Happened(msgspec.Struct, frozen=True):
+    """An event, the outcome to be told with it, and what else changes in the record at the same moment."""
+
+    event: Event
+    outcome: UpdateOutcome | None = None
+    changes: dict[str, Any] = {}
+
+
 class Installation:
-    """The update of one model on one device. `clock` is wall time; waits and durations use the monotonic clock."""
+    """The update of one model on one device. `clock` is wall time; waits and durations use the monotonic clock. `told`
+    is called when an outcome is in the outbox."""
 
     def __init__(
         self,
@@ -71,45 +74,39 @@ class Installation:
         self._open_model, self._clock, self._rng = open_model, clock, rng
         self._rules, self._told = probation, told
         self._retry_first_s, self._retry_most_s = retry_first_s, retry_most_s
+        self._acquisition = Acquisition(
+            slots=slots, fetcher=fetcher, anchors=anchors, clock=clock, received=self._count_received
+        )
         self.record = slots.read_record()
         self.refused = 0
         self.last_refusal = ""
         self._plan: RolloutPlan | None = None
         self._plan_changed = asyncio.Event()
         self._live: LiveRecord | None = None
-        self._live_since = 0.0
         self._answered = asyncio.Event()
-        self._read_own_plan()
+        self._remember_plan()
 
     # -- plans
 
-    def offered(self, _topic: str, payload: bytes) -> None:
-        """A rollout plan has arrived. What cannot be believed is counted and otherwise ignored."""
+    def offered(self, topic: str, payload: bytes) -> None:
+        """A rollout plan has arrived. What cannot be believed is counted and otherwise ignored; a believable one is
+        stored before it is followed."""
         try:
             plan, trust = accept_plan(payload, self._model, self._anchors, self.record.trust, self._clock())
             if trust != self.record.trust or payload != self.record.plan:
                 self._write(trust=trust, plan=payload)
+        except StorageFull:  # a retained message does not come again by itself
+            asyncio.get_running_loop().call_later(self._retry_most_s, self.offered, topic, payload)
         except AtollError as error:
             self.refused += 1
             self.last_refusal = str(error)
             _log.warning("%s: plan refused: %s", self._traits.device_id, error)
-            return
-        self._follow(plan)
+        else:
+            self._follow(plan)
 
     def keep_trust(self, trust: TrustState) -> None:
-        """Store a newer trust state (a round announcement was accepted)."""
+        """Store a newer trust state (a round announcement was accepted). Raises StorageFull."""
         self._write(trust=trust)
-
-    def observe(self, latency_ms: float, failed: bool) -> None:
-        """One live answer of the running version; counts while it is on probation."""
-        live = self._live
-        if live is None:
-            return
-        if failed:
-            self._live = msgspec.structs.replace(live, errors=live.errors + 1)
-        elif len(live.latencies_ms) < LIVE_RECORDS_MAX:
-            self._live = msgspec.structs.replace(live, latencies_ms=(*live.latencies_ms, latency_ms))
-        self._answered.set()
 
     @property
     def plan_serial(self) -> int:
@@ -128,8 +125,8 @@ class Installation:
         self._running.withdrawn = frozenset(plan.withdrawn)
         self._plan_changed.set()
 
-    def _read_own_plan(self) -> None:
-        """The plan that was accepted before the power went off; an expired one has no say."""
+    def _remember_plan(self) -> None:
+        """Follow the plan that was accepted before the power went off; an expired one has no say."""
         if self.record.plan:
             with contextlib.suppress(AtollError):
                 plan, _ = accept_plan(self.record.plan, self._model, self._anchors, self.record.trust, self._clock())
@@ -137,34 +134,56 @@ class Installation:
 
     # -- the life of the update
 
-    async def run(self) -> None:
-        """Live by the table, from BOOTED on, until cancelled."""
-        event = Event.BOOTED
-        self._tell()
-        if self.record.state in (State.FETCHING, State.STAGED):
-            self._run_pointed()  # the old version goes on answering meanwhile
-        while True:
-            event = await self._perform(self._advance(event))
+    def observe(self, latency_ms: float, failed: bool) -> None:
+        """One live answer of the running version; counts while it is on probation."""
+        live = self._live
+        if live is None:
+            return
+        if failed:
+            self._live = msgspec.structs.replace(live, errors=live.errors + 1)
+        elif len(live.latencies_ms) < LIVE_RECORDS_MAX:
+            self._live = msgspec.structs.replace(live, latencies_ms=(*live.latencies_ms, latency_ms))
+        self._answered.set()
 
-    def _advance(self, event: Event, **changes: Any) -> Command:
-        """Write the next state down and return its command."""
-        found = step(self.record.state, event)
+    async def run(self) -> None:
+        """Live by the table, from BOOTED on, until cancelled. A full disk ends nothing: what could not be written is
+        done again, as after a power cut."""
+        happened = Happened(Event.BOOTED)
+        while True:
+            try:
+                self._tell()
+                if happened.event is Event.BOOTED:
+                    self._run_slot(self._answering_slot())
+                command = self._advance(happened)
+                self._tell()
+                happened = await self._perform(command)
+            except StorageFull as error:
+                _log.error("%s: %s", self._traits.device_id, error)
+                await asyncio.sleep(self._retry_most_s)
+                happened = Happened(Event.BOOTED)
+
+    def _advance(self, happened: Happened) -> Command:
+        """Write down the next state and everything else that changes at this moment; return the command."""
+        before = self.record.state
+        found = step(before, happened.event)
         if isinstance(found, Refusal):
-            raise RuntimeError(found.reason)  # a bug in this file: events come from here only
-        _log.info("%s: %s, %s -> %s, %s", self._traits.device_id, self.record.state, event, found.state, found.command)
-        if found.state is not self.record.state or changes:
+            raise RuntimeError(found.reason)  # events come from `_perform` only: a bug there
+        _log.info("%s: %s, %s: %s, %s", self._traits.device_id, before, happened.event, found.state, found.command)
+        changes = dict(happened.changes)
+        if happened.outcome is not None:
+            changes["outcomes"] = (*self.record.outcomes, happened.outcome)
+            changes["told_after"] = self._outbox.last_sequence
+        if found.state is not before or changes:
             self._write(state=found.state, **changes)
         return found.command
 
-    async def _perform(self, command: Command) -> Event:
+    async def _perform(self, command: Command) -> Happened:
         """Perform a command; what came of it."""
         match command:
             case Command.RUN | Command.COMMIT | Command.REPORT:
-                self._tell()
-                self._run_pointed()
+                self._run_slot(self._slots.pointer())
                 return await self._next_offer()
             case Command.FALL_BACK:
-                self._tell()
                 self._running.clear()
                 return await self._next_offer()
             case Command.FETCH:
@@ -176,36 +195,28 @@ class Installation:
             case Command.RESTORE:
                 return self._restore()
 
-    async def _next_offer(self) -> Event:
-        """Wait until the plan wants something else than what runs here, and note it as the target."""
+    async def _next_offer(self) -> Happened:
+        """Wait until the plan wants something else than what runs here. What failed here is not tried again in the
+        same rollout."""
         while True:
             self._plan_changed.clear()
             wanted, plan = self.wanted(), self._plan
-            if plan is not None and wanted and wanted != self._running.digest:
-                if self.record.given_up.get(wanted) != plan.name:
-                    self._slots.clear_incoming()
-                    self._fetcher.bytes_received = 0
-                    self._write(
-                        target=wanted,
-                        slot="",
-                        route="",
-                        rollout=plan.name,
-                        bytes_received=0,
-                        started=self._clock(),
-                    )
-                    return Event.OFFERED
+            new = wanted not in ("", self._running.digest)
+            if plan is not None and new and self.record.given_up.get(wanted) != plan.name:
+                self._slots.clear_incoming()
+                self._fetcher.bytes_received = 0
+                changes = {"target": wanted, "slot": "", "route": "", "rollout": plan.name, "bytes_received": 0}
+                return Happened(Event.OFFERED, changes={**changes, "started": self._clock()})
             await self._plan_changed.wait()
 
-    async def _unless_withdrawn(self, work: Coroutine[Any, Any, Event]) -> Event:
+    async def _unless_withdrawn(self, work: Coroutine[Any, Any, Happened]) -> Happened:
         """Do `work`, unless a plan stops wanting the target before it is done."""
         task = asyncio.create_task(work, name=f"update {self._traits.device_id}")
         try:
             while not task.done():
                 self._plan_changed.clear()
                 if self.wanted() not in ("", self.record.target):
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
-                    return self._withdraw()
+                    return self._withdrawn()
                 change = asyncio.create_task(self._plan_changed.wait())
                 try:
                     await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
@@ -216,189 +227,105 @@ class Installation:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _withdraw(self) -> Event:
-        self._live = None
-        if self.record.state is not State.ON_PROBATION:
-            self._note(self._outcome("withdrawn", "the plan no longer wants it here"))
-        else:
-            self._note(self._outcome("rolled_back", "withdrawn by the plan", active=True))
-        return Event.WITHDRAWN
+    def _withdrawn(self) -> Happened:
+        if self.record.state is State.ON_PROBATION:
+            active = self._running.digest == self.record.target
+            return Happened(Event.WITHDRAWN, self._outcome("rolled_back", "withdrawn by the plan", active=active))
+        return Happened(Event.WITHDRAWN, self._outcome("withdrawn", "the plan no longer wants it here"))
 
     # -- fetch
 
-    async def _fetch(self) -> Event:
+    async def _fetch(self) -> Happened:
         """Bring the target into the inactive slot. Retries what may work later; refuses what is not believed."""
         wait_s = self._retry_first_s
         while True:
             try:
-                await self._fetch_once()
-                return Event.FETCHED
+                return Happened(Event.FETCHED, changes=await self._fetch_once())
             except Unavailable as error:
                 _log.info("%s: fetch of %s: %s", self._traits.device_id, self.record.target[:12], error)
                 await asyncio.sleep(wait_s * (0.5 + self._rng.random() / 2))
                 wait_s = min(2 * wait_s, self._retry_most_s)
             except AtollError as error:  # Untrusted or Malformed: the same bytes would be refused again
-                self._note(self._outcome("refused", str(error)[:300]), give_up=True)
-                return Event.REFUSED
+                return Happened(Event.REFUSED, self._outcome("refused", str(error)[:300]), self._give_up())
 
-    async def _fetch_once(self) -> None:
-        target = self.record.target
-        inactive = self._slots.inactive()
-        present = self._slots.installed(inactive)
-        if present is not None and present.digest == target:
-            manifest = accept_manifest(present.envelope, target, self._anchors, self._clock())
-            trust = self._checked(manifest)
-            try:
-                check_file(manifest, self._slots.read_file(present))
-            except AtollError:
-                self._slots.clear_slot(inactive)  # damaged on disk: fetch it
-            else:
-                self._write(slot=inactive, route="none", trust=trust)
-                return
-        envelope = await self._fetcher.object("manifest", target)
-        manifest = accept_manifest(envelope, target, self._anchors, self._clock())
-        trust = self._checked(manifest)
-        file, route = await self._open_by_cheapest(manifest)
-        self._slots.write_slot(inactive, envelope, file)
-        self._write(slot=inactive, route=route, bytes_received=self._bytes_received(), trust=trust)
-        self._slots.clear_incoming()
-
-    async def _open_by_cheapest(self, manifest: Manifest) -> tuple[bytes, str]:
-        """The target's file by the cheapest route; by the whole segments if that fails for what it delivered."""
-        target = self.record.target
-        held = self._held_files()
-        manifests, deliveries = await self._ways_to(manifest, set(held))
-        route = plan_update({digest: len(file) for digest, file in held.items()}, manifest, deliveries)
-        try:
-            return await self._open_route(manifest, route, held, manifests), route.kind
-        except AtollError as error:
-            whole = plan_update({}, manifest, {target: deliveries[target]})
-            if isinstance(error, (Unavailable, Expired)) or whole == route:
-                raise
-            _log.warning("%s: %s route failed (%s); taking the whole", self._traits.device_id, route.kind, error)
-            return await self._open_route(manifest, whole, {}, manifests), whole.kind
-
-    async def _open_route(
-        self, manifest: Manifest, route: Route, held: Mapping[str, bytes], manifests: Mapping[str, Manifest]
-    ) -> bytes:
-        keys = {step.target: await self._fetcher.artifact_key(step.target) for step in route.steps}
-        blobs = {}
-        for one in route.steps:
-            for blob in one.blobs:
-                blobs[blob.digest] = await self._fetcher.blob(blob)
-                self._note_bytes()
-        return open_release(manifest, route, blobs, keys, held=held, manifests=manifests)
-
-    def _held_files(self) -> dict[str, bytes]:
-        """The files in both slots that are what their manifests say."""
-        held: dict[str, bytes] = {}
-        for slot in (self._slots.pointer(), self._slots.inactive()):
-            version = self._slots.installed(slot)
-            if version is not None:
-                with contextlib.suppress(AtollError):
-                    held[version.digest] = self._slots.read_file(version)
-        return held
-
-    async def _ways_to(self, manifest: Manifest, held: set[str]) -> tuple[dict[str, Manifest], dict[str, Delivery]]:
-        """The target's delivery and, as long as no patch starts from a file at hand, those of the versions it was made
-        from: stepping stones of a chain."""
-        target = self.record.target
-        manifests, deliveries = {target: manifest}, {target: await self._delivery(target)}
-        edge = [target]
-        while edge and len(manifests) < CHAIN_VERSIONS_MAX:
-            here = edge.pop(0)
-            bases = [offer.base for offer in deliveries[here].patches]
-            if not held or held & set(bases):
-                break
-            for base in bases:
-                if base in manifests or len(manifests) >= CHAIN_VERSIONS_MAX:
-                    continue
-                try:
-                    envelope = await self._fetcher.object("manifest", base)
-                    manifests[base] = accept_manifest(envelope, base, self._anchors, self._clock())
-                    deliveries[base] = await self._delivery(base)
-                except (NotFound, Untrusted):  # gone or expired: this way is closed, others are not
-                    manifests.pop(base, None)
-                    continue
-                edge.append(base)
-        return manifests, deliveries
-
-    async def _delivery(self, digest: str) -> Delivery:
-        return unpack(await self._fetcher.object("delivery", digest), Delivery)
-
-    def _checked(self, manifest: Manifest) -> TrustState:
+    async def _fetch_once(self) -> dict[str, Any]:
+        """What changes in the record once the inactive slot holds the target."""
         if self._plan is None:
-            raise Unavailable("no plan at hand that asks for this version")
-        return check_release(manifest, self._plan, self.record.trust)
+            raise Unavailable("no valid plan at hand that asks for this version")
+        slot = self._slots.inactive()
+        acquired = await self._acquisition.bring(self.record.target, self._plan, self.record.trust)
+        if acquired.file is not None:
+            self._write(route=acquired.route)  # first: a power cut behind the next line must not forget it
+            self._slots.write_slot(slot, acquired.envelope, acquired.file)
+        self._slots.clear_incoming()
+        return {
+            "slot": slot,
+            "route": self.record.route or acquired.route,
+            "trust": msgspec.structs.replace(self.record.trust, release_floor=acquired.trust.release_floor),
+            "bytes_received": self._bytes_received(),
+        }
 
     def _bytes_received(self) -> int:
-        return self.record.bytes_received + self._take_bytes()
+        """All bytes received for this update, those that are not in the record yet included."""
+        return self.record.bytes_received + self._fetcher.bytes_received
 
-    def _note_bytes(self) -> None:
-        self._write(bytes_received=self._bytes_received())
-
-    def _take_bytes(self) -> int:
-        taken, self._fetcher.bytes_received = self._fetcher.bytes_received, 0
-        return taken
+    def _count_received(self) -> None:
+        total, self._fetcher.bytes_received = self._bytes_received(), 0
+        self._write(bytes_received=total)
 
     # -- switch, judge, restore
 
-    def _switch(self) -> Event:
+    def _switch(self) -> Happened:
         """Flip the pointer to the staged slot. Answers still come from the old version until the new one has passed its
-        golden cases."""
-        before = self._slots.installed(self._slots.pointer())
-        slot = self.record.slot
-        version = self._slots.installed("a" if slot == "a" else "b")
-        if version is None or version.digest != self.record.target:
-            raise RuntimeError(f"slot {slot}: expected {self.record.target[:12]} staged, found something else")
-        left_by_order = before is not None and before.digest in self._running.withdrawn
-        if left_by_order and before is not None and before.digest != version.digest:
-            self._note(
-                UpdateOutcome(
-                    manifest=before.digest,
-                    event="rolled_back",
-                    reason="withdrawn by the plan",
-                    seconds_active=max(0.0, self._clock() - self.record.switched),
-                    time=self._clock(),
-                )
+        golden cases. A version that is left because it was withdrawn is told of as rolled back."""
+        slot = other_slot(other_slot(self.record.slot))
+        before = self._slots.installed(other_slot(slot))
+        left = None
+        now = self._clock()
+        if before is not None and before.digest in self._running.withdrawn and self.record.switched:
+            active = max(0.0, now - self.record.switched)
+            left = UpdateOutcome(
+                manifest=before.digest,
+                event="rolled_back",
+                reason="withdrawn by the plan",
+                seconds_active=active,
+                time=now,
             )
-            self._tell()
-        self._slots.point_to(version.slot)
-        self._write(switched=self._clock())
-        return Event.SWITCHED
+        self._slots.point_to(slot)
+        return Happened(Event.SWITCHED, left, {"switched": now})
 
-    async def _judge(self) -> Event:
+    async def _judge(self) -> Happened:
         """Golden cases first, then live answers."""
-        version = self._pointed()
+        version = self._slots.installed(self._slots.pointer())
         verdict, loaded = self._judge_golden(version)
         if loaded is None or version is None:
-            return self._condemn(verdict)
+            return self._condemned(verdict)
         self._running.use(loaded, version.manifest, version.digest)
-        self._live, self._live_since = LiveRecord(), time.monotonic()
+        self._live, since = LiveRecord(), time.monotonic()
         try:
             while True:
                 self._answered.clear()
-                live = msgspec.structs.replace(self._live, seconds=time.monotonic() - self._live_since)
+                live = msgspec.structs.replace(self._live, seconds=time.monotonic() - since)
                 verdict = judge_live(live, version.manifest.requirements, self._rules)
-                if verdict.outcome == "healthy":
+                if verdict.outcome != "wait":
                     break
-                if verdict.outcome == "unhealthy":
-                    return self._condemn(verdict, active=True)
-                left = max(0.01, self._rules.seconds - live.seconds)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._answered.wait(), left)
+                    await asyncio.wait_for(self._answered.wait(), max(0.01, self._rules.seconds - live.seconds))
         finally:
             self._live = None
+        if verdict.outcome == "unhealthy":
+            return self._condemned(verdict, active=True)
         given_up = {key: value for key, value in self.record.given_up.items() if key != version.digest}
-        self._note(self._outcome("adopted", verdict.reason), given_up=given_up, adopted=self.record.adopted + 1)
-        return Event.HEALTHY
+        changes = {"given_up": given_up, "adopted": self.record.adopted + 1}
+        return Happened(Event.HEALTHY, self._outcome("adopted", verdict.reason), changes)
 
     def _judge_golden(self, version: InstalledVersion | None) -> tuple[Verdict, LoadedModel | None]:
-        if version is None:
-            return Verdict("unhealthy", "the slot is empty"), None
+        """Run the golden cases; the loaded version only if they agree."""
+        if version is None or version.digest != self.record.target:
+            return Verdict("unhealthy", "the slot does not hold the version that was staged"), None
         cases = version.manifest.golden
         try:
-            loaded = self._open_model(version.manifest, self._slots.read_file(version))
+            loaded = self._open_checked(version)
             found = [
                 loaded.run({name: np.array(array_of(tensor, name)) for name, tensor in case.inputs.items()})
                 for case in cases
@@ -408,17 +335,12 @@ class Installation:
             return Verdict("unhealthy", str(error)[:300]), None
         return verdict, loaded if verdict.outcome == "healthy" else None
 
-    def _condemn(self, verdict: Verdict, *, active: bool = False) -> Event:
-        self._note(
-            self._outcome("rolled_back", verdict.reason, active=active),
-            give_up=True,
-            rolled_back=self.record.rolled_back + 1,
-        )
-        return Event.UNHEALTHY
+    def _condemned(self, verdict: Verdict, *, active: bool = False) -> Happened:
+        changes = {**self._give_up(), "rolled_back": self.record.rolled_back + 1}
+        return Happened(Event.UNHEALTHY, self._outcome("rolled_back", verdict.reason, active=active), changes)
 
-    def _restore(self) -> Event:
+    def _restore(self) -> Happened:
         """Point back to the slot that answered before. Idempotent: it is the one that the target is not in."""
-        self._tell()
         self._running.clear()
         slot = other_slot(self.record.slot)
         version = self._slots.installed(slot)
@@ -431,14 +353,23 @@ class Installation:
             else:
                 self._slots.point_to(slot)
                 self._running.use(loaded, version.manifest, version.digest)
-                return Event.RESTORED
+                return Happened(Event.RESTORED)
         self._slots.point_to(None)
-        self._note(self._outcome("safe_mode", reason))
-        return Event.RESTORE_FAILED
+        return Happened(Event.RESTORE_FAILED, self._outcome("safe_mode", reason))
 
-    def _run_pointed(self) -> None:
-        """Answer with the committed version; with the safe answer if there is none or it cannot be opened."""
-        version = self._pointed()
+    def _answering_slot(self) -> SlotName | None:
+        """Which slot answers right after a start: one that has not passed its golden cases must not."""
+        match self.record.state:
+            case State.STAGED:
+                return other_slot(self.record.slot)
+            case State.ON_PROBATION | State.RESTORING | State.SAFE:
+                return None  # the command that follows says what answers
+            case _:
+                return self._slots.pointer()
+
+    def _run_slot(self, slot: SlotName | None) -> None:
+        """Answer with the version in `slot`; with the safe answer if there is none or it cannot be opened."""
+        version = self._slots.installed(slot)
         if version is not None and version.digest == self._running.digest:
             return
         self._running.clear()
@@ -450,13 +381,10 @@ class Installation:
             _log.error("%s: slot %s cannot run: %s", self._traits.device_id, version.slot, error)
 
     def _open_checked(self, version: InstalledVersion) -> LoadedModel:
-        """Open a slot's version after checking its signature and file. Expiry is judged at each answer instead."""
+        """Open a slot's version after checking signature and file. Expiry is judged at each answer instead."""
         with contextlib.suppress(Expired):
             accept_manifest(version.envelope, version.digest, self._anchors, self._clock())
         return self._open_model(version.manifest, self._slots.read_file(version))
-
-    def _pointed(self) -> InstalledVersion | None:
-        return self._slots.installed(self._slots.pointer())
 
     # -- the record
 
@@ -473,20 +401,16 @@ class Installation:
             time=now,
         )
 
-    def _note(self, outcome: UpdateOutcome, *, give_up: bool = False, **changes: Any) -> None:
-        """Put an outcome into the record; `_tell` moves it to the outbox."""
-        if give_up:
-            kept = dict(list(self.record.given_up.items())[-15:])
-            changes["given_up"] = {**kept, self.record.target: self.record.rollout}
-        outcomes = (*self.record.outcomes, outcome)
-        self._write(outcomes=outcomes, told_after=self._outbox.last_sequence, **changes)
+    def _give_up(self) -> dict[str, Any]:
+        """The change that remembers the target as failed in this rollout."""
+        kept = dict(list(self.record.given_up.items())[1 - GIVEN_UP_MAX :])
+        return {"given_up": {**kept, self.record.target: self.record.rollout}}
 
     def _tell(self) -> None:
-        """Move noted outcomes to the outbox: each once, also when the power went off between the two writes."""
+        """Move noted outcomes to the outbox: each once, also when the power goes off between the two writes."""
         if not self.record.outcomes:
             return
-        first = self.record.told_after + 1
-        there = [record for _, record in self._outbox.read(first, self._outbox.last_sequence)]
+        there = [record for _, record in self._outbox.read(self.record.told_after + 1, self._outbox.last_sequence)]
         for outcome in self.record.outcomes:
             if outcome not in there:
                 self._outbox.append(outcome)

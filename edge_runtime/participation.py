@@ -8,6 +8,7 @@ bytes are sent, also after the power was off, until a receipt comes or the round
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -191,7 +192,5 @@ def _read(path: Path) -> RoundRecord:
 
 async def _wait(event: asyncio.Event, seconds: float | None) -> None:
     """Until `event` is set or `seconds` are over (None: for as long as it takes)."""
-    try:
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        pass

@@ -103,8 +103,8 @@ class SafeMode:
         return self._use(data)
 
     def receive_frame(self, frame: bytes) -> Baseline | None:
-        """One frame has arrived; the baseline, if this frame completed it. Raises as `receive`, and then waits for a new
-        train of frames."""
+        """One frame has arrived; the baseline, if this frame completed it. Raises as `receive`, and then waits for a
+        new train of frames."""
         if self._join is None:
             raise Malformed("baseline frame: this device was given nothing that joins frames")
         if self._joiner is None:
