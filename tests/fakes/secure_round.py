@@ -1,0 +1,257 @@
+"""A whole secure round in one process: a small CA, devices, three aggregators' keys, and parties run in lock-step.
+
+Everything is real but the network and the disk. `run` moves the messages of three `AggregationParty` generators and
+keeps what each of them received, so that a test can look at one party's complete view, or change a message on its way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fl_coordinator.channel import Channel
+from fl_coordinator.shares import client
+from fl_coordinator.shares.contribution import (
+    CONTRIBUTION_TYPE,
+    Claim,
+    Contribution,
+    Holding,
+    hold,
+    mask_share,
+    parse,
+    sealing_info,
+)
+from fl_coordinator.shares.fixed_point import Words, clip, encode
+from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome
+from fl_coordinator.shares.sharing import Exchange, Pair, expand
+from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack
+from model_delta.keys.certificates import make_authority, make_leaf, make_request
+from model_delta.keys.encryption import seal_to
+from model_delta.merkle import root
+from model_delta.task import TASK_TYPE, AggregatorKey, Parameter, RoundTask
+from model_delta.trust.signing import pre_authentication_encoding, public_bytes, seal_envelope, sign
+from model_delta.trust.updater import RoleKeys, TrustAnchors
+
+NOW = 1_800_000_000.0
+NAMES = ("north", "centre", "south")
+Tamper = Callable[[int, int, str, bytes], bytes]
+"""(from, to, step, message) -> the message that arrives."""
+
+
+@dataclass
+class View:
+    """What one party received, by step and sender, and what it sent, by step and receiver."""
+
+    received: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    sent: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    kept: list[Keep] = field(default_factory=list)
+
+
+class Device:
+    """A device identity with a certificate by the world's CA."""
+
+    def __init__(self, name: str, authority: bytes, authority_key: ec.EllipticCurvePrivateKey) -> None:
+        self.name = name
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        sealing = X25519PrivateKey.generate().public_key().public_bytes_raw()
+        request = make_request(self.key, name)
+        self.certificate = make_leaf(authority, authority_key, request, name, "acme", sealing, now=NOW, days=90)
+
+    def sign(self, message: bytes) -> bytes:
+        return self.key.sign(message, ec.ECDSA(hashes.SHA256()))
+
+
+class SecureRound:
+    """One announced round and everybody who takes part in it. Keyword arguments override fields of the task."""
+
+    def __init__(self, length: int = 64, **changes: object) -> None:
+        self.authority_key = ec.generate_private_key(ec.SECP256R1())
+        self.ca_pem = make_authority(self.authority_key, "acme", NOW)
+        self.sealing = [X25519PrivateKey.generate() for _ in NAMES]
+        self.signing = [Ed25519PrivateKey.generate() for _ in NAMES]
+        self.round_key = Ed25519PrivateKey.generate()
+        keys = tuple(
+            AggregatorKey(name, sealing.public_key().public_bytes_raw(), public_bytes(signing.public_key()))
+            for name, sealing, signing in zip(NAMES, self.sealing, self.signing, strict=True)
+        )
+        self.task = msgspec.structs.replace(
+            RoundTask(
+                tenant="acme",
+                model="fraud",
+                round_id="fraud-7",
+                base=digest_of(b"base"),
+                training_graph=digest_of(b"graph"),
+                parameters=(Parameter("w", (length,)),),
+                length=length,
+                hostile_max=0,
+                selected_min=3,
+                aggregators=keys,
+                issued=int(NOW) - 60,
+                deadline=int(NOW) + 60,
+            ),
+            **changes,
+        )
+        self.devices: dict[str, Device] = {}
+
+    @property
+    def anchors(self) -> TrustAnchors:
+        return TrustAnchors("acme", {"round": RoleKeys((public_bytes(self.round_key.public_key()),))})
+
+    def announcement(self, task: RoundTask | None = None) -> bytes:
+        return seal_envelope(sign(TASK_TYPE, pack(task or self.task), [self.round_key]))
+
+    def device(self, name: str) -> Device:
+        if name not in self.devices:
+            self.devices[name] = Device(name, self.ca_pem, self.authority_key)
+        return self.devices[name]
+
+    def encode(self, update: np.ndarray) -> Words:
+        """As an honest device encodes it."""
+        return encode(clip(update, self.task.clip_norm_l2), self.task.fraction_bits, os.urandom)
+
+    def contribution(self, name: str, update: np.ndarray, task: RoundTask | None = None) -> bytes:
+        """By the client's code, clipped."""
+        device = self.device(name)
+        return client.make_contribution(
+            update.astype(np.float32), task or self.task, device.sign, device.certificate, name, os.urandom
+        )
+
+    def raw(self, name: str, encoded: Words, task: RoundTask | None = None) -> bytes:
+        """By a device that shares whatever it likes."""
+        device = self.device(name)
+        return client.share_out(encoded, task or self.task, device.sign, device.certificate, name, os.urandom)
+
+    def equivocating(self, name: str, encoded: Words) -> bytes:
+        """By a device that seals one value of share 1 to the first aggregator and another to the second."""
+        secrets = [os.urandom(32) for _ in range(3)]
+        rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
+        masked = mask_share(secrets[2], self.task, name, rest)
+        pairs = [secrets[0] + secrets[1], os.urandom(32) + secrets[2], secrets[2] + secrets[0]]
+        sealed = tuple(
+            seal_to(key.sealing, pairs[index], sealing_info(self.task, name, index))
+            for index, key in enumerate(self.task.aggregators)
+        )
+        claim = unpack(parse(self.raw(name, encoded)).claim, Claim)
+        return self.signed(name, msgspec.structs.replace(claim, sealed=sealed, masked=digest_of(masked)), masked)
+
+    def signed(self, name: str, claim: Claim, masked: bytes) -> bytes:
+        """Whatever `claim` says, validly signed by the device `name`."""
+        packed = pack(claim)
+        return pack(
+            Contribution(packed, self.device(name).sign(pre_authentication_encoding(CONTRIBUTION_TYPE, packed)), masked)
+        )
+
+    def hold(self, contributions: Sequence[bytes], index: int) -> Holding:
+        return hold(contributions, self.task, index, self.sealing[index], self.ca_pem, frozenset(), NOW)
+
+    def party(
+        self,
+        index: int,
+        contributions: Sequence[bytes],
+        attempt: int = 1,
+        holding: Holding | None = None,
+        **more: object,
+    ) -> AggregationParty:
+        digests = holding.digests if holding else [digest_of(data) for data in contributions]
+        frozen = root([bytes.fromhex(digest) for digest in digests])
+        secrets = {
+            peer: Channel(
+                self.sealing[index],
+                key.sealing,
+                NAMES[index],
+                key.name,
+                self.task.round_id,
+                attempt,
+                frozen,
+            ).protocol_secret
+            for peer, key in enumerate(self.task.aggregators)
+            if peer != index
+        }
+        return AggregationParty(
+            task=self.task,
+            attempt=attempt,
+            root=frozen,
+            index=index,
+            holding=holding or self.hold(contributions, index),
+            pair_secrets=secrets,
+            rng=os.urandom,
+            **more,
+        )
+
+    def run(
+        self, contributions: Sequence[bytes], tamper: Tamper | None = None, attempt: int = 1
+    ) -> tuple[list[Outcome], list[View]]:
+        return run_parties([self.party(index, contributions, attempt) for index in range(3)], tamper)
+
+    def run_rows(
+        self, rows: Words, tamper: Tamper | None = None, seed: int = 0
+    ) -> tuple[list[Outcome], list[View], Decision]:
+        """Run on encoded updates uint64[n, d] that no device signed; outcomes, views, and the common decision."""
+        holdings = random_holdings(rows, seed)
+        names = [bytes.fromhex(digest) for digest in holdings[0].digests]
+        parties = [self.party(index, names, holding=holding) for index, holding in enumerate(holdings)]
+        outcomes, views = run_parties(parties, tamper)
+        assert len({outcome.decision for outcome in outcomes}) == 1
+        return outcomes, views, unpack(outcomes[0].decision, Decision)
+
+    def decide(self, contributions: Sequence[bytes]) -> Decision:
+        """The decision of an undisturbed run, the same at all three."""
+        outcomes, _ = self.run(contributions)
+        assert len({outcome.decision for outcome in outcomes}) == 1
+        return unpack(outcomes[0].decision, Decision)
+
+
+def run_parties(parties: Sequence[AggregationParty], tamper: Tamper | None = None) -> tuple[list[Outcome], list[View]]:
+    """Run three parties in lock-step. What one raises goes to the caller."""
+    steps = [party.steps() for party in parties]
+    views = [View() for _ in parties]
+    outcomes: list[Outcome | None] = [None] * len(parties)
+    inputs: list[Mapping[int, bytes] | None] = [None] * len(parties)
+    while any(outcome is None for outcome in outcomes):
+        wanted: dict[int, Exchange] = {}
+        for index, generator in enumerate(steps):
+            try:
+                command = next(generator) if inputs[index] is None else generator.send(inputs[index])
+                while isinstance(command, Keep):
+                    views[index].kept.append(command)
+                    command = generator.send({})
+                wanted[index] = command
+            except StopIteration as done:
+                outcomes[index] = done.value
+        assert len({exchange.step for exchange in wanted.values()}) <= 1, "parties are out of step"
+        for index, exchange in wanted.items():
+            inputs[index] = {}
+            for peer, data in exchange.outgoing.items():
+                views[index].sent[exchange.step, peer] = data
+        for index, exchange in wanted.items():
+            received = {}
+            for peer in exchange.expected:
+                data = wanted[peer].outgoing[index]
+                received[peer] = data if tamper is None else tamper(peer, index, exchange.step, data)
+                views[index].received[exchange.step, peer] = received[peer]
+            inputs[index] = received
+    return [outcome for outcome in outcomes if outcome is not None], views
+
+
+def random_sharing(rows: Words, seed: int) -> list[Pair]:
+    """Replicated shares of `rows` for the three parties, from a seed."""
+    rng = np.random.default_rng(seed)
+    first, second = (rng.integers(0, 2**64, size=rows.shape, dtype=np.uint64) for _ in range(2))
+    parts = [first, second, rows - first - second]
+    return [Pair(parts[index], parts[(index + 1) % 3]) for index in range(3)]
+
+
+def random_holdings(rows: Words, seed: int) -> list[Holding]:
+    """What three aggregators hold of encoded updates uint64[n, d], without devices and signatures."""
+    digests = tuple(digest_of(row.tobytes() + bytes([place])) for place, row in enumerate(rows))
+    names = tuple(f"pos-{place:04d}" for place in range(len(rows)))
+    return [Holding(digests, names, {}, pair) for pair in random_sharing(rows, seed)]

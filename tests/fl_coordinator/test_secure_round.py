@@ -1,0 +1,467 @@
+"""Three parties in lock-step: the choice is the plain rule's, malformed updates are named, nobody sees an update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_coordinator.rules import selection
+from fl_coordinator.shares.contribution import Claim, parse
+from fl_coordinator.shares.fixed_point import Words, norm_max
+from fl_coordinator.shares.party import Decision, Keep, Outcome, _Coin, _Compare, _Hello, _key, read_gram
+from fl_coordinator.shares.range_check import bound_exponent
+from fl_coordinator.shares.sharing import Exchange, Pair, expand
+from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack
+from model_delta.errors import Untrusted
+from tests.fakes.secure_round import NAMES, SecureRound, random_holdings, run_parties
+
+
+def honest_rows(world: SecureRound, count: int, seed: int = 0) -> Words:
+    """Encoded updates of devices that learn about the same thing."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=world.task.length)
+    return np.stack([world.encode(0.05 * (common + rng.normal(size=world.task.length))) for _ in range(count)])
+
+
+def plain_choice(world: SecureRound, rows: Words, decision: Decision) -> tuple[tuple[int, ...], str]:
+    """What the rule says of the same encoded inputs in clear: range check with the same coin, integer Gram matrix."""
+    task, bound = world.task, 2 ** bound_exponent(world.task)
+    selectors = expand(_key(decision.coin, "projections"), task.length)
+    bits = (selectors[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    sums = (rows @ bits).view(np.int64)
+    inside = [i for i, row in enumerate(sums) if ((row >= -bound) & (row < bound)).all()]
+    if len(inside) < task.selected_min:
+        return (), "few"
+    integers = [[int(value) for value in row.view(np.int64)] for row in rows[inside]]
+    gram = np.array([[sum(map(int.__mul__, a, b)) for b in integers] for a in integers], dtype=np.int64)
+    chosen = selection.select(
+        gram,
+        norm_max(task.clip_norm_l2, task.fraction_bits, task.length),
+        task.clip_norm_l2,
+        task.hostile_max,
+        len(rows) - len(inside),
+        task.selected_min,
+    )
+    return tuple(inside[i] for i in chosen.selected), chosen.refusal
+
+
+def opened_sum(outcomes: list[Outcome]) -> Words:
+    total = outcomes[0].opened.first + outcomes[1].opened.first + outcomes[2].opened.first
+    for index in range(3):
+        assert np.array_equal(outcomes[index].opened.second, outcomes[(index + 1) % 3].opened.first)
+    return total
+
+
+def test_thirty_honest_and_four_hostile_from_device_to_sum() -> None:
+    world = SecureRound(length=500, hostile_max=4, selected_min=8)
+    rng = np.random.default_rng(3)
+    common = 0.05 * rng.normal(size=500)
+    updates = [common + 0.02 * rng.normal(size=500) for _ in range(30)]
+    updates += [-5 * common + 0.02 * rng.normal(size=500) for _ in range(4)]
+    contributions = [world.contribution(f"pos-{i:04d}", update) for i, update in enumerate(updates)]
+    outcomes, views = world.run(contributions)
+    decision = unpack(outcomes[0].decision, Decision)
+    assert decision.selected == tuple(range(30))
+    assert decision.refusal == ""
+    for verdict in decision.devices[30:]:
+        assert "x the median; the 30 lowest of 34 are kept" in verdict.reason
+        assert verdict.krum_score > 10 * decision.devices[0].krum_score
+    holdings = [world.hold(contributions, index) for index in range(2)]
+    encoded = holdings[0].shares.first + holdings[0].shares.second + holdings[1].shares.second
+    assert np.array_equal(opened_sum(outcomes), encoded[:30].sum(axis=0, dtype=np.uint64))
+    assert np.abs(encoded[5].view(np.int64) / 2.0**16 - updates[5]).max() < 2.0**-15
+    for view in views:
+        assert [keep.agreed for keep in view.kept] == [False, True]
+        assert {keep.decision for keep in view.kept} == {outcomes[0].decision}
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    length=st.integers(1, 40),
+    count=st.integers(3, 12),
+    hostile=st.integers(0, 3),
+    spread=st.sampled_from([0, 1, 1000, 2**18, 2**22, 2**24, 2**26, 2**40, 2**63 - 1]),
+)
+@settings(max_examples=40, deadline=None)
+def test_selection_on_shares_is_the_plain_rule_on_the_same_inputs(
+    seed: int, length: int, count: int, hostile: int, spread: int
+) -> None:
+    world = SecureRound(length=length, hostile_max=hostile, selected_min=hostile + 2)
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(-1000, 1001, size=(count, length), dtype=np.int64)
+    wild = rng.random(count) < 0.3
+    rows[wild] += rng.integers(-spread, spread + 1, size=(int(wild.sum()), length), dtype=np.int64)
+    outcomes, _, decision = world.run_rows(rows.view(np.uint64), seed=seed)
+    selected, refusal = plain_choice(world, rows.view(np.uint64), decision)
+    assert decision.selected == selected
+    assert bool(decision.refusal) == bool(refusal) == (not selected)
+    if selected:
+        expected = rows.view(np.uint64)[list(selected)].sum(axis=0, dtype=np.uint64)
+        assert np.array_equal(opened_sum(outcomes), expected)
+
+
+# --- malformed updates ----------------------------------------------------------------------------------------------
+
+LENGTH = 200
+RANGE = "range check: a random subset sum is larger than any clipped update allows"
+
+
+def with_entries(*entries: int) -> Callable[[Words], Words]:
+    def change(row: Words) -> Words:
+        row = row.copy()
+        row[: len(entries)] = np.array([entry % 2**64 for entry in entries], dtype=np.uint64)
+        return row
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_entries(2**32), RANGE),
+        (with_entries(2**63), RANGE),
+        (with_entries(2**63, 2**63), RANGE),
+        (with_entries(2**40, -(2**40)), RANGE),
+        (with_entries(*([2**63] * (LENGTH // 2))), RANGE),
+        (with_entries(*([2**62] * LENGTH)), RANGE),
+        (with_entries(*([2**62, -(2**62)] * (LENGTH // 2))), RANGE),
+        (lambda row: (row.view(np.int64) * 1000).view(np.uint64), RANGE),
+        (lambda row: row + np.uint64(2**32), RANGE),
+        (lambda row: np.where(np.arange(LENGTH) % 2, 2**23, -(2**23)).astype(np.int64).view(np.uint64), RANGE),
+        (lambda row: (row.view(np.int64) * 5).view(np.uint64), "exceeds the clip norm 4"),
+        (with_entries(2**19), "exceeds the clip norm 4"),
+    ],
+    ids=[
+        "entry 2^32",
+        "entry 2^63",
+        "two entries 2^63",
+        "cancelling pair",
+        "half of the entries 2^63",
+        "all entries 2^62",
+        "alternating 2^62",
+        "scaled 1000 times",
+        "shifted by 2^32",
+        "alternating just below the bound",
+        "scaled 5 times",
+        "one entry 2^19",
+    ],
+)
+def test_a_malformed_update_is_rejected_by_name_and_costs_no_honest_one(
+    change: Callable[[Words], Words], reason: str
+) -> None:
+    world = SecureRound(length=LENGTH, hostile_max=1, selected_min=5)
+    rows = honest_rows(world, 9)
+    rows[4] = change(rows[4])
+    _, _, decision = world.run_rows(rows)
+    assert reason in decision.devices[4].reason
+    assert decision.devices[4].device_id == "pos-0004"
+    assert decision.selected == (0, 1, 2, 3, 5, 6, 7, 8)
+
+
+def test_without_the_check_an_entry_of_2_32_would_have_been_invisible() -> None:
+    """Why the check is there: modulo 2^64 such an entry adds nothing to its sender's norm."""
+    row = np.array([2**32, 5, 7], dtype=np.uint64)
+    assert int(row @ row) == 25 + 49
+
+
+def of_another_round(world: SecureRound) -> bytes:
+    task = msgspec.structs.replace(world.task, round_id="fraud-6")
+    return world.contribution("pos-0004", np.ones(LENGTH), task)
+
+
+def of_another_base(world: SecureRound) -> bytes:
+    task = msgspec.structs.replace(world.task, base=digest_of(b"older"))
+    return world.contribution("pos-0004", np.ones(LENGTH), task)
+
+
+def too_short(world: SecureRound) -> bytes:
+    task = msgspec.structs.replace(world.task, length=LENGTH - 1)
+    return world.raw("pos-0004", np.zeros(LENGTH - 1, dtype=np.uint64), task)
+
+
+def too_long(world: SecureRound) -> bytes:
+    task = msgspec.structs.replace(world.task, length=100 * LENGTH)
+    return world.raw("pos-0004", np.zeros(100 * LENGTH, dtype=np.uint64), task)
+
+
+def forged(world: SecureRound) -> bytes:
+    contribution = parse(world.contribution("pos-0004", np.ones(LENGTH)))
+    return pack(msgspec.structs.replace(contribution, signature=world.device("pos-0001").sign(contribution.claim)))
+
+
+def copied(world: SecureRound) -> bytes:
+    """Somebody else's seals and masked vector under one's own signature."""
+    contribution = parse(world.contribution("pos-0001", np.ones(LENGTH)))
+    device = world.device("pos-0004")
+    claim = msgspec.structs.replace(
+        unpack(contribution.claim, Claim), device_id="pos-0004", certificate=device.certificate
+    )
+    return world.signed("pos-0004", claim, contribution.masked)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (of_another_round, "round: expected 'fraud-7', found 'fraud-6'"),
+        (of_another_base, "base version: expected"),
+        (too_short, "vector length: expected 200, found 199"),
+        (too_long, "contribution: expected at most"),
+        (forged, "the signature is not by the certificate's key"),
+        (copied, "does not open under this key and context"),
+        (lambda w: w.contribution("pos-0001", np.ones(LENGTH)), "a second contribution of this device"),
+        (
+            lambda w: w.equivocating("pos-0004", np.zeros(LENGTH, dtype=np.uint64)),
+            "inconsistent shares: centre and north were sealed different values of share 1",
+        ),
+        (lambda w: b"not a contribution", "CBOR"),
+    ],
+)
+def test_a_contribution_that_does_not_belong_is_rejected_by_name(
+    make: Callable[[SecureRound], bytes], reason: str
+) -> None:
+    world = SecureRound(length=LENGTH, selected_min=3)
+    contributions = [world.contribution(f"pos-{i:04d}", np.linspace(0, 0.1 * i, LENGTH)) for i in range(4)]
+    decision = world.decide([*contributions, make(world)])
+    assert reason in decision.devices[4].reason
+    assert decision.selected == (0, 1, 2, 3)
+
+
+# --- who sees what --------------------------------------------------------------------------------------------------
+
+
+def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> Outcome:
+    """Run one party against peers that know only what is opened anyway: every bit 1, and the Gram matrix.
+
+    No update enters: the party's own shares are random words, and each message it receives is random, or what makes the
+    opened values come out.
+    """
+    noise = np.frombuffer(os.urandom(2 * rows.nbytes), dtype="<u8").reshape(2, *rows.shape)
+    holding = random_holdings(rows, 0)[index]
+    holding = dataclasses.replace(holding, shares=Pair(noise[0], noise[1]))
+    following, preceding = (index + 1) % 3, (index - 1) % 3
+    party = world.party(index, [], holding=holding)
+    secrets = {peer: os.urandom(32) for peer in (following, preceding)}
+    steps, received = party.steps(), None
+    while True:
+        try:
+            wanted = next(steps) if received is None else steps.send(received)
+        except StopIteration as done:
+            return done.value
+        if isinstance(wanted, Keep):
+            received = {}
+            continue
+        received = simulated(party, wanted, secrets, following, preceding, gram, len(rows), rows.shape)
+
+
+def simulated(
+    party: object,
+    wanted: Exchange,
+    secrets: dict[int, bytes],
+    following: int,
+    preceding: int,
+    gram: np.ndarray,
+    count: int,
+    shape: tuple[int, ...],
+) -> dict[int, bytes]:
+    if wanted.step == "hello":
+        commit = party._commitment  # type: ignore[attr-defined]
+        return {peer: pack(_Hello(os.urandom(32), commit(peer, secret), "")) for peer, secret in secrets.items()}
+    if wanted.step == "compare":
+        own, third = unpack(wanted.outgoing[following], _Compare), os.urandom(32 * count)
+        return {following: pack(_Compare((), own.second, third)), preceding: pack(_Compare((), third, own.first))}
+    if wanted.step == "coin":
+        own_coin = unpack(wanted.outgoing[following], _Coin)
+        return {peer: pack(_Coin(secret, own_coin.seen)) for peer, secret in secrets.items()}
+    if wanted.step == "range":
+        first, second = (np.frombuffer(wanted.outgoing[peer], dtype="<u8") for peer in (following, preceding))
+        return dict.fromkeys(secrets, (first ^ second ^ np.uint64(1)).tobytes())
+    if wanted.step == "gram":
+        own_share = np.frombuffer(wanted.outgoing[following], dtype="<u8")
+        other = np.frombuffer(os.urandom(own_share.nbytes), dtype="<u8")
+        doubled = (2 * gram[np.triu_indices(count)]).view(np.uint64)
+        return {following: other.tobytes(), preceding: (doubled - own_share - other).tobytes()}
+    if wanted.step == "agree":
+        return {peer: wanted.outgoing[peer] for peer in secrets}
+    sizes = {len(data) for data in wanted.outgoing.values()} or {8 * count * 64}
+    return {peer: os.urandom(max(sizes)) for peer in wanted.expected}
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_partys_view_can_be_made_from_what_is_opened_alone(index: int) -> None:
+    """The simulation argument, run: from random messages and the Gram matrix the party gets to the same decision, so
+    its messages tell it nothing else (that the true ones look as random is the next test, and AES)."""
+    world = SecureRound(length=50, hostile_max=1, selected_min=4)
+    rows = honest_rows(world, 8)
+    rows[6] = (-rows[6].view(np.int64)).view(np.uint64)
+    _, _, decision = world.run_rows(rows)
+    integers = rows.view(np.int64)
+    outcome = simulate(world, index, rows, integers @ integers.T)
+    again = unpack(outcome.decision, Decision)
+    assert again.devices == decision.devices
+    assert (again.gram, again.selected) == (decision.gram, decision.selected)
+
+
+def ones_off_balance(data: bytes) -> float:
+    """How far the share of one bits is from a half, in standard deviations of random data."""
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    return abs(float(bits.sum()) - bits.size / 2) / math.sqrt(bits.size / 4)
+
+
+@pytest.mark.parametrize("row", ["zero", "honest"])
+def test_what_a_party_holds_and_receives_looks_random_whatever_the_update(row: str) -> None:
+    world = SecureRound(length=300, selected_min=4)
+    contributions = []
+    rows = np.zeros((8, 300), dtype=np.uint64) if row == "zero" else honest_rows(world, 8)
+    for place, encoded in enumerate(rows):
+        contributions.append(world.raw(f"pos-{place:04d}", encoded))
+    outcomes, views = world.run(contributions)
+    assert unpack(outcomes[0].decision, Decision).selected == tuple(range(8))
+    steps = 0
+    for index, view in enumerate(views):
+        holding = world.hold(contributions, index)
+        for share in (holding.shares.first, holding.shares.second):
+            assert ones_off_balance(share.tobytes()) < 6
+            correlations = [
+                np.corrcoef(a.view(np.int64), b.view(np.int64))[0, 1] for a, b in zip(share, rows, strict=True)
+            ]
+            if row == "honest":
+                assert max(map(abs, correlations)) < 6 / math.sqrt(300)
+        for (step, _), data in view.received.items():
+            assert all(encoded.tobytes()[:64] not in data for encoded in rows)
+            if step not in ("hello", "compare", "coin", "range", "agree"):
+                steps += 1
+                assert ones_off_balance(data) < 6, step
+    assert steps > 3 * 15
+
+
+def test_the_coordinator_sees_the_sum_and_no_summand() -> None:
+    world = SecureRound(length=300, selected_min=4)
+    rows = honest_rows(world, 8)
+    outcomes, _, decision = world.run_rows(rows)
+    for outcome in outcomes:
+        for share in (outcome.opened.first, outcome.opened.second):
+            assert ones_off_balance(share.tobytes()) < 6
+            assert not any(encoded.tobytes()[:64] in share.tobytes() for encoded in rows)
+    assert np.array_equal(opened_sum(outcomes), rows.sum(axis=0, dtype=np.uint64))
+    assert not any(encoded.tobytes()[:64] in outcomes[0].decision for encoded in rows)
+    assert np.array_equal(read_gram(decision), rows.view(np.int64) @ rows.view(np.int64).T)
+
+
+def test_two_attempts_share_no_mask_and_no_coin() -> None:
+    world = SecureRound(length=60, selected_min=4)
+    contributions = [world.raw(f"pos-{i:04d}", row) for i, row in enumerate(honest_rows(world, 6))]
+    first, second = (world.run(contributions, attempt=attempt) for attempt in (1, 1))
+    for step, sender in first[1][0].received:
+        if step not in ("range",):
+            assert first[1][0].received[step, sender] != second[1][0].received[step, sender], step
+    assert np.array_equal(opened_sum(first[0]), opened_sum(second[0]))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_too_few_usable_contributions_open_nothing_not_even_distances() -> None:
+    world = SecureRound(length=60, selected_min=8)
+    outcomes, views, decision = world.run_rows(honest_rows(world, 7))
+    assert decision.refusal == "7 usable contributions, a sum of fewer than 8 is not opened"
+    assert decision.selected == ()
+    assert decision.gram == b""
+    assert all(outcome.opened is None for outcome in outcomes)
+    assert not any(step == "gram" for step, _ in views[0].sent)
+
+
+def test_a_sum_of_fewer_than_selected_min_is_not_opened() -> None:
+    world = SecureRound(length=60, hostile_max=2, selected_min=7)
+    outcomes, _, decision = world.run_rows(honest_rows(world, 8))
+    assert decision.refusal == "6 updates selected, a sum of fewer than 7 is not opened"
+    assert all(outcome.opened is None for outcome in outcomes)
+    assert all(verdict.reason for verdict in decision.devices)
+
+
+# --- deviating aggregators ------------------------------------------------------------------------------------------
+
+
+def other_coin(data: bytes) -> bytes:
+    return pack(_Coin(bytes(32), unpack(data, _Coin).seen))
+
+
+def other_nonce(data: bytes) -> bytes:
+    return pack(msgspec.structs.replace(unpack(data, _Hello), nonce=bytes(32)))
+
+
+@pytest.mark.parametrize(
+    ("liar", "victim", "step", "change", "message"),
+    [
+        (
+            1,
+            0,
+            "coin",
+            other_coin,
+            "centre: step 'coin': does not open",
+        ),
+        (
+            2,
+            0,
+            "hello",
+            other_nonce,
+            "step 'coin'",
+        ),
+        (1, 0, "range", lambda data: bytes([data[0] ^ 1]) + data[1:], "centre and south sent different values"),
+        (1, 0, "gram", lambda data: bytes([data[0] ^ 1]) + data[1:], "odd numbers; an aggregator has deviated"),
+        (1, 0, "gram", lambda data: os.urandom(len(data) - 8) + bytes(8), "an aggregator has deviated"),
+        (1, 0, "gram", lambda data: data[:-8], "centre: step 'gram': expected"),
+        (2, 0, "agree", lambda data: digest_of(b"other").encode(), "south saw another decision than the rest"),
+        (2, 1, "compare", lambda data: data[:-40], "south: step 'compare'"),
+    ],
+)
+def test_a_deviating_aggregator_is_noticed(
+    liar: int, victim: int, step: str, change: Callable[[bytes], bytes], message: str
+) -> None:
+    world = SecureRound(length=60, selected_min=4)
+
+    def tamper(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        return change(data) if (sender, receiver, name) == (liar, victim, step) else data
+
+    with pytest.raises(Untrusted, match=message):
+        world.run_rows(honest_rows(world, 6), tamper)
+
+
+# --- attempts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_remembered_decision_is_repeated_and_a_forgotten_one_is_not_replaced() -> None:
+    world = SecureRound(length=60, selected_min=4)
+    contributions = [world.raw(f"pos-{i:04d}", row) for i, row in enumerate(honest_rows(world, 6))]
+    outcomes, _ = world.run(contributions)
+    decision = outcomes[0].decision
+
+    def again(remembered: list[bytes], final: bool) -> list[Outcome]:
+        parties = [
+            world.party(i, contributions, attempt=2, remembered=remembered[i], final=final and bool(remembered[i]))
+            for i in range(3)
+        ]
+        return run_parties(parties)[0]
+
+    resumed = again([decision] * 3, final=True)
+    assert {outcome.decision for outcome in resumed} == {decision}
+    assert np.array_equal(opened_sum(resumed), opened_sum(outcomes))
+    with pytest.raises(Untrusted, match="south no longer remembers that decision"):
+        again([decision, decision, b""], final=True)
+    fresh = again([decision, decision, b""], final=False)
+    assert {unpack(outcome.decision, Decision).attempt for outcome in fresh} == {2}
+
+
+def test_names_in_the_decision_are_the_announced_ones() -> None:
+    world = SecureRound(length=60, selected_min=4)
+    _, _, decision = world.run_rows(honest_rows(world, 6))
+    assert decision.aggregators == NAMES
+    assert (decision.round_id, decision.attempt, decision.base) == ("fraud-7", 1, world.task.base)
