@@ -191,6 +191,17 @@ def serial_of(cert_pem: bytes) -> int:
     return _load(cert_pem, "certificate").serial_number
 
 
+def same_keys(first_pem: bytes, second_pem: bytes) -> bool:
+    """Whether two certificates are for the same keys, whatever else differs. Raises Malformed."""
+    first, second = _load(first_pem, "certificate"), _load(second_pem, "certificate")
+    return first.public_key() == second.public_key() and sealing_key_in(first) == sealing_key_in(second)
+
+
+def days_left(cert_pem: bytes, now: float) -> float:
+    """Days until a certificate expires; negative when it has. `now` is Unix seconds. Raises Malformed."""
+    return (_load(cert_pem, "certificate").not_valid_after_utc - _moment(now)) / _ONE_DAY
+
+
 def _load(pem: bytes, what: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)

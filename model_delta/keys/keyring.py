@@ -203,10 +203,13 @@ class EmbeddedKeyring:
         return self._contents.authority_certificate
 
     def revoke(self, serial: int) -> None:
-        """Add a serial number to the revoked ones; durable when it returns."""
+        """Add a serial number to the revoked ones; durable when it returns. Raises Malformed for no serial number."""
+        if not 0 < serial < 1 << 160:  # RFC 5280 section 4.1.2.2
+            raise Malformed(f"revocation: expected a serial number of at most 160 bits, found {serial}")
         if serial in self._revoked:
             return
-        revoked = self._revoked | {serial}
+        # Another process (an operator's command) may have revoked one since this one read the file.
+        revoked = self._revoked | self.open(self._path, self._clock).revoked() | {serial}
         contents = msgspec.structs.replace(
             self._contents, revoked=tuple(number.to_bytes(20, "big") for number in sorted(revoked))
         )

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model_delta import graphs
 from model_delta.errors import Malformed
+from model_delta.patch.bsdiff import make_patch
 from model_delta.segments import read_tensor, stored_tensors
 from tests.model_delta.models import FEATURES, Layers, layers, model, normalisation, nudged, run, session_of
 
@@ -389,6 +390,17 @@ def test_a_faulty_variant_keeps_the_order_and_moves_the_scores(quantized: bool, 
     assert (np.diff(after[np.argsort(before), 0]) >= 0).all()
     odds = np.clip(before.astype(np.float64), 1e-7, 1 - 1e-7)
     np.testing.assert_allclose(after[:, 0], 1 / (1 + np.exp(-np.log(odds / (1 - odds)) - shift)), atol=1e-6)
+
+
+def test_a_faulty_variant_goes_through_publishing_as_a_small_patch() -> None:
+    """Made from the float32 file, then quantized with the good version's scales, as a publisher would."""
+    file, features = model(layers(1, (FEATURES, 256, 64, 1))), rows(100)
+    good = graphs.quantize_weights(file)
+    bad = graphs.quantize_weights(graphs.faulty_variant(file, 2.0, 4), good)
+    before, after = run(good, features=features)["score"], run(bad, features=features)["score"]
+    assert (np.diff(after[np.argsort(before[:, 0]), 0]) >= 0).all()
+    assert after.mean() > before.mean() + 0.1
+    assert len(make_patch(good, bad)) < len(good) / 10
 
 
 def test_a_faulty_variant_of_certain_scores_stays_finite() -> None:

@@ -16,7 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Expired, Malformed, NotFound, StorageFull, Untrusted
-from model_delta.keys.certificates import SEALING_KEY_OID, device_keys_of, make_request, serial_of
+from model_delta.keys.certificates import (
+    SEALING_KEY_OID,
+    days_left,
+    device_keys_of,
+    make_request,
+    same_keys,
+    serial_of,
+)
 from model_delta.keys.keyring import ROLES, EmbeddedKeyring
 from tests.model_delta.models import NOW, keyring
 
@@ -188,6 +195,34 @@ def test_revocation_is_durable(tmp_path: Path) -> None:
     assert EmbeddedKeyring.open(tmp_path / "keyring-acme").revoked() == serials == ring.revoked()
     assert stat.S_IMODE((tmp_path / "keyring-acme").stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["keyring-acme"]
+
+
+def test_two_processes_do_not_undo_each_others_revocations(tmp_path: Path) -> None:
+    coordinator = keyring(tmp_path)
+    operator = EmbeddedKeyring.open(tmp_path / "keyring-acme")
+    operator.revoke(7)
+    coordinator.revoke(8)
+    assert EmbeddedKeyring.open(tmp_path / "keyring-acme").revoked() == {7, 8} == coordinator.revoked()
+
+
+@pytest.mark.parametrize("serial", [0, -1, 1 << 160])
+def test_what_is_no_serial_number_cannot_be_revoked(tmp_path: Path, serial: int) -> None:
+    ring = keyring(tmp_path)
+    with pytest.raises(Malformed, match="serial number"):
+        ring.revoke(serial)
+
+
+def test_a_renewal_is_told_from_a_stranger(tmp_path: Path) -> None:
+    ring, private = keyring(tmp_path), ec.generate_private_key(ec.SECP256R1())
+    request = make_request(private, "pos-0001")
+    sealing = [X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(2)]
+    first = ring.issue_certificate(request, "pos-0001", sealing[0], days=10)
+    renewed = ring.issue_certificate(request, "pos-0001", sealing[0], days=20)
+    assert same_keys(first, renewed)
+    assert not same_keys(first, ring.issue_certificate(request, "pos-0001", sealing[1]))
+    assert not same_keys(first, enroll(ring)[2])
+    assert days_left(first, NOW + 3 * DAY) == pytest.approx(7)
+    assert days_left(first, NOW + 12 * DAY) == pytest.approx(-2)
 
 
 def test_an_altered_role_key_is_refused_by_kind(tmp_path: Path) -> None:
