@@ -13,7 +13,7 @@ own rows take the place of generated payments: their order of time is cut into t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,8 +96,12 @@ class World:
         return self._features[mask], self._fraud[mask]
 
 
-def generated_world(scenario: Scenario) -> World:
-    """The world of generated payments. Raises ValueError for a scenario without weeks of live traffic."""
+def generated_world(scenario: Scenario, only: Collection[int] | None = None) -> World:
+    """The world of generated payments.
+
+    `only` names the devices whose payments are kept (a fleet process needs no others): what is kept is the same as in
+    the whole world. Raises ValueError for a scenario without whole weeks of live traffic.
+    """
     if scenario.live_days < 7 or scenario.live_days % 7:
         raise ValueError(f"scenario: live days must be whole weeks, found {scenario.live_days}")
     devices = _devices(scenario)
@@ -105,6 +109,8 @@ def generated_world(scenario: Scenario) -> World:
     table = generate(
         PaymentSpec(terminals_of(devices), days=int(ends[-1]), seed=scenario.seed, drift_day=scenario.history_days)
     )
+    if only is not None:
+        table = table.rows(np.isin(table.terminal, np.array(sorted(only), dtype=np.int64)))
     start = int(ends[_HELD_OUT])
     known = table.rows(table.days(0, start))
     day = (known.time - FIRST_MONDAY) // DAY

@@ -6,10 +6,14 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from device_sim.payments import DAY, FEATURES, category_divergence, generate
+from device_sim.faults import plain_average, scaled
+from device_sim.fraud_model import POSITIVE_WEIGHT, loss_gradients, score, train
+from device_sim.payments import DAY, FEATURES, PaymentSpec, category_divergence, generate
 from device_sim.payments_csv import CSV_FEATURES, LabelledRows
+from device_sim.population import terminals_of
 from device_sim.scenario import Scenario, World, generated_world, world_of_rows
 from model_delta.errors import Malformed
+from monitoring.quality import average_precision
 
 SMALL = Scenario(seed=3, devices=12, history_days=6, local_days=4, held_out_days=3, live_days=7)
 
@@ -58,15 +62,22 @@ def test_the_live_stream_goes_on_for_ever_in_whole_weeks(world: World) -> None:
 
 
 def test_live_features_are_those_of_the_whole_table(world: World) -> None:
-    from device_sim.payments import PaymentSpec
-    from device_sim.population import terminals_of
-
     table = generate(PaymentSpec(terminals_of(world.devices), days=20, seed=3, drift_day=6))
     rows = np.flatnonzero((table.terminal == 4) & table.days(13, 20))
     expected = table.features()[rows]
     found = np.array([list(sample.features.values()) for sample in islice(world.live(4), len(rows))])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert category_divergence(table, range(12)) > 0.25
+
+
+def test_a_part_of_the_fleet_sees_the_same_payments(world: World) -> None:
+    part = generated_world(SMALL, only=(2, 9))
+    assert part.devices == world.devices
+    for index in (2, 9):
+        np.testing.assert_array_equal(part.local(index)[0], world.local(index)[0])
+        assert list(islice(part.live(index), 50)) == list(islice(world.live(index), 50))
+    assert len(part.local(3)[1]) == 0
+    assert len(list(part.live(3))) == 0
 
 
 def test_half_weeks_are_refused() -> None:
@@ -93,3 +104,44 @@ def test_a_users_rows_make_a_world_too() -> None:
 def test_rows_without_fraud_are_refused() -> None:
     with pytest.raises(Malformed, match="no fraud in the first 40 %"):
         world_of_rows(SMALL, rows_of(500, fraud_share=0.0))
+
+
+@pytest.mark.slow
+def test_one_round_on_local_data_raises_precision_and_a_plain_average_under_attack_does_not() -> None:
+    world = generated_world(Scenario(seed=5, devices=30, history_days=15, local_days=14, held_out_days=7, live_days=7))
+    stale = train(*world.history(), seed=5, steps=500)
+    features, fraud = world.held_out()
+    base = np.concatenate([tensor.ravel() for layer in stale.weights for tensor in layer])
+
+    def layers_of(flat: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        shapes = [tensor.shape for layer in stale.weights for tensor in layer]
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        tensors = [part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
+        return list(zip(tensors[0::2], tensors[1::2], strict=True))
+
+    def precision(flat: np.ndarray) -> float:
+        return average_precision(score(layers_of(flat), stale.mean, stale.scale, features), fraud)
+
+    def local_update(index: int) -> np.ndarray:
+        rng = np.random.default_rng(index)
+        rows, labels = world.local(index)
+        inputs = ((rows - stale.mean) / stale.scale).astype(np.float32)
+        moved = base.copy()
+        layers = layers_of(moved)
+        for _ in range(60):
+            batch = rng.integers(0, len(labels), 64)
+            gradients = loss_gradients(layers, inputs[batch], labels[batch].astype(np.float32), POSITIVE_WEIGHT)
+            for tensor, gradient in zip([t for layer in layers for t in layer], gradients, strict=True):
+                tensor -= 0.1 * gradient
+        return np.asarray(moved - base)
+
+    learned = {device.index: local_update(device.index) for device in world.devices}
+    honest = [learned[device.index] for device in world.devices if not device.hostile]
+    rng = np.random.default_rng(0)
+    sent = [scaled(8.0)(learned[d.index], rng) if d.hostile else learned[d.index] for d in world.devices]
+    before = precision(base)
+    after = precision(base + plain_average(honest))
+    attacked = precision(base + plain_average(sent))
+    assert before < 0.6
+    assert after > before + 0.08
+    assert attacked < after - 0.06
