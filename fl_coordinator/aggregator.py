@@ -335,7 +335,6 @@ class Aggregator:
     ) -> bytes:
         what = f"round {command.round_id!r} attempt {command.attempt}"
         while True:
-            arrival = self._mailbox.arrival()
             for message in self._mailbox.find(command.round_id, command.attempt, step, names[peer]):
                 with contextlib.suppress(Untrusted):  # forged: the true one may still come
                     return channels[peer].open(message)
@@ -346,7 +345,7 @@ class Aggregator:
                         raise Unavailable(f"{what}: {names[other]} gave up: {reason}")
             try:
                 async with asyncio.timeout_at(deadline):
-                    await arrival
+                    await self._mailbox.arrival()
             except TimeoutError:
                 raise Unavailable(
                     f"{what}: no {step!r} from {names[peer]} within {self._step_timeout_s:g} s; "
@@ -424,14 +423,15 @@ class _Mailbox:
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
-        self._waiting.clear()
 
-    def arrival(self) -> asyncio.Future[None]:
-        """Done when the next message has arrived."""
-        waiter = asyncio.get_running_loop().create_future()
+    async def arrival(self) -> None:
+        """Return when the next message has arrived."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.add(waiter)
-        waiter.add_done_callback(self._waiting.discard)
-        return waiter
+        try:
+            await waiter
+        finally:
+            self._waiting.discard(waiter)
 
     def find(self, round_id: str, attempt: int, step: str, sender: str) -> list[ChannelMessage]:
         wanted = (round_id, attempt, step, sender)
