@@ -476,6 +476,8 @@ class _Connection(asyncio.Protocol):
         try:
             while not self._closing:
                 limits = self._broker.limits
+                if self._session is None and start < len(view) and view[start] != 0x10:
+                    raise _Close(_Reason.PROTOCOL_ERROR, "expected CONNECT first")
                 limit = limits.packet_bytes_max if self._session is not None else limits.connect_bytes_max
                 length = _packet_length(view, start, limit)
                 if length is None or start + length > len(view):

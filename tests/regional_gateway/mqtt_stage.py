@@ -268,7 +268,7 @@ class Client:
         """All payloads up to and without `last`: what a barrier message proves to be everything that came before."""
         found: list[bytes] = []
         while (payload := self.next().payload) != last:
-            found.append(payload)
+            found.append(bytes(payload))
         return found
 
     def _on_connect(self, _client: Any, _userdata: Any, flags: Any, code: Any, _properties: Any) -> None:
