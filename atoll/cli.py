@@ -258,6 +258,7 @@ def fleet_run(
     observe: Annotated[
         bool, typer.Option("--observe", help="Keep every raw update in the data folder, for comparisons only.")
     ] = False,
+    metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Run simulated devices with their own payment streams against the platform of the data folder."""

@@ -1,0 +1,185 @@
+"""Wiring of one aggregator: its Flower node, its mailbox for the other two, its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from atoll.coordinator import flower_key, superlink_place
+from atoll.entry import run_process
+from atoll.http_server import serving
+from atoll.metrics_page import metrics_route
+from atoll.platform import COORDINATOR, port_of, read_anchors
+from atoll.settings import ConfigurationError, DataFolder
+from fl_coordinator.aggregator import MAILBOX_BYTES_MAX, Aggregator
+from fl_coordinator.flower import FlowerNode
+from model_delta.errors import AtollError, Malformed, Unavailable
+from monitoring.metrics import Metrics
+
+REGISTER_PAUSE_S = 0.5
+REVOKED_EVERY_S = 10.0
+PEER_TIMEOUT_S = 10.0
+COMMAND_DEADLINE_S = 600.0
+_FRAME = struct.Struct(">I")
+
+
+def run_aggregator(path: Path, name: str) -> None:
+    """Run the aggregator `name` of the platform in the data folder `path` until it is told to stop."""
+    data = DataFolder.open(path)
+    known = data.endpoints().aggregators
+    if not known:
+        raise ConfigurationError(f"{path}: this platform was started without aggregators; use `atoll up --learning`")
+    if name not in known:
+        raise ConfigurationError(f"aggregator {name!r}: expected one of {', '.join(known)}")
+    run_process(_aggregator(data, name), f"aggregator-{name}")
+
+
+async def _aggregator(data: DataFolder, name: str) -> None:
+    endpoints, tokens = data.endpoints(), data.tokens()
+    revoked: frozenset[int] = frozenset()
+    headers = {"Authorization": f"Bearer {tokens['aggregator']}"}
+    metrics = Metrics()
+    rounds = metrics.counter("aggregator_commands", "Round commands, by result.", ("result",))
+    async with httpx.AsyncClient(headers=headers, timeout=PEER_TIMEOUT_S) as client:
+
+        async def fetch(round_id: str) -> Sequence[bytes]:
+            return await _fetch_contributions(client, endpoints.coordinator, round_id)
+
+        async def send(peer: str, message: str, content: bytes) -> None:
+            await _post(client, f"{endpoints.aggregators[peer]}/v1/messages/{name}/{message}", content, f"peer {peer}")
+
+        own = Aggregator(
+            name,
+            data.child("aggregators", name),
+            anchors=read_anchors(data.identity(COORDINATOR)),
+            ca_pem=(data.identity(COORDINATOR) / "ca.pem").read_bytes(),
+            revoked=lambda: revoked,
+            fetch_contributions=fetch,
+            send=send,
+        )
+        loop = asyncio.get_running_loop()
+
+        def handle(command: Mapping[str, Any]) -> dict[str, Any]:
+            """Runs in the Flower node's thread."""
+            work = asyncio.run_coroutine_threadsafe(own.run_round(command), loop)
+            try:
+                reply = work.result(COMMAND_DEADLINE_S)
+            except BaseException:
+                work.cancel()
+                rounds.add(1, "failed")
+                raise
+            rounds.add(1, "answered")
+            return reply
+
+        place = superlink_place(data)
+        node = FlowerNode(name, place.address, place.ca, flower_key(data, name), handle)
+        metrics.gauge("aggregator_flower_connected", "1 while the SuperLink answers.").read_from(
+            lambda: float(node.connected)
+        )
+        app = _mailbox(own, tokens["aggregator"], metrics)
+        async with serving(app, port_of(endpoints.aggregators[name]), f"aggregator {name}"):
+            await _register(client, endpoints.coordinator, own, endpoints.aggregators[name])
+            node.start()
+            try:
+                while True:
+                    revoked = await _revoked(client, endpoints.coordinator, revoked)
+                    await asyncio.sleep(REVOKED_EVERY_S)
+            finally:
+                await asyncio.to_thread(node.stop)
+
+
+def _mailbox(own: Aggregator, token: str, metrics: Metrics) -> Starlette:
+    """Takes messages of the other two. They are authenticated by their own sealing; the token keeps strangers out."""
+
+    async def deliver(request: Request) -> Response:
+        if request.headers.get("authorization") != f"Bearer {token}":
+            return JSONResponse({"error": "expected the aggregators' token"}, status_code=401)
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > MAILBOX_BYTES_MAX:
+                return JSONResponse({"error": f"expected at most {MAILBOX_BYTES_MAX} bytes"}, status_code=413)
+        try:
+            own.deliver(request.path_params["sender"], request.path_params["message"], bytes(content))
+        except Unavailable as error:
+            return JSONResponse({"error": str(error)}, status_code=503)
+        except AtollError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        return Response(status_code=204)
+
+    return Starlette(
+        routes=[Route("/v1/messages/{sender}/{message:path}", deliver, methods=["POST"]), metrics_route(metrics)]
+    )
+
+
+async def _register(client: httpx.AsyncClient, coordinator: str, own: Aggregator, url: str) -> None:
+    """Tell the coordinator this aggregator's keys and address; tries until it listens."""
+    body = {
+        "name": own.name,
+        "sealing": base64.b64encode(own.key.sealing).decode(),
+        "verifying": base64.b64encode(own.key.verifying).decode(),
+        "url": url,
+    }
+    while True:
+        try:
+            response = await client.post(f"{coordinator}/v1/aggregators", json=body)
+        except httpx.HTTPError:
+            await asyncio.sleep(REGISTER_PAUSE_S)
+            continue
+        if response.status_code < 500:
+            if response.status_code >= 300:
+                raise Malformed(f"aggregator {own.name}: the coordinator refused its keys: {response.text[:200]}")
+            return
+        await asyncio.sleep(REGISTER_PAUSE_S)
+
+
+async def _revoked(client: httpx.AsyncClient, coordinator: str, known: frozenset[int]) -> frozenset[int]:
+    """Serials of revoked certificates; those known already while the coordinator is away."""
+    try:
+        response = await client.get(f"{coordinator}/v1/revoked")
+        response.raise_for_status()
+        return known | frozenset(int(serial) for serial in response.json()["serials"])
+    except (httpx.HTTPError, ValueError, KeyError):
+        return known
+
+
+async def _fetch_contributions(client: httpx.AsyncClient, coordinator: str, round_id: str) -> list[bytes]:
+    what = f"contributions of round {round_id}"
+    try:
+        response = await client.get(f"{coordinator}/v1/rounds/{round_id}/contributions")
+    except httpx.HTTPError as error:
+        raise Unavailable(f"{what}: the coordinator did not answer: {type(error).__name__}") from None
+    if response.status_code != 200:
+        raise Unavailable(f"{what}: the coordinator answered {response.status_code}: {response.text[:200]}")
+    data, parts, at = response.content, [], 0
+    while at < len(data):
+        if at + _FRAME.size > len(data):
+            raise Malformed(f"{what}: expected a length at byte {at}, found the end")
+        (size,) = _FRAME.unpack_from(data, at)
+        at += _FRAME.size
+        if at + size > len(data):
+            raise Malformed(f"{what}: expected {size} bytes at byte {at}, found {len(data) - at}")
+        parts.append(data[at : at + size])
+        at += size
+    return parts
+
+
+async def _post(client: httpx.AsyncClient, url: str, content: bytes, what: str) -> None:
+    try:
+        response = await client.post(url, content=content)
+    except httpx.HTTPError as error:
+        raise Unavailable(f"{what}: did not answer: {type(error).__name__}") from None
+    if response.status_code >= 500:
+        raise Unavailable(f"{what}: answered {response.status_code}")
+    if response.status_code >= 300:
+        raise Malformed(f"{what}: refused a message: {response.text[:200]}")

@@ -1,0 +1,188 @@
+"""Wiring of the coordinator: ledger, store, keyring, link, Flower, the control API and the live page.
+
+Flower's SuperLink is a child of this process, because the two are useless without each other: it is started again when
+it dies, and it ends when the coordinator does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from atoll.entry import run_process
+from atoll.http_server import serving
+from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of
+from atoll.settings import MODEL, TENANT, DataFolder, quiet_environment, write_private
+from device_sim.payments import FEATURES, PaymentSpec, generate
+from device_sim.payments_csv import CSV_FEATURES
+from edge_runtime.identity import Identity
+from edge_runtime.link import MqttLink
+from edge_runtime.onnx_model import open_model
+from fl_coordinator.control import control_app
+from fl_coordinator.coordinator import Coordinator
+from fl_coordinator.flower import node_public_key
+from fl_coordinator.flower_bridge import FlowerBridge
+from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.promotion import Evaluate, Evaluation
+from fl_coordinator.publishing import Publisher
+from fl_coordinator.updates_log import SegmentLog
+from model_delta.manifest import Manifest, TensorSpec
+from model_delta.store import DirectoryStore
+from monitoring.dashboard import page_routes
+from monitoring.quality import average_precision
+
+REGION = "core"
+"""Whose counter of the version vector this coordinator raises."""
+
+GOLDEN_ROWS = 16
+LATENCY_ROWS = 200
+HELD_OUT = "held_out.npz"
+"""In the coordinator's folder, if candidates of rounds are to be measured: `features` float32[n, F], `fraud` bool[n],
+and `slice` str[n]."""
+
+Array = npt.NDArray[np.generic]
+
+
+def run_coordinator(path: Path) -> None:
+    """Run the coordinator of the platform in the data folder `path` until it is told to stop."""
+    run_process(_coordinator(DataFolder.open(path)), COORDINATOR)
+
+
+async def _coordinator(data: DataFolder) -> None:
+    endpoints = data.endpoints()
+    folder = data.child("coordinator")
+    identity = Identity.load(data.identity(COORDINATOR), COORDINATOR)
+    keyring = open_keyring(data)
+    ledger = Ledger(folder / "ledger.sqlite")
+    store = DirectoryStore(folder / "store")
+    bridge = FlowerBridge()
+    broker = endpoints.broker
+    async with MqttLink(host=broker.host, port=broker.port, client_id=COORDINATOR, tls=identity.tls()) as link:
+        coordinator = Coordinator(
+            tenant=TENANT,
+            model=MODEL,
+            ledger=ledger,
+            log=SegmentLog(folder / "updates"),
+            store=store,
+            keyring=keyring,
+            link=link,
+            publisher=Publisher(
+                tenant=TENANT,
+                region=REGION,
+                ledger=ledger,
+                store=store,
+                keyring=keyring,
+                open_model=open_model,
+                golden_inputs=golden_inputs,
+                feature_counts={MODEL: len(FEATURES), f"{MODEL}-csv": len(CSV_FEATURES)},
+            ),
+            evaluate=evaluation_on(folder / HELD_OUT),
+            bridge=bridge,
+        )
+        app = control_app(coordinator, tokens=data.tokens(), flower=bridge, pages=list(page_routes()))
+        async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:
+            tasks.create_task(coordinator.run(), name=COORDINATOR)
+            if endpoints.flower_port:
+                tasks.create_task(_flower(data, bridge), name="flower")
+
+
+async def _flower(data: DataFolder, bridge: FlowerBridge) -> None:
+    """Keep Flower's SuperLink and our app on it alive."""
+    endpoints = data.endpoints()
+    token = data.path / "flower.token"
+    write_private(token, data.tokens()["flower"].encode())
+    names = tuple(endpoints.aggregators)
+    nodes = {name: node_public_key(flower_key(data, name)) for name in names}
+    await SuperLink(superlink_place(data), quiet_environment()).supervise(
+        lambda: nodes, lambda: bridge.silent_s, endpoints.coordinator, token
+    )
+
+
+def superlink_place(data: DataFolder) -> SuperLinkPlace:
+    """Where this platform's SuperLink keeps its state and listens."""
+    identity = data.identity(SUPERLINK)
+    return SuperLinkPlace(
+        folder=data.child("flower"),
+        port=data.endpoints().flower_port,
+        certificate=identity / "certificate.pem",
+        private_key=identity / "key.pem",
+        ca=identity / "ca.pem",
+    )
+
+
+def flower_key(data: DataFolder, aggregator: str) -> Path:
+    """The key by which Flower knows an aggregator's node."""
+    return data.child("aggregators", aggregator) / "flower.pem"
+
+
+def prepare_flower(data: DataFolder) -> None:
+    """Make the nodes' keys before any process needs them."""
+    for name in AGGREGATORS:
+        node_public_key(flower_key(data, name))
+
+
+def golden_inputs(model: str, inputs: Sequence[TensorSpec]) -> list[Mapping[str, Array]]:
+    """What every device must reproduce: payments for models that take our features, otherwise small seeded tensors."""
+    if len(inputs) == 1 and inputs[0].shape[-1:] == (len(FEATURES),):
+        table = generate(PaymentSpec(("grocery", "fuel", "electronics", "kiosk"), days=3, seed=1))
+        rows = table.features()
+        chosen = np.linspace(0, len(rows) - 1, GOLDEN_ROWS).astype(int)
+        return [{inputs[0].name: rows[chosen].astype(inputs[0].dtype)}]
+    rng = np.random.default_rng(1)
+    return [{spec.name: _small_tensor(spec, rng) for spec in inputs}]
+
+
+def _small_tensor(spec: TensorSpec, rng: np.random.Generator) -> Array:
+    shape = tuple(4 if size < 0 else size for size in spec.shape)
+    kind = np.dtype(spec.dtype)
+    if kind.kind in "iu":
+        return rng.integers(0, 4, shape).astype(kind)
+    if kind.kind == "b":
+        return rng.integers(0, 2, shape).astype(kind)
+    return rng.standard_normal(shape).astype(kind)
+
+
+def evaluation_on(path: Path) -> Evaluate:
+    """Measures a version on the held-out payments at `path`; read at each use, so that a new file counts at once.
+
+    Without a file every candidate measures the same, so that only size and latency gate it.
+    """
+
+    def evaluate(manifest: Manifest, file: bytes) -> Evaluation:
+        model = open_model(manifest, file)
+        rows = np.zeros((LATENCY_ROWS, len(FEATURES)), dtype=np.float32)
+        precision, slices, frauds = 0.0, {}, {}
+        if path.exists():
+            with np.load(path, allow_pickle=False) as held_out:
+                features, fraud, group = held_out["features"], held_out["fraud"], held_out["slice"]
+            scores = model.run({"features": features})["score"].reshape(-1)
+            precision = average_precision(scores, fraud)
+            for name in np.unique(group):
+                mine = group == name
+                slices[str(name)] = average_precision(scores[mine], fraud[mine])
+                frauds[str(name)] = int(fraud[mine].sum())
+            rows = features[:LATENCY_ROWS]
+        return Evaluation(
+            average_precision=precision,
+            slices=slices,
+            slice_frauds=frauds,
+            latency_p95_us=_latency_p95_us(lambda row: model.run({"features": row}), rows),
+            size_bytes=len(file),
+        )
+
+    return evaluate
+
+
+def _latency_p95_us(run: Callable[[npt.NDArray[np.float32]], object], rows: npt.NDArray[np.float32]) -> float:
+    seconds = []
+    for index in range(len(rows)):
+        started = time.perf_counter()
+        run(rows[index : index + 1])
+        seconds.append(time.perf_counter() - started)
+    return float(np.quantile(seconds, 0.95)) * 1e6
