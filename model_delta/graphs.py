@@ -80,10 +80,10 @@ def quantize_weights(data: bytes, parent: bytes | None = None) -> bytes:
     """Weight-only int8: each constant float32 matrix of a MatMul or Gemm becomes an int8 initializer of the same name,
     a float32 `NAME_scale` per output channel and a DequantizeLinear; biases and everything else stay float32.
 
-    Open such a model with onnxruntime's `session.disable_quant_qdq` set to 1: the weights are then restored once, at
-    load, and it computes exactly as its float32 twin and as fast. Without it onnxruntime 1.31 restores them on every
-    run (five times slower for the fraud model) and rounds activations of some layers to int8 (scores off by 4e-3, and
-    not the same on every processor).
+    Open such a model (`segments.operators` tells) with onnxruntime's `session.disable_quant_qdq` set to 1: the weights
+    are then restored once, at load, and it answers as fast as its float32 twin. Without it onnxruntime 1.31 restores
+    them on every run (five times slower for the fraud model) and rounds the activations of some layers to int8, which
+    moved scores by up to 4e-3.
 
     Scales are locked to `parent`'s where it has the same matrix (see `patch.quantization`). Deterministic: the same
     input gives the same bytes. A model that is quantized already, is too old for DequantizeLinear per channel, has
@@ -101,7 +101,10 @@ def quantize_weights(data: bytes, parent: bytes | None = None) -> bytes:
     dequantizers: list[onnx.NodeProto] = []
     for tensor in graph.initializer:
         if tensor.name not in axes:
-            replaced.append(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+            known_type = tensor.data_type in DTYPES  # others (text, bfloat16) stay as they are
+            replaced.append(
+                numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name) if known_type else tensor
+            )
             continue
         weight, axis = numpy_helper.to_array(tensor), axes[tensor.name]
         known = parent_tensors.get(f"{tensor.name}_scale")

@@ -5,8 +5,8 @@ that wire format (Protocol Buffers, "Encoding") just deep enough to find the ini
 cuts files and reads weights without the onnx library. Nothing is parsed that is not needed, nothing is copied before it
 is measured, and bytes that are not ONNX are no error: they are cut every 64 KiB.
 
-Field numbers are those of onnx.proto: ModelProto.graph = 7; GraphProto.initializer = 5; TensorProto.dims = 1,
-data_type = 2, name = 8, raw_data = 9.
+Field numbers are those of onnx.proto: ModelProto.graph = 7; GraphProto.node = 1, initializer = 5; NodeProto.op_type =
+4; TensorProto.dims = 1, data_type = 2, name = 8, raw_data = 9.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from model_delta.manifest import StoredTensor
 CUT_BYTES = 65_536
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 7, 5, 1, 2, 8, 9
+_NODE, _OP_TYPE = 1, 4
 _DIMENSIONS_MAX = 16
 
 DTYPES = {
@@ -102,6 +103,24 @@ def stored_tensors(file: bytes) -> tuple[StoredTensor, ...]:
     return tuple({stored.name: stored for stored in reversed(found)}.values())[::-1]
 
 
+def operators(file: bytes) -> frozenset[str]:
+    """The kinds of operator in the main graph (not those inside control flow); empty if not ONNX.
+
+    A runtime asks it how to open a file: weights of a model with DequantizeLinear and without QuantizeLinear are best
+    restored once, at load (see `graphs.quantize_weights`)."""
+    try:
+        return frozenset(
+            file[field.value_start : field.end].decode("utf-8", "replace")
+            for graph in _graphs(file)
+            for node in _fields(file, graph.value_start, graph.end)
+            if node.number == _NODE and node.wire == _BYTES
+            for field in _fields(file, node.value_start, node.end)
+            if field.number == _OP_TYPE and field.wire == _BYTES
+        )
+    except _NotOnnx:
+        return frozenset()
+
+
 def read_tensor(file: bytes, tensor: StoredTensor) -> npt.NDArray[Any]:
     """The weights of `tensor` as an array of its shape: a read-only view of `file`.
 
@@ -143,13 +162,15 @@ def _merged(file: bytes, pieces: Sequence[tuple[str, int]], minimum: int) -> tup
     return tuple(named)
 
 
-def _initializers(file: bytes) -> Iterator[_Initializer]:
+def _graphs(file: bytes) -> list[_Field]:
     graphs = [field for field in _fields(file, 0, len(file)) if field.number == _GRAPH]
-    if not graphs:
+    if not graphs or any(graph.wire != _BYTES for graph in graphs):
         raise _NotOnnx
-    for graph in graphs:
-        if graph.wire != _BYTES:
-            raise _NotOnnx
+    return graphs
+
+
+def _initializers(file: bytes) -> Iterator[_Initializer]:
+    for graph in _graphs(file):
         for field in _fields(file, graph.value_start, graph.end):
             if field.number == _INITIALIZER:
                 if field.wire != _BYTES:

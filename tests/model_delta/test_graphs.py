@@ -273,6 +273,14 @@ def test_the_output_channel_is_found(operator: str, attributes: dict[str, int]) 
     np.testing.assert_allclose(scale, np.abs(weight).max(axis=1 if attributes else 0) / 127, rtol=1e-6)
 
 
+def test_tensors_of_types_that_numpy_lacks_stay_as_they_are() -> None:
+    proto = matmul_model()
+    odd = [helper.make_tensor("text", TensorProto.STRING, [1], [b"x"]), helper.make_tensor("half", 16, [2], [1.0, 2.5])]
+    proto.graph.initializer.extend(odd)
+    quantized = onnx.ModelProto.FromString(graphs.quantize_weights(proto.SerializeToString()))
+    assert [t for t in quantized.graph.initializer if t.name in ("text", "half")] == odd
+
+
 def unsuitable() -> list[tuple[str, Callable[[onnx.ModelProto], None]]]:
     def shared_both_ways(proto: onnx.ModelProto) -> None:
         proto.graph.node[0].output[0] = "between"

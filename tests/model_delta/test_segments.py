@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from model_delta import graphs
 from model_delta.errors import Malformed
 from model_delta.manifest import StoredTensor
-from model_delta.segments import CUT_BYTES, cut, read_tensor, stored_tensors
+from model_delta.segments import CUT_BYTES, cut, operators, read_tensor, stored_tensors
 from tests.model_delta.models import layers, model
 
 
@@ -26,6 +26,7 @@ def joined(file: bytes, minimum: int = 4096) -> bytes:
 @given(st.binary(max_size=3000), st.integers(1, 100))
 def test_any_bytes_join_again(file: bytes, minimum: int) -> None:
     assert joined(file, minimum) == file
+    operators(file)
     for tensor in stored_tensors(file):
         read_tensor(file, tensor)
 
@@ -124,6 +125,13 @@ def test_a_description_that_does_not_fit_is_malformed(tensor: StoredTensor) -> N
 def test_what_is_read_cannot_be_written() -> None:
     file = model(layers(1))
     assert not read_tensor(file, stored_tensors(file)[0]).flags.writeable
+
+
+def test_operators_are_told_without_onnx() -> None:
+    file = model(layers(1))
+    assert operators(file) == {"Sub", "Div", "Gemm", "Relu", "Sigmoid"}
+    assert operators(graphs.quantize_weights(file)) == operators(file) | {"DequantizeLinear"}
+    assert operators(b"not a model") == operators(b"") == operators(file[:-1]) == frozenset()
 
 
 def test_a_device_opens_releases_without_onnx() -> None:
