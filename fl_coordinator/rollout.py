@@ -43,13 +43,15 @@ State = Literal["running", "paused", "completed", "stopped", "aborted"]
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """One guardrail at one look: `breached`, the figure seen, what it was held against, and a sentence."""
+    """One guardrail at one look: `breached`, the figure seen, what it was held against, and a sentence. `judged` is
+    False while even the worst figures could not breach it: too little was seen to call it healthy."""
 
     metric: str
     breached: bool
     value: float
     limit: float
     text: str
+    judged: bool = True
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +129,13 @@ def begin(
         if traits.tenant == tenant and any(matches(cohort, traits) for cohort in spec.cohorts)
     ]
     if first:
-        spec = msgspec.structs.replace(spec, control="none", stages=(Stage(share=1.0, hold=spec.stages[-1].hold),))
+        alone = (msgspec.structs.replace(rail, ratio=None, max_increase=None) for rail in spec.guardrails)
+        spec = msgspec.structs.replace(
+            spec,
+            control="none",
+            stages=(Stage(share=1.0, hold=spec.stages[-1].hold),),
+            guardrails=tuple(rail for rail in alone if rail.max is not None or rail.metric == "silence"),
+        )
     salt = _choose_salt(spec, eligible)
     target_bounds, control_bounds = _bounds(spec, salt, [device_id for device_id, _ in eligible])
     rollout = Rollout(
@@ -282,16 +290,21 @@ def _rates(rail: Guardrail, counts: Counts, evidence: RatioEvidence | None, alph
     found: list[Verdict] = []
     if rail.max is not None:
         lower, _ = rate_bounds(counts.target_hits, counts.target_total, alpha)
-        found.append(Verdict(rail.metric, lower > rail.max, seen, rail.max, f"{told}, allowed {rail.max:.2%}"))
+        worst, _ = rate_bounds(counts.target_total, counts.target_total, alpha)
+        text = f"{told}, allowed {rail.max:.2%}"
+        found.append(Verdict(rail.metric, lower > rail.max, seen, rail.max, text, worst > rail.max))
     if rail.max_increase is not None:
         lower, _ = rate_bounds(counts.target_hits, counts.target_total, alpha / 2)
         _, upper = rate_bounds(counts.control_hits, counts.control_total, alpha / 2)
         text = f"{told}, control {beside:.2%} of {counts.control_total}, allowed + {rail.max_increase:.2%}"
-        found.append(Verdict(rail.metric, lower > upper + rail.max_increase, seen, beside + rail.max_increase, text))
+        worst, _ = rate_bounds(counts.target_total, counts.target_total, alpha / 2)
+        limit = upper + rail.max_increase
+        found.append(Verdict(rail.metric, lower > limit, seen, beside + rail.max_increase, text, worst > limit))
     if rail.ratio is not None and evidence is not None:
         text = f"{told}, control {beside:.2%} of {counts.control_total}, allowed {rail.ratio:g} times control"
         breached = evidence.log_evidence >= math.log(1 / alpha)
-        found.append(Verdict(rail.metric, breached, seen, beside * rail.ratio, text))
+        judged = counts.target_total > 0 and counts.control_total > 0
+        found.append(Verdict(rail.metric, breached, seen, beside * rail.ratio, text, judged))
     return found
 
 
@@ -305,7 +318,8 @@ def _latency(rail: Guardrail, health: CohortHealth, alpha: float) -> list[Verdic
     if rail.max is not None:
         lower, _ = rate_bounds(exceeding(latency, rail.max * 1000), total, alpha)
         text = f"{rail.metric} {seen_ms:.3g} ms over {total} decisions, allowed {rail.max:g} ms"
-        found.append(Verdict(rail.metric, lower > 1 - q, seen_ms, rail.max, text))
+        worst, _ = rate_bounds(total, total, alpha)
+        found.append(Verdict(rail.metric, lower > 1 - q, seen_ms, rail.max, text, worst > 1 - q))
     if rail.ratio is not None:
         control_us = quantile_upper_bound_us(health.control.decided.latency, q, alpha / 2)
         limit_us = rail.ratio * control_us if control_us is not None else math.inf
@@ -316,7 +330,9 @@ def _latency(rail: Guardrail, health: CohortHealth, alpha: float) -> list[Verdic
         limit_ms = limit_us / 1000 if control_us is not None else 0.0
         allowed = f"{limit_ms:.3g} ms ({rail.ratio:g} times control)"
         text = f"{rail.metric} {seen_ms:.3g} ms over {total} decisions, allowed {allowed}"
-        found.append(Verdict(rail.metric, lower > 1 - q, seen_ms, limit_ms, text))
+        worst, _ = rate_bounds(total, total, each)
+        judged = control_us is not None and worst > 1 - q
+        found.append(Verdict(rail.metric, lower > 1 - q, seen_ms, limit_ms, text, judged))
     return found
 
 
@@ -356,6 +372,9 @@ def _lacking(rollout: Rollout, health: CohortHealth, now: float) -> str:
         return f"{health.target.silent} silent devices"
     if decided < hold.min_decisions:
         return f"{hold.min_decisions - decided} more decisions"
+    unjudged = [verdict.metric for verdict in rollout.verdicts if not verdict.judged]
+    if unjudged:
+        return f"more evidence on {', '.join(dict.fromkeys(unjudged))}"
     return ""
 
 

@@ -170,16 +170,17 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """One round as it stands. `frozen` holds contribution digests in the order of the log, `devices` their senders.
-    `attempt` counts aggregations from 1. `seconds` says how long each phase took; `figures` what was measured."""
+    """One round as it stands. `announcement` is the signed task. `frozen` holds contribution digests in the order of
+    the log. `attempt` counts aggregations from 1. `chosen` and `rejected` name devices. `seconds` says how long each
+    phase took; `figures` what was measured."""
 
     round_id: str
     spec: RoundSpec
     task: RoundTask
+    announcement: bytes
     state: str
     opened: float
     frozen: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
     root: str = ""
     attempt: int = 0
     failures: tuple[str, ...] = ()

@@ -1,0 +1,264 @@
+"""A coordinator on a broker in memory, with real keys, ledger, log and store, and devices that behave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fl_coordinator.coordinator import Coordinator, Enrolment
+from fl_coordinator.flower_bridge import FlowerBridge
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.promotion import Evaluate
+from fl_coordinator.publishing import Publisher
+from fl_coordinator.shares.client import make_contribution
+from fl_coordinator.updates_log import SegmentLog
+from model_delta import graphs, topics
+from model_delta.encoding import pack, unpack
+from model_delta.keys.certificates import make_request
+from model_delta.keys.encryption import open_sealed
+from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.manifest import Manifest, TensorSpec
+from model_delta.plan import DeviceTraits, assign
+from model_delta.store import DirectoryStore
+from model_delta.task import RoundTask
+from model_delta.trust.signing import seal_envelope, sign
+from model_delta.trust.updater import TrustState, accept_plan, accept_task
+from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, latency_bucket
+from tests.fakes.link import FakeBroker
+
+FEATURES = 6
+START = 1_800_000_000.0
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SumModel:
+    """Answers the logistic function of each row's sum, whatever the file says."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.digest = manifest.file_digest
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        total = np.asarray(inputs["features"], dtype=np.float32).sum(axis=1, keepdims=True)
+        return {"score": (1 / (1 + np.exp(-total))).astype(np.float32)}
+
+
+def golden_inputs(model: str, inputs: Sequence[TensorSpec]) -> Sequence[Mapping[str, Any]]:
+    return [{"features": np.linspace(-1, 1, 3 * FEATURES, dtype=np.float32).reshape(3, FEATURES)}]
+
+
+def fraud_model(seed: int = 0, hidden: int = 4) -> bytes:
+    """A small model of our own layout, as it would be published."""
+    rng = np.random.default_rng(seed)
+    sizes = [FEATURES, hidden, 1]
+    weights = [
+        (rng.normal(size=(a, b)).astype(np.float32), rng.normal(size=b).astype(np.float32)) for a, b in pairwise(sizes)
+    ]
+    return graphs.mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
+
+
+class Platform:
+    """One platform in a folder. `start` may be called again after `stop` or a crash: everything is read from disk."""
+
+    def __init__(self, folder: Path, evaluate: Evaluate | None = None) -> None:
+        self.folder = folder
+        self.clock = Clock()
+        self.broker = FakeBroker()
+        self.evaluate = evaluate
+        keys = folder / "keyring"
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (
+            EmbeddedKeyring.open if keys.exists() else lambda path, clock: EmbeddedKeyring.create(path, "acme", clock)
+        )
+        self.keyring = opened(keys, self.clock)
+        self.store = DirectoryStore(folder / "store")
+        self.bridge = FlowerBridge()
+        self.devices: dict[str, Device] = {}
+        self.open()
+
+    def open(self) -> None:
+        """Open ledger and log, and make a coordinator on them."""
+        self.ledger = Ledger(self.folder / "ledger.sqlite")
+        self.log = SegmentLog(self.folder / "log")
+        self.publisher = Publisher(
+            tenant="acme",
+            region="eu-west",
+            ledger=self.ledger,
+            store=self.store,
+            keyring=self.keyring,
+            open_model=lambda manifest, file: SumModel(manifest),
+            golden_inputs=golden_inputs,
+            feature_counts={"fraud": FEATURES},
+        )
+        self.coordinator = Coordinator(
+            tenant="acme",
+            model="fraud",
+            ledger=self.ledger,
+            log=self.log,
+            store=self.store,
+            keyring=self.keyring,
+            link=self.broker.link("coordinator"),
+            publisher=self.publisher,
+            evaluate=self.evaluate,
+            bridge=self.bridge,
+            clock=self.clock,
+            tick_s=0.02,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Coordinator]:
+        """The coordinator at work; leaving is a crash: nothing is flushed or said goodbye to."""
+        task = asyncio.create_task(self.coordinator.run())
+        try:
+            yield self.coordinator
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def reopen(self) -> None:
+        """What a start after a crash sees."""
+        self.ledger.close()
+        self.log.close()
+        self.open()
+
+    def device(self, device_id: str, **traits: str) -> Device:
+        """Enrol a device and connect it."""
+        self.devices[device_id] = Device(self, device_id, traits)
+        return self.devices[device_id]
+
+
+class Device:
+    """A device as the coordinator sees it: follows plans at once, reports, asks for keys, contributes."""
+
+    def __init__(self, platform: Platform, device_id: str, traits: dict[str, str]) -> None:
+        self.platform, self.device_id = platform, device_id
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.sealing = X25519PrivateKey.generate()
+        self.traits = {"device_class": "pos", "region": "eu-west", **traits}
+        self.enrol()
+        self.trust = TrustState()
+        self.running = ""
+        self.sequence = 0
+        self.epoch = int.from_bytes(os.urandom(8), "big")
+        self.acked = 0
+        self.receipts: list[topics.ContributionReceipt] = []
+        self.answers: list[topics.KeyResponse] = []
+        self.task: RoundTask | None = None
+        self.plan_serial = 0
+        self.link = platform.broker.link(device_id)
+        self.link.subscribe(topics.plan_topic("acme", "fraud"), self._on_plan)
+        self.link.subscribe(topics.round_topic("acme", "fraud"), self._on_task)
+        for channel in ("ack", "receipt", "key"):
+            self.link.subscribe(topics.down(device_id, channel), self._on_down)
+
+    def enrol(self, *, replace: bool = False) -> None:
+        enrolled = self.platform.coordinator.enrol(
+            Enrolment(
+                csr_pem=make_request(self.key, self.device_id).decode(),
+                sealing_public=self.sealing.public_key().public_bytes_raw(),
+                kind="device",
+                common_name=self.device_id,
+                traits=self.traits,
+            ),
+            replace=replace,
+        )
+        self.certificate, self.ca = enrolled.certificate_pem, enrolled.ca_pem
+
+    def _on_plan(self, topic: str, data: bytes) -> None:
+        anchors = self.platform.keyring.anchors()
+        plan, self.trust = accept_plan(data, "fraud", anchors, self.trust, self.platform.clock())
+        traits = DeviceTraits(self.device_id, "acme", self.traits["device_class"], self.traits["region"])
+        self.running, self.plan_serial = assign(plan, traits).manifest, plan.serial
+
+    def _on_task(self, topic: str, data: bytes) -> None:
+        anchors = self.platform.keyring.anchors()
+        self.task, self.trust = accept_task(data, "fraud", anchors, self.trust, self.platform.clock())
+
+    def _on_down(self, topic: str, data: bytes) -> None:
+        channel = topic.rsplit("/", 1)[1]
+        if channel == "ack":
+            self.acked = unpack(data, topics.ReportAck).sequence
+        elif channel == "receipt":
+            self.receipts.append(unpack(data, topics.ContributionReceipt))
+        else:
+            self.answers.append(unpack(data, topics.KeyResponse))
+
+    def next_report(
+        self, decisions: int = 0, latency_us: float = 300.0, events: Sequence[str] = (), **counts: int
+    ) -> Report:
+        """What the device did since the last report: at least one outbox record."""
+        first, self.sequence = self.sequence + 1, self.sequence + max(1, decisions)
+        summary = ModelSummary(
+            manifest=self.running,
+            where="device",
+            decisions=decisions,
+            latency={latency_bucket(latency_us): decisions},
+            labelled_legitimate=decisions,
+            **counts,
+        )
+        return Report(
+            device_id=self.device_id,
+            epoch=self.epoch,
+            first_sequence=first,
+            last_sequence=self.sequence,
+            time=self.platform.clock(),
+            state="IDLE",
+            running=self.running,
+            plan_serial=self.plan_serial,
+            summaries=(summary,) if decisions else (),
+            outcomes=tuple(UpdateOutcome(manifest=self.running, event=event) for event in events),
+        )
+
+    async def report(self, *arguments: Any, **options: Any) -> None:
+        await self.link.publish(topics.up(self.device_id, "report"), pack(self.next_report(*arguments, **options)))
+
+    async def hello(self) -> None:
+        hello = {"device_id": self.device_id, "running": self.running, "state": "IDLE", **self.traits}
+        await self.link.publish(topics.up(self.device_id, "hello"), pack(hello))
+
+    async def ask_key(self, manifest: str, *, signed_by: ec.EllipticCurvePrivateKey | None = None) -> None:
+        request = topics.KeyRequest(7, self.device_id, manifest, 0)
+        envelope = seal_envelope(sign("key-request", pack(request), [signed_by or self.key]))
+        await self.link.publish(topics.up(self.device_id, "key"), envelope)
+
+    def open_key(self, answer: topics.KeyResponse, manifest: str) -> bytes:
+        return open_sealed(self.sealing, answer.sealed, topics.artifact_key_info(self.device_id, manifest))
+
+    def contribution(self, update: Any) -> bytes:
+        assert self.task is not None
+        return make_contribution(
+            np.asarray(update, dtype=np.float32),
+            self.task,
+            lambda message: self.key.sign(message, ec.ECDSA(hashes.SHA256())),
+            self.certificate,
+            self.device_id,
+            os.urandom,
+        )
+
+    async def contribute(self, data: bytes) -> None:
+        await self.link.publish(topics.up(self.device_id, "contribution"), data)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Give the loop time until `condition` holds; fails after a deadline of real time."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
+            await asyncio.sleep(0.005)
