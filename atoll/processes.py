@@ -1,0 +1,505 @@
+"""Child processes for `atoll demo` and `atoll up`: started in order, kept running, stopped in reverse, never left over.
+
+* Every child leads a process group of its own, logs to a file of its own, and is signalled only by the ids that we
+  got from starting it.
+* A child that dies unexpectedly is started again after a growing pause, until it used up its restarts of one minute;
+  then its name, exit code and the last lines of its log are reported.
+* When this process ends in any way, SIGKILL included, so do the children and theirs: see `child`.
+* Ctrl-C reaches only this process (the children are in other sessions), so that it can stop them in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from atoll import child as child_program
+from model_delta.errors import Malformed, Unavailable
+
+POLL_SECONDS = 0.05
+GUARD_SECONDS = 3.0
+GROUP_SECONDS = 1.0
+MEMORY_SAMPLE_SECONDS = 2.0
+BACKOFF_SECONDS = 0.2
+BACKOFF_SECONDS_MAX = 5.0
+LOG_BYTES_MAX = 8_000_000
+TAIL_LINES = 12
+
+EventKind = Literal["started", "ready", "died", "restarted", "gave up", "stopped"]
+Ready = Callable[[], Awaitable[bool]]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to run. `env` is added to this process's environment; `log` takes standard output and error.
+
+    `ready` is asked until it says True, at most `ready_seconds` after a start. Without `restart`, a death is final.
+    """
+
+    name: str
+    argv: Sequence[str]
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
+    ready: Ready | None = None
+    ready_seconds: float = 30.0
+    restart: bool = True
+    restarts_per_minute_max: int = 5
+    stop_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class ProcessEvent:
+    """Something happened to the child `name`. `exit_code` is negative for a signal, None while it runs."""
+
+    kind: EventKind
+    name: str
+    pid: int
+    exit_code: int | None = None
+    message: str = ""
+
+
+def restart_delay(deaths: Sequence[float], now: float, per_minute_max: int) -> float | None:
+    """Seconds to wait before the next start: 0.2, 0.4, 0.8 ... at most 5; None when the minute's restarts are used up.
+
+    `deaths` are the times of all deaths, this one included, on the clock of `now`.
+    """
+    recent = sum(1 for at in deaths if now - at < 60.0)
+    if recent > per_minute_max:
+        return None
+    return min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS * 2.0 ** max(0, recent - 1))
+
+
+def tail(path: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log; "" when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 8_192))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on at this moment."""
+    return free_ports(1, host)[0]
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """`count` different free ports: all are held until the last one is known."""
+    with contextlib.ExitStack() as held:
+        ports = []
+        for _ in range(count):
+            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            probe.bind((host, 0))
+            ports.append(int(probe.getsockname()[1]))
+        return ports
+
+
+def port_answers(port: int, host: str = "127.0.0.1") -> Ready:
+    """A readiness check: does somebody accept connections there?"""
+
+    async def ready() -> bool:
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            return False
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        return True
+
+    return ready
+
+
+class _Child:
+    """One program and its present process."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopping = asyncio.Event()
+        self.deaths: list[float] = []
+        self.watcher: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process is not None else 0
+
+
+class Supervisor:
+    """Starts, watches and stops children while entered. `on_event` is called in the event loop and must not block."""
+
+    def __init__(self, on_event: Callable[[ProcessEvent], None] = lambda event: None) -> None:
+        self._on_event = on_event
+        self._children: dict[str, _Child] = {}
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._groups: set[int] = set()
+        self._memory: asyncio.Task[None] | None = None
+        self._peak_memory_bytes = 0
+        self._gave_up: asyncio.Future[str] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._gave_up = asyncio.get_running_loop().create_future()
+        self._start_guard()
+        self._memory = asyncio.create_task(self._sample_memory(), name="memory of the children")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for name in reversed(list(self._children)):
+                await self.stop(name)
+        finally:
+            if self._memory is not None:
+                self._memory.cancel()
+            if self._gave_up is not None and not self._gave_up.done():
+                self._gave_up.cancel()
+            # Whatever an interrupted stop left alive is the guard's now: its pipe ends here.
+            self._end_guard()
+
+    # --- children ---
+
+    async def start(self, program: Program) -> int:
+        """Start `program` and wait until it is ready; returns its process id.
+
+        Raises Unavailable, with the end of its log, when it ends or is not ready before its deadline (it is stopped
+        then), and Malformed when a child of this name runs already.
+        """
+        old = self._children.get(program.name)
+        if old is not None and old.watcher is not None and not old.watcher.done():
+            raise Malformed(f"process {program.name}: expected a new name, found one that runs as pid {old.pid}")
+        child = _Child(program)
+        self._children.pop(program.name, None)
+        self._children[program.name] = child
+        self._spawn(child)
+        self._emit("started", child)
+        failure = await self._wait_ready(child)
+        if failure:
+            # A program that never worked is not restarted: the same start would fail the same way.
+            child.stopping.set()
+            await self._end(child)
+            ended = (
+                _exit_text(child.process.returncode) if child.process and child.process.returncode else "exit code 0"
+            )
+            raise Unavailable(_told(f"process {program.name}: {failure} ({ended})", program.log))
+        self._emit("ready", child)
+        child.watcher = asyncio.create_task(self._watch(child), name=f"watch {program.name}")
+        return child.pid
+
+    async def stop(self, name: str) -> None:
+        """SIGTERM to the child's process group, `stop_seconds` of patience, SIGKILL. Nothing when it is gone."""
+        child = self._children.get(name)
+        if child is None:
+            return
+        was_running = self.running(name)
+        child.stopping.set()
+        await self._end(child)
+        if child.watcher is not None:
+            await asyncio.wait([child.watcher])
+        if was_running:
+            self._emit("stopped", child, child.process.returncode if child.process else None)
+
+    async def kill(self, name: str, *, restart: bool = False) -> None:
+        """SIGKILL to the child's process group. With `restart` this is an accident as any other, else it is final."""
+        child = self._children[name]
+        if not restart:
+            child.stopping.set()
+        self._signal(child, signal.SIGKILL)
+        if not restart:
+            await self._end(child)
+            if child.watcher is not None:
+                await asyncio.wait([child.watcher])
+
+    def running(self, name: str) -> bool:
+        """Is there a live process of this name?"""
+        child = self._children.get(name)
+        return child is not None and child.process is not None and not _has_exited(child.process)
+
+    def pid(self, name: str) -> int:
+        """The process id of the child's present process. Raises KeyError for an unknown name."""
+        return self._children[name].pid
+
+    async def failed(self) -> None:
+        """Wait until a child used up its restarts, or died for good; then raise Unavailable with the end of its log."""
+        assert self._gave_up is not None
+        raise Unavailable(await asyncio.shield(self._gave_up))
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The largest sum of proportional set sizes seen, of this process and all below it; sampled every 2 s."""
+        return self._peak_memory_bytes
+
+    # --- how ---
+
+    def _spawn(self, child: _Child) -> None:
+        program = child.program
+        program.log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if program.log.stat().st_size > LOG_BYTES_MAX:
+                program.log.replace(program.log.with_name(program.log.name + ".old"))
+        with program.log.open("ab") as log:
+            child.process = subprocess.Popen(
+                [*_isolated_child(), "run", str(os.getpid()), *program.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **program.env},
+                cwd=program.cwd,
+                start_new_session=True,
+            )
+        self._groups.add(child.pid)
+        self._tell_guard(f"+{child.pid}\n")
+
+    async def _wait_ready(self, child: _Child) -> str:
+        """ "" when ready, else what went wrong."""
+        program, process = child.program, child.process
+        assert process is not None
+        deadline = time.monotonic() + program.ready_seconds
+        while not _has_exited(process):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return f"not ready after {program.ready_seconds:g} s"
+            if child.stopping.is_set():
+                return "stopped before it was ready"
+            try:
+                async with asyncio.timeout(min(left, 5.0)):
+                    if program.ready is None or await program.ready():
+                        return ""
+            except (TimeoutError, OSError, Unavailable):
+                pass
+            await asyncio.sleep(POLL_SECONDS)
+        return "ended before it was ready"
+
+    async def _watch(self, child: _Child) -> None:
+        while True:
+            process = child.process
+            assert process is not None
+            await _until(lambda: _has_exited(process) or child.stopping.is_set())  # noqa: B023 (awaited at once)
+            if child.stopping.is_set():
+                return  # whoever stops it also reaps it
+            code = self._reap(child)
+            self._emit("died", child, code, _exit_text(code))
+            now = time.monotonic()
+            child.deaths = [*(at for at in child.deaths if now - at < 60.0), now]
+            delay = restart_delay(child.deaths, now, child.program.restarts_per_minute_max)
+            if delay is None or not child.program.restart:
+                self._give_up(child, code)
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await child.stopping.wait()
+                    return
+            self._spawn(child)
+            self._emit("restarted", child)
+            failure = await self._wait_ready(child)
+            if not failure:
+                self._emit("ready", child)
+            elif not child.stopping.is_set():
+                self._signal(child, signal.SIGKILL)  # hangs: counts as one more death
+
+    def _give_up(self, child: _Child, code: int) -> None:
+        deaths, program = len(child.deaths), child.program
+        why = f"died {deaths} times within a minute" if program.restart else "died"
+        message = _told(f"process {program.name}: {why}, last with {_exit_text(code)}; not started again", program.log)
+        self._emit("gave up", child, code, message)
+        if self._gave_up is not None and not self._gave_up.done():
+            self._gave_up.set_result(message)
+
+    async def _end(self, child: _Child) -> None:
+        """Graceful end of the whole group; cancelled in the middle, it kills."""
+        process = child.process
+        if process is None:
+            return
+        try:
+            self._signal(child, signal.SIGTERM)
+            if await _until(lambda: _has_exited(process), child.program.stop_seconds):
+                # The leader is a zombie now; what else is in the group gets a moment to follow it.
+                await _until(lambda: not _others_in_group(process.pid), GROUP_SECONDS)
+        finally:
+            self._signal(child, signal.SIGKILL)
+            self._reap(child)
+
+    def _signal(self, child: _Child, number: signal.Signals) -> None:
+        # Until the leader is reaped its id cannot be given to anybody else, so this can only reach our own.
+        if child.process is not None and child.pid in self._groups:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, number)
+
+    def _reap(self, child: _Child) -> int:
+        """Kill what is left of the group of a dead (or just killed) leader, then collect the leader."""
+        process = child.process
+        assert process is not None
+        self._signal(child, signal.SIGKILL)
+        code = process.wait()
+        if process.pid in self._groups:
+            self._groups.discard(process.pid)
+            self._tell_guard(f"-{process.pid}\n")
+        return code
+
+    def _emit(self, kind: EventKind, child: _Child, exit_code: int | None = None, message: str = "") -> None:
+        self._on_event(ProcessEvent(kind, child.program.name, child.pid, exit_code, message))
+
+    # --- guard and memory ---
+
+    def _start_guard(self) -> None:
+        self._guard = subprocess.Popen(
+            [*_isolated_child(), "guard", str(GUARD_SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for group in self._groups:
+            self._tell_guard(f"+{group}\n")
+
+    def _tell_guard(self, line: str) -> None:
+        guard = self._guard
+        if guard is None or guard.stdin is None:
+            return
+        try:
+            guard.stdin.write(line.encode())
+            guard.stdin.flush()
+        except BrokenPipeError:
+            self._replace_guard()
+
+    def _replace_guard(self) -> None:
+        """Somebody killed the guard: a new one learns all groups."""
+        old, self._guard = self._guard, None
+        if old is not None:
+            with contextlib.suppress(BrokenPipeError):
+                old.communicate()
+        self._start_guard()
+
+    def _end_guard(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            guard.communicate(timeout=GUARD_SECONDS + 2.0)
+
+    async def _sample_memory(self) -> None:
+        while True:
+            if self._guard is not None and self._guard.poll() is not None:
+                self._replace_guard()
+            used = await asyncio.to_thread(tree_memory_bytes, os.getpid(), frozenset(self._groups))
+            self._peak_memory_bytes = max(self._peak_memory_bytes, used)
+            await asyncio.sleep(MEMORY_SAMPLE_SECONDS)
+
+
+async def _until(condition: Callable[[], bool], seconds: float = math.inf) -> bool:
+    """Wait until `condition()`; False when `seconds` passed first. The system has no event for what is asked here."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(POLL_SECONDS)
+    return True
+
+
+def _isolated_child() -> list[str]:
+    # By path and isolated (-I -S): nothing of the user's environment is imported before exec, and it starts in 15 ms.
+    return [sys.executable, "-I", "-S", str(Path(child_program.__file__))]
+
+
+def _has_exited(process: subprocess.Popen[bytes]) -> bool:
+    """Has it ended? Leaves it to be reaped where the system can (no waitid on macOS), which keeps its id ours."""
+    if process.returncode is not None:
+        return True
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def _exit_text(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _told(what: str, log: Path) -> str:
+    last = tail(log)
+    return f"{what}; the end of {log}:\n{last}" if last else f"{what}; {log} is empty"
+
+
+# --- what the system says about processes ---------------------------------------------------------------------------
+
+
+def process_table() -> dict[int, tuple[int, int]]:
+    """pid -> (parent's pid, process group) of every process that this user may see; zombies are left out."""
+    found: dict[int, tuple[int, int]] = {}
+    if sys.platform != "linux":
+        told = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=False)
+        for line in told.stdout.splitlines():
+            pid, parent, group, state = line.split(None, 3)
+            if not state.startswith("Z"):
+                found[int(pid)] = (int(parent), int(group))
+        return found
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # The name in parentheses may hold anything, so count from its end: state, ppid, pgrp.
+                state, parent, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if state != "Z":
+                    found[int(entry.name)] = (int(parent), int(group))
+    return found
+
+
+def members(root: int, groups: Iterable[int] = (), table: Mapping[int, tuple[int, int]] | None = None) -> set[int]:
+    """`root`, all its descendants, and everything in `groups` with their descendants."""
+    table = process_table() if table is None else table
+    wanted = set(groups)
+    inside = {pid for pid, (_, group) in table.items() if pid == root or group in wanted}
+    while more := {pid for pid, (parent, _) in table.items() if parent in inside} - inside:
+        inside |= more
+    return inside
+
+
+def tree_memory_bytes(root: int, groups: Iterable[int] = ()) -> int:
+    """Memory of `members(root, groups)` in bytes: proportional set sizes on Linux, so that shared pages count once;
+    resident set sizes elsewhere, and where the system does not tell the other."""
+    inside = members(root, groups)
+    if sys.platform != "linux":
+        told = subprocess.run(["ps", "-axo", "pid=,rss="], capture_output=True, text=True, check=False)
+        pairs = (line.split() for line in told.stdout.splitlines())
+        return sum(int(kilobytes) * 1_024 for pid, kilobytes in pairs if int(pid) in inside)
+    return sum(_memory_bytes(pid) for pid in inside)
+
+
+def _memory_bytes(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1_024
+    except OSError:
+        pass
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0  # it ended while we looked
+
+
+def _others_in_group(group: int) -> bool:
+    """Is a living process other than the leader in the group?"""
+    return any(found == group and pid != group for pid, (_, found) in process_table().items())
