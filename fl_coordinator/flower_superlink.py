@@ -104,9 +104,11 @@ def superlink_environment(place: SuperLinkPlace, inherited: Mapping[str, str]) -
     }
     commands = dict.fromkeys((sysconfig.get_path("scripts"), str(Path(sys.executable).parent)))
     temporary = str(place.home.parent / "tmp")
-    bytecode = {"PYTHONDONTWRITEBYTECODE": "1"}
-    if "PYTHONPYCACHEPREFIX" not in inherited and not _has_bytecode("flwr"):
-        # Compiling Flower and what it needs takes each of its processes 3 s at every start.
+    if "PYTHONPYCACHEPREFIX" in inherited:
+        bytecode = {}
+    elif _has_bytecode("flwr"):
+        bytecode = {"PYTHONDONTWRITEBYTECODE": "1"}
+    else:  # compiling Flower and what it needs would take each of its processes 3 s at every start
         bytecode = {"PYTHONPYCACHEPREFIX": str(place.home.parent / "pycache")}
     return (
         kept

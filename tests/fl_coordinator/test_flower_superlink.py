@@ -65,6 +65,15 @@ def test_the_environment_is_offline_and_keeps_every_file_inside(tmp_path: Path) 
     assert Path(found["PYTHONPATH"].split(os.pathsep)[0], "fl_coordinator").is_dir()
 
 
+def test_compiled_modules_go_where_the_supervisor_says_or_into_the_folder(tmp_path: Path) -> None:
+    place, off = place_in(tmp_path), {"PYTHONDONTWRITEBYTECODE": "1"}
+    found = flower_superlink.superlink_environment(place, {"PYTHONPYCACHEPREFIX": "/elsewhere", **off})
+    assert found["PYTHONPYCACHEPREFIX"] == "/elsewhere"
+    assert "PYTHONDONTWRITEBYTECODE" not in found
+    found = flower_superlink.superlink_environment(place, off)
+    assert found.get("PYTHONDONTWRITEBYTECODE") == "1" or Path(found["PYTHONPYCACHEPREFIX"]).is_relative_to(tmp_path)
+
+
 def test_preparing_twice_keeps_the_token_private_and_the_same(tmp_path: Path) -> None:
     place = place_in(tmp_path)
     flower_superlink.prepare(place)
