@@ -83,7 +83,6 @@ def configuration(
     Raises Malformed for a path with a line break, which would be read as another setting.
     """
     lines = [
-        "per_listener_settings false",
         f"listener {port} {host}",
         f"cafile {files.ca}",
         f"certfile {files.certificate}",

@@ -57,8 +57,6 @@ from regional_gateway.mqtt_sessions import (
 )
 from regional_gateway.mqtt_text import problem_in
 
-HANDSHAKE_SECONDS = 10.0
-STALLED_WRITER_SECONDS = 30.0
 HOUSEKEEPING_SECONDS = 0.5
 CLOSE_SECONDS = 1.0
 WRITE_BUFFER_BYTES = 262_144
@@ -189,7 +187,9 @@ class MqttBroker:
         self._written = {"sessions": self.table.revision, "retained": self.table.retained.revision}
         if self._tls is not None:
             _shrink_tls_buffers()
-        handshake = {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": 2.0} if self._tls else {}
+        handshake = (
+            {"ssl_handshake_timeout": self.limits.connect_seconds, "ssl_shutdown_timeout": 2.0} if self._tls else {}
+        )
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
@@ -431,14 +431,14 @@ class _Connection(asyncio.Protocol):
 
     def check_deadlines(self) -> None:
         """Close what never said CONNECT, fell silent for 1.5 keep-alives, or does not read what it is sent."""
-        now = self._loop.time()
+        now, limits = self._loop.time(), self._broker.limits
         if self._closing:
             return
         if self._session is None:
-            if now - self._opened_at > HANDSHAKE_SECONDS:
+            if now - self._opened_at > limits.connect_seconds:
                 self._closing = True
                 self.abort()
-        elif self._paused_at is not None and now - self._paused_at > STALLED_WRITER_SECONDS:
+        elif self._paused_at is not None and now - self._paused_at > limits.stalled_seconds:
             _log.info("broker: %s does not read; disconnected", self._identity)
             self._closing = True
             self._leave(will=True)
@@ -501,7 +501,7 @@ class _Connection(asyncio.Protocol):
                 raise _Close(_Reason.PROTOCOL_ERROR, "expected CONNECT first")
             self._on_connect(packet)
         elif isinstance(packet, mqtt5.PublishPacket):
-            self._on_publish(packet)
+            self._on_publish(packet, self._session)
         elif isinstance(packet, mqtt5.PubAckPacket):
             # An unknown id is left unanswered: it may acknowledge a message from before a queue was lost.
             if self._broker.table.acknowledge(self._session, packet.packet_id):
@@ -575,7 +575,7 @@ class _Connection(asyncio.Protocol):
             self._broker.metrics.refused += 1
             raise _Refuse(_Connack.NOT_AUTHORIZED, f"will to {will.topic[:100]!r}")
 
-    def _on_publish(self, packet: mqtt5.PublishPacket) -> None:
+    def _on_publish(self, packet: mqtt5.PublishPacket, session: Session) -> None:
         if packet.topic_alias is not None:
             raise _Close(_Reason.TOPIC_ALIAS_INVALID, "topic aliases are not offered")
         if packet.subscription_ids:
@@ -584,25 +584,27 @@ class _Connection(asyncio.Protocol):
             raise _Close(_Reason.QOS_NOT_SUPPORTED, "the maximum QoS is 1")
         if not valid_topic(packet.topic):
             raise _Close(_Reason.TOPIC_NAME_INVALID, "a topic with a wildcard, NUL or too many levels")
-        code = self._route(packet)
+        code = self._route(packet, session)
         if int(packet.qos):
             packet_id = _require_packet_id(packet.packet_id or 0)
             self._out.append(mqtt5.PubAckPacket(packet_id, reason_code=code).write())
 
-    def _route(self, packet: mqtt5.PublishPacket) -> mqtt5.PubAckReasonCode:
+    def _route(self, packet: mqtt5.PublishPacket, session: Session) -> mqtt5.PubAckReasonCode:
         broker = self._broker
         broker.metrics.messages_in += 1
         if not broker.acl(self._identity, "publish", packet.topic):
             broker.metrics.refused += 1
             return mqtt5.PubAckReasonCode.NOT_AUTHORIZED
-        message = self._message(packet, packet.message_expiry_interval)
+        message = self._message(packet, packet.message_expiry_interval, session)
         if message.retain and not broker.table.retained.fits(message):
             broker.table.dropped += 1
             return mqtt5.PubAckReasonCode.QUOTA_EXCEEDED
         broker.publish(message)
         return mqtt5.PubAckReasonCode.SUCCESS
 
-    def _message(self, source: mqtt5.PublishPacket | mqtt5.Will, expiry_interval: int | None) -> Message:
+    def _message(
+        self, source: mqtt5.PublishPacket | mqtt5.Will, expiry_interval: int | None, session: Session
+    ) -> Message:
         now = self._broker.clock()
         return Message(
             topic=source.topic,
@@ -610,7 +612,7 @@ class _Connection(asyncio.Protocol):
             qos=int(source.qos),
             retain=source.retain,
             sender=self._identity,
-            sender_client=self._session.key[1] if self._session is not None else "",
+            sender_client=session.key[1],
             created=now,
             # An interval of 0 would expire at once; `expires` 0 means never.
             expires=0.0 if expiry_interval is None else now + expiry_interval,
@@ -670,9 +672,7 @@ class _Connection(asyncio.Protocol):
         self._broker.detach(session, expiry_seconds)
         if left is None or not will:
             return
-        self._session = session  # the will's sender, for no-local
-        message = self._message(left, left.message_expiry_interval)
-        self._session = None
+        message = self._message(left, left.message_expiry_interval, session)
         if message.retain and not self._broker.table.retained.fits(message):
             return
         delay = min(left.will_delay_interval, expiry)

@@ -36,7 +36,11 @@ SessionKey = tuple[str, str]
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Bounds of one broker. Bytes count payload and topic; a payload that waits for many sessions is held once."""
+    """Bounds of one broker. Bytes count payload and topic; a payload that waits for many sessions is held once.
+
+    `connect_seconds`: for the TLS handshake, and again until CONNECT. `stalled_seconds`: how long a client may leave
+    unread what was written to it.
+    """
 
     clients_max: int = 10_000
     packet_bytes_max: int = 1_000_000
@@ -51,6 +55,8 @@ class Limits(msgspec.Struct, frozen=True):
     retained_bytes_max: int = 64_000_000
     retained_bytes_per_identity_max: int = 16_000_000
     keep_alive_seconds_max: int = 3_600
+    connect_seconds: float = 10.0
+    stalled_seconds: float = 30.0
 
 
 # --- topics and filters (section 4.7) -------------------------------------------------------------------------------

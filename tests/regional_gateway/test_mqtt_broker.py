@@ -250,6 +250,27 @@ def test_a_reader_that_stands_still_costs_a_bounded_amount(tmp_path: Path) -> No
     play(tmp_path, scene, limits)
 
 
+def test_who_never_connects_and_who_never_reads_is_shown_out(tmp_path: Path) -> None:
+    limits = Limits(connect_seconds=0.2, stalled_seconds=0.2)
+
+    async def scene(broker: MqttBroker) -> None:
+        async with Wire(broker.port) as silent, Wire(broker.port) as slow, Wire(broker.port) as coordinator:
+            await slow.join("pos-1", clean=False, properties=PERSISTENT)
+            await slow.subscribe(down("pos-1", "#"))
+            await coordinator.join("coordinator")
+            slow.stop_reading()
+            for index in range(40):
+                coordinator.send(publish_packet(down("pos-1", "res"), bytes(500_000), qos=1, packet_id=index + 1))
+                await coordinator.packet()
+            await until(lambda: ("pos-1", "pos-1") in broker.table.sessions and broker.metrics.clients == 1)
+            assert await silent.packets() == []
+            coordinator.send(b"\xc0\x00")
+            assert await coordinator.packet() == (0xD0, b"")
+        assert broker.table.sessions["pos-1", "pos-1"].inflight  # kept for when it is back
+
+    play(tmp_path, scene, limits)
+
+
 def test_packets_larger_than_the_client_takes_are_left_out(tmp_path: Path) -> None:
     async def scene(broker: MqttBroker) -> None:
         async with Wire(broker.port) as small, Wire(broker.port) as coordinator:
