@@ -37,8 +37,9 @@ from edge_runtime.outbox import Outbox, Record, fold
 from edge_runtime.participation import Contribute, Data, Participation, Train
 from edge_runtime.probation import ProbationRules
 from edge_runtime.regions import AskRegion
-from edge_runtime.safe_mode import Baseline, FrameJoiner, OpenBaseline, SafeMode, verified_baseline
+from edge_runtime.safe_mode import Baseline, OpenBaseline, SafeMode, verified_baseline
 from edge_runtime.slots import Slots
+from edge_runtime.waiting import wait_at_most
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Unavailable
 from model_delta.plan import DeviceTraits
@@ -76,7 +77,6 @@ class Device:
         mirrors: Sequence[str] = (),
         regions: AskRegion | None = None,
         open_baseline: OpenBaseline | None = None,
-        join_frames: Callable[[], FrameJoiner] | None = None,
         data: Callable[[], Data] | None = None,
         contribute: Contribute | None = None,
         run_graph: RunGraph | None = None,
@@ -100,7 +100,6 @@ class Device:
         self.safe_mode = SafeMode(
             directory / "baseline",
             open_baseline=open_baseline or verified_baseline(anchors, model),
-            join=join_frames,
             amount_feature=amount_feature,
             amount_limit=amount_limit,
         )
@@ -239,8 +238,7 @@ class Device:
         """Report every interval (an eighth of jitter keeps a fleet from marching in step), at once after an outcome."""
         while True:
             pause = self._report_interval_s * (1 + (self._rng.random() - 0.5) / 4)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._report_now.wait(), pause)
+            await wait_at_most(self._report_now, pause)
             self._report_now.clear()
             if not self._link.connected:
                 continue

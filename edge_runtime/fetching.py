@@ -169,7 +169,8 @@ class Fetcher:
         waiting[number] = answer
         try:
             await self._link.publish(topic, payload)
-            return await asyncio.wait_for(answer, self._answer_deadline_s)
+            async with asyncio.timeout(self._answer_deadline_s):
+                return await answer
         except TimeoutError:
             return None
         finally:

@@ -28,6 +28,7 @@ from edge_runtime.outbox import Outbox
 from edge_runtime.probation import LiveRecord, ProbationRules, Verdict, judge_golden, judge_live
 from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, other_slot
 from edge_runtime.update import Command, Event, Refusal, State, step
+from edge_runtime.waiting import wait_at_most
 from model_delta.errors import AtollError, Expired, StorageFull, Unavailable
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan
@@ -309,8 +310,7 @@ class Installation:
                 verdict = judge_live(live, version.manifest.requirements, self._rules)
                 if verdict.outcome != "wait":
                     break
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._answered.wait(), max(0.01, self._rules.seconds - live.seconds))
+                await wait_at_most(self._answered, max(0.01, self._rules.seconds - live.seconds))
         finally:
             self._live = None
         if verdict.outcome == "unhealthy":

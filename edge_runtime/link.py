@@ -174,7 +174,8 @@ class MqttLink:
     async def wait_connected(self, deadline_s: float) -> None:
         """Return when the line is up. Raises Unavailable after `deadline_s`."""
         try:
-            await asyncio.wait_for(self._up.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._up.wait()
         except TimeoutError:
             raise Unavailable(
                 f"broker {self.host}:{self.port}: no connection as {self.client_id} within {deadline_s:g} s; "

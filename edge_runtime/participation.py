@@ -8,7 +8,6 @@ bytes are sent, also after the power was off, until a receipt comes or the round
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from edge_runtime.inference import RunGraph
 from edge_runtime.link import Link
 from edge_runtime.slots import Slots, replace_file
 from edge_runtime.training import LocalUpdate
+from edge_runtime.waiting import wait_at_most
 from model_delta.digest import require_match
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Expired, Unavailable
@@ -133,7 +133,7 @@ class Participation:
                     _log.info("%s: round %s: %s", self._device_id, task.round_id, error)
                 except AtollError as error:
                     self._give_up(task, str(error))
-            await _wait(self._changed, pause)
+            await wait_at_most(self._changed, pause)
 
     async def _take_part(self, task: RoundTask) -> float | None:
         """One attempt; seconds until the next is due, or None when there is nothing left to do."""
@@ -188,9 +188,3 @@ class Participation:
 
 def _read(path: Path) -> RoundRecord:
     return unpack(path.read_bytes(), RoundRecord) if path.exists() else RoundRecord()
-
-
-async def _wait(event: asyncio.Event, seconds: float | None) -> None:
-    """Until `event` is set or `seconds` are over (None: for as long as it takes)."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)

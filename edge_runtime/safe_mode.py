@@ -23,6 +23,7 @@ from edge_runtime.slots import replace_file
 from model_delta.baseline import BASELINE_BYTES_MAX, decode_verified
 from model_delta.digest import digest_of
 from model_delta.errors import AtollError, Malformed, RolledBack, Untrusted
+from model_delta.frames import Reassembly
 from model_delta.trust.updater import TrustAnchors, role_keys
 
 
@@ -39,12 +40,6 @@ class Baseline(Protocol):
 
 
 OpenBaseline = Callable[[bytes], Baseline]
-
-
-class FrameJoiner(Protocol):
-    """Puts frames together, in any order and with losses that its code can repair: the whole bytes, once they are."""
-
-    def add(self, frame: bytes) -> bytes | None: ...
 
 
 class SafeAnswer(msgspec.Struct, frozen=True):
@@ -68,20 +63,19 @@ def verified_baseline(anchors: TrustAnchors, model: str) -> OpenBaseline:
 
 
 class SafeMode:
-    """The baseline in `path`, if there is one. `join` makes a joiner for a new train of frames."""
+    """The baseline in `path`, if there is one; `problem` says what is wrong with it."""
 
     def __init__(
         self,
         path: Path,
         *,
         open_baseline: OpenBaseline,
-        join: Callable[[], FrameJoiner] | None = None,
         amount_feature: str = "amount",
         amount_limit: float = 50.0,
     ) -> None:
-        self._path, self._open_baseline, self._join = path, open_baseline, join
+        self._path, self._open_baseline = path, open_baseline
         self._amount_feature, self._amount_limit = amount_feature, amount_limit
-        self._joiner: FrameJoiner | None = None
+        self._frames = Reassembly()
         self.baseline: Baseline | None = None
         self.digest = ""
         self.problem = ""
@@ -103,17 +97,9 @@ class SafeMode:
         return self._use(data)
 
     def receive_frame(self, frame: bytes) -> Baseline | None:
-        """One frame has arrived; the baseline, if this frame completed it. Raises as `receive`, and then waits for a
-        new train of frames."""
-        if self._join is None:
-            raise Malformed("baseline frame: this device was given nothing that joins frames")
-        if self._joiner is None:
-            self._joiner = self._join()
-        data = self._joiner.add(frame)
-        if data is None:
-            return None
-        self._joiner = None
-        return self.receive(data)
+        """One radio frame has arrived; the baseline, if this frame completed it. Raises as `receive`."""
+        data = self._frames.add(frame)
+        return None if data is None else self.receive(data)
 
     def answer(self, features: Mapping[str, float], row: NDArray[np.float32]) -> SafeAnswer:
         """Answer one payment. Never raises: whatever is wrong with the baseline, the fixed rule is left."""
