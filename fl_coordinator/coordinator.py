@@ -32,7 +32,7 @@ import numpy as np
 from fl_coordinator import masters
 from fl_coordinator import rollout as rollouts
 from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, refuse
-from fl_coordinator.aggregation import combine_openings
+from fl_coordinator.aggregation import Opening, combine_openings
 from fl_coordinator.cohorts import RolloutSpec, read_rollout
 from fl_coordinator.ledger import (
     AdmittedContribution,
@@ -47,6 +47,7 @@ from fl_coordinator.publishing import Publisher
 from fl_coordinator.rollout import Advance, Rollout
 from fl_coordinator.rounds import ATTEMPTS_MAX, Command, Event, Round, RoundSpec, State, step
 from fl_coordinator.shares.contribution import Claim, mismatch, parse, size_max, verify
+from fl_coordinator.shares.party import Decision
 from fl_coordinator.shares.range_check import require_announceable
 from model_delta import merkle, topics
 from model_delta.digest import digest_of
@@ -806,11 +807,14 @@ class Coordinator:
     async def _aggregate(self, found: Round) -> tuple[Round, Event]:
         """One attempt on the frozen set. The result is durable before the state says so; a result that is there already
         (the coordinator died in between) is taken instead of a second opening."""
-        if await asyncio.to_thread(self.ledger.round_result, found.round_id) is not None:
-            return found, Event.OPENED
+        result = await asyncio.to_thread(self.ledger.round_result, found.round_id)
+        if result is not None:
+            opening = unpack(open_envelope(unpack(result[1], tuple[bytes, ...])[0]).payload, Opening)
+            return _with_verdicts(found, unpack(opening.decision, Decision)), Event.OPENED
         if found.attempt >= ATTEMPTS_MAX:
             return msgspec.structs.replace(
-                found, reason=found.failures[-1] if found.failures else "no attempt"
+                found,
+                reason=found.failures[-1] if found.failures else f"{ATTEMPTS_MAX} attempts were begun, none ended",
             ), Event.EXHAUSTED
         # The attempt's number is durable before anybody hears it: a number is used once.
         found = msgspec.structs.replace(found, attempt=found.attempt + 1)
@@ -833,11 +837,7 @@ class Coordinator:
         ordered = [replies[name] for name in names]
         aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
         decision = aggregate.decision
-        found = msgspec.structs.replace(
-            found,
-            chosen=tuple(device.device_id for device in decision.devices if device.selected),
-            rejected={device.device_id: device.reason for device in decision.devices if not device.selected},
-        )
+        found = _with_verdicts(found, decision)
         if aggregate.mean is None:
             return msgspec.structs.replace(found, reason=f"the aggregators refused: {decision.refusal}"), Event.BROKEN
         transcript = pack([reply["opening"] for reply in ordered])
@@ -1123,6 +1123,14 @@ def _require_name(kind: str, name: str) -> None:
     if name.startswith("gateway-") != (kind == "gateway") or (kind == "device" and name == "coordinator"):
         wanted = "a name that begins with gateway-" if kind == "gateway" else "another name"
         raise Malformed(f"enrolment: common_name of a {kind}: expected {wanted}, found {name!r}")
+
+
+def _with_verdicts(found: Round, decision: Decision) -> Round:
+    return msgspec.structs.replace(
+        found,
+        chosen=tuple(device.device_id for device in decision.devices if device.selected),
+        rejected={device.device_id: device.reason for device in decision.devices if not device.selected},
+    )
 
 
 def _flawed(offered: Offered, flaw: str, text: str) -> Offered:
