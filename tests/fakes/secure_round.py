@@ -159,7 +159,8 @@ class SecureRound:
         contributions: Sequence[bytes],
         attempt: int = 1,
         holding: Holding | None = None,
-        **more: object,
+        remembered: bytes = b"",
+        final: bool = False,
     ) -> AggregationParty:
         digests = holding.digests if holding else [digest_of(data) for data in contributions]
         frozen = root([bytes.fromhex(digest) for digest in digests])
@@ -184,7 +185,8 @@ class SecureRound:
             holding=holding or self.hold(contributions, index),
             pair_secrets=secrets,
             rng=os.urandom,
-            **more,
+            remembered=remembered,
+            final=final,
         )
 
     def run(
@@ -220,7 +222,8 @@ def run_parties(parties: Sequence[AggregationParty], tamper: Tamper | None = Non
         wanted: dict[int, Exchange] = {}
         for index, generator in enumerate(steps):
             try:
-                command = next(generator) if inputs[index] is None else generator.send(inputs[index])
+                given = inputs[index]
+                command = next(generator) if given is None else generator.send(given)
                 while isinstance(command, Keep):
                     views[index].kept.append(command)
                     command = generator.send({})
