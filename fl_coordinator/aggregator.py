@@ -136,7 +136,7 @@ class Aggregator:
     def deliver(self, sender: str, name: str, data: bytes) -> None:
         """Take a peer's message; to be called in the event loop. It is opened, and so authenticated, when it is needed.
 
-        Raises Malformed for what is no message of `sender` to this aggregator, Unavailable when the mailbox is full.
+        Raises Malformed for what is no message of `sender` to this aggregator. A full mailbox drops its oldest message.
         """
         message = unpack(data, ChannelMessage)
         if (message.sender, message.receiver, message.step) != (sender, self.name, name):
@@ -412,10 +412,13 @@ class _Mailbox:
         self._messages: list[ChannelMessage] = []
         self._size = 0
         self._waiting: set[asyncio.Future[None]] = set()
+        self._over: dict[str, int] = {}  # round -> the last attempt that ended
 
     def add(self, message: ChannelMessage) -> None:
         if len(message.box) > MAILBOX_BYTES_MAX:
             raise Malformed(f"mailbox: expected at most {MAILBOX_BYTES_MAX} bytes, found {len(message.box)}")
+        if message.attempt <= self._over.get(message.round_id, 0):
+            return
         self._messages.append(message)
         self._size += len(message.box)
         while self._size > MAILBOX_BYTES_MAX or len(self._messages) > 4096:
@@ -438,7 +441,10 @@ class _Mailbox:
         return [m for m in self._messages if (m.round_id, m.attempt, m.step, m.sender) == wanted]
 
     def discard(self, round_id: str, attempt: int) -> None:
-        """Forget this and earlier attempts of a round."""
+        """Forget this and earlier attempts of a round, and what still arrives for them."""
+        self._over[round_id] = max(attempt, self._over.pop(round_id, 0))
+        while len(self._over) > 64:
+            del self._over[next(iter(self._over))]
         self._messages = [m for m in self._messages if m.round_id != round_id or m.attempt > attempt]
         self._size = sum(len(m.box) for m in self._messages)
 
