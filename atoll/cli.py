@@ -106,22 +106,22 @@ def up(
 def publish(
     model: Annotated[Path, typer.Argument(help="An ONNX model file.")],
     name: Annotated[str, typer.Option("--model", help="The model's name on the platform.")] = "fraud",
-    golden: Annotated[
-        Path | None, typer.Option(help="CSV of feature rows whose scores every device must reproduce.")
+    label: Annotated[
+        str, typer.Option("--name", help="A name for this version, to be used as a rollout's target.")
+    ] = "",
+    threshold: Annotated[
+        float | None, typer.Option(help="Scores at or above it are declined; default: the parent's, or 0.5.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Scores at or above it are declined.", min=0.0, max=1.0)] = 0.5,
-    features: Annotated[
-        Path | None,
-        typer.Option(help="Text file with one feature name a line; default: the features a terminal computes."),
-    ] = None,
-    quantize: Annotated[bool, typer.Option(help="Store the weights as int8.")] = True,
+    feature_set: Annotated[
+        str, typer.Option(help="terminal-26-v1 or ulb-30-v1, if gateways are to take named features.")
+    ] = "",
     data: DataOption = DEFAULT_DATA,
     json: JsonOption = False,
 ) -> None:
     """Describe, sign, encrypt and store a model as a new version. Nobody runs it until a rollout says so."""
     from atoll.operate import publish_model
 
-    publish_model(data, model, name, golden, threshold, features, quantize=quantize, as_json=json)
+    publish_model(data, model, name, label, threshold, feature_set, as_json=json)
 
 
 @rollout.command("apply")

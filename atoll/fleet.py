@@ -64,7 +64,7 @@ def run_fleet(
     index, count = _shard(shard)
     scenario = Scenario(seed=seed, devices=devices, regions=tuple(endpoints.gateways), hostile_share=hostile)
     left_out = {name for name in absent.split(",") if name}
-    world = generated_world(scenario)
+    world = generated_world(scenario, only={number for number in range(devices) if number % count == index})
     mine = [d for d in world.devices if d.index % count == index and d.device_id not in left_out]
     watch = ObservedUpdates(data.child("observed")).write if observe else None
     run_process(_fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port), f"fleet-{index}")

@@ -96,9 +96,7 @@ async def _gateway(data: DataFolder, region: str) -> None:
     headers = {"Authorization": f"Bearer {tokens['gateway']}"}
     async with (
         httpx.AsyncClient(base_url=endpoints.coordinator, headers=headers, timeout=FETCH_TIMEOUT_S) as client,
-        MqttLink(
-            host=endpoints.broker.host, port=endpoints.broker.port, client_id=name, tls=identity.tls()
-        ) as link,
+        MqttLink(host=endpoints.broker.host, port=endpoints.broker.port, client_id=name, tls=identity.tls()) as link,
     ):
 
         async def fetch(kind: StoreKind, object_name: str) -> bytes:

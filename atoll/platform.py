@@ -13,7 +13,17 @@ from pathlib import Path
 
 import msgspec
 
-from atoll.settings import LOOPBACK, TENANT, Broker, ConfigurationError, DataFolder, Endpoints, write_private
+from atoll.processes import Program, port_answers
+from atoll.settings import (
+    LOOPBACK,
+    TENANT,
+    Broker,
+    ConfigurationError,
+    DataFolder,
+    Endpoints,
+    quiet_environment,
+    write_private,
+)
 from edge_runtime.identity import Identity
 from model_delta.encoding import pack, unpack
 from model_delta.keys.keyring import EmbeddedKeyring
@@ -107,6 +117,44 @@ def broker_kind(wanted: str) -> str:
     if wanted == "auto":
         return "mosquitto" if mosquitto.find() is not None else "embedded"
     return wanted
+
+
+def programs(data: DataFolder, endpoints: Endpoints) -> list[Program]:
+    """Everything that runs, in the order in which it starts."""
+    started = [
+        broker_program(data, endpoints),
+        _program(data, COORDINATOR, ("coordinator", "run"), endpoints.coordinator),
+    ]
+    for region, url in endpoints.gateways.items():
+        started.append(_program(data, gateway_name(region), ("gateway", "run", "--region", region), url))
+    for name, url in endpoints.aggregators.items():
+        started.append(_program(data, f"aggregator-{name}", ("aggregator", "run", "--name", name), url))
+    return started
+
+
+def broker_program(data: DataFolder, endpoints: Endpoints) -> Program:
+    """mosquitto or our own broker, as `endpoints` say."""
+    address = endpoints.broker
+    argv = atoll_argv("broker", "run", "--data", str(data.path))
+    if address.kind == "mosquitto":
+        from atoll.broker import mosquitto_argv
+
+        argv = mosquitto_argv(data, endpoints)
+    return Program(
+        BROKER, argv, data.child("logs") / f"{BROKER}.log", env=quiet_environment(), ready=port_answers(address.port)
+    )
+
+
+def _program(data: DataFolder, name: str, command: Sequence[str], url: str) -> Program:
+    return Program(
+        name,
+        atoll_argv(*command, "--data", str(data.path)),
+        data.child("logs") / f"{name}.log",
+        env=quiet_environment(),
+        ready=port_answers(port_of(url)),
+        stop_seconds=10.0,
+        restarts_per_minute_max=8,
+    )
 
 
 def atoll_argv(*arguments: str) -> list[str]:

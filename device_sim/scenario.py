@@ -84,6 +84,11 @@ class World:
         """Everybody's payments of the days on which precision is measured."""
         return self._rows(self._part == _HELD_OUT)
 
+    def held_out_owner(self) -> IntArray:
+        """Which device each held-out row is from, int64[n]."""
+        owner: IntArray = self._owner[self._part == _HELD_OUT]
+        return owner
+
     def local(self, index: int) -> tuple[Features, Labels]:
         """What device `index` has kept of its own payments since the drift."""
         return self._rows((self._part == _LOCAL) & (self._owner == index))

@@ -1,0 +1,192 @@
+"""`atoll demo`: the whole platform on this machine, in seven acts, and a report of what was measured.
+
+This module owns the run: folder, processes, progress, report. What happens in each act is in `demo_acts`. An act that
+fails is reported with its reason; acts that need it are not tried. Whatever happens, every process is stopped and the
+folder is removed (unless `keep`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.status import Status
+
+from atoll.control_client import ControlClient
+from atoll.coordinator import prepare_flower
+from atoll.demo_acts import ACTS, ActFailed, Stage
+from atoll.platform import Layout, prepare, programs
+from atoll.processes import ProcessEvent, Supervisor, free_ports
+from atoll.report import TITLES, ActResult, Report, commit_name, machine_facts, render_table, write_report
+from atoll.settings import DataFolder
+from model_delta.errors import AtollError
+
+REGIONS = ("eu-west", "ap-south")
+SHARDS = 2
+PORTS = 16
+
+
+def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path, as_json: bool, keep: bool) -> int:
+    """Run every act and write the report. Returns the exit code: 0 when every act did what it promises, 1 when one did
+    not, 130 after Ctrl-C. Raises ConfigurationError before anything was started."""
+    report.mkdir(parents=True, exist_ok=True)
+    with _folder(keep=keep) as path:
+        data = DataFolder.open(path, create=True)
+        ports = iter(free_ports(PORTS))
+        layout = Layout(regions=REGIONS, broker=broker, learning=True)
+        endpoints = prepare(data, layout, lambda what: next(ports))
+        prepare_flower(data)
+        progress = Progress(quiet=as_json)
+        stage = Stage(
+            data=data,
+            endpoints=endpoints,
+            client=ControlClient(endpoints.coordinator, data.tokens()["admin"]),
+            devices=devices,
+            rounds=rounds,
+            seed=seed,
+            shards=SHARDS,
+            metrics_ports=tuple(next(ports) for _ in range(SHARDS)),
+            tell=progress.tell,
+        )
+        progress.say(f"live page: {endpoints.coordinator}/" + (f"   data and logs: {path}" if keep else ""))
+        made = asyncio.run(_run(stage, progress))
+    if made is None:
+        return 130
+    written, page = write_report(made, report)
+    if as_json:
+        typer.echo(written.read_text())
+    else:
+        typer.echo(render_table(made))
+        typer.echo(f"report: {page} and {written}")
+    return 0 if made.ok else 1
+
+
+async def _run(stage: Stage, progress: Progress) -> Report | None:
+    """All acts under one supervisor; None after Ctrl-C."""
+    started = time.monotonic()
+    me = asyncio.current_task()
+    assert me is not None
+    loop = asyncio.get_running_loop()
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(ending, me.cancel)
+    results: list[ActResult] = []
+    try:
+        async with Supervisor(lambda event: progress.process(event)) as supervisor:
+            stage.supervisor = supervisor
+            stage.programs = {program.name: program for program in programs(stage.data, stage.endpoints)}
+            for number, (name, _) in enumerate(ACTS, start=1):
+                progress.act(f"act {number} of {len(ACTS)}: {TITLES[name]}")
+                results.append(await _act(stage, name, results))
+                progress.ended(results[-1])
+            memory = supervisor.peak_memory_bytes / 1e6
+            progress.act("stopping")
+    except asyncio.CancelledError:
+        progress.say("stopped by the user")
+        return None
+    finally:
+        progress.close()
+    return Report(
+        seed=stage.seed,
+        commit=commit_name(Path(__file__).parent),
+        machine=machine_facts(),
+        seconds=round(time.monotonic() - started, 1),
+        memory_mb_peak=round(memory, 1),
+        acts=tuple(results),
+    )
+
+
+async def _act(stage: Stage, name: str, before: list[ActResult]) -> ActResult:
+    act, needs = dict(ACTS)[name]
+    failed = [result.name for result in before if not result.ok and result.name in needs]
+    if failed:
+        return ActResult(name, False, 0.0, {}, f"not tried, because act {failed[0]} failed")
+    started = time.monotonic()
+    figures: dict[str, object] = {}
+    problem = ""
+    gave_up = asyncio.ensure_future(stage.supervisor.failed())
+    work = asyncio.ensure_future(act(stage, figures))
+    try:
+        await asyncio.wait([work, gave_up], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+        else:
+            gave_up.result()
+    except (ActFailed, AtollError) as error:
+        problem = str(error)
+    finally:
+        for task in (work, gave_up):
+            task.cancel()
+        await asyncio.gather(work, gave_up, return_exceptions=True)
+    return ActResult(name, not problem, round(time.monotonic() - started, 2), figures, problem)
+
+
+class Progress:
+    """What a person sees meanwhile, on standard error: one line that changes on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._status: Status | None = None
+        self._act, self._told = "", ""
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(f"[{time.monotonic() - self._started:6.1f} s] {text}", markup=False)
+
+    def act(self, text: str) -> None:
+        """A new act begins."""
+        self._act, self._told = text, ""
+        if not self._console.is_terminal:
+            self.say(text)
+        elif self._status is None:
+            self._status = self._console.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
+
+    def tell(self, text: str) -> None:
+        """How the act is getting on."""
+        if text == self._told:
+            return
+        self._told = text
+        if self._status is not None:
+            self._status.update(f"{self._act}: {text}")
+        else:
+            self.say(f"  {text}")
+
+    def ended(self, result: ActResult) -> None:
+        """The act's result."""
+        mark = "ok" if result.ok else f"FAILED: {result.problem}"
+        self.say(f"{TITLES[result.name]}: {mark} ({result.seconds:.1f} s)")
+
+    def process(self, event: ProcessEvent) -> None:
+        """A process died or came back."""
+        if event.kind in ("died", "restarted", "gave up"):
+            self.say(f"  {event.name} {event.kind}{': ' + event.message if event.message else ''}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+@contextlib.contextmanager
+def _folder(*, keep: bool) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="atoll-demo-"))
+    try:
+        yield path
+    finally:
+        if keep:
+            print(f"kept: {path}", file=sys.stderr)
+        else:
+            shutil.rmtree(path, ignore_errors=True)

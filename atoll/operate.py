@@ -1,0 +1,160 @@
+"""The operator's commands against a running platform: publish, roll out, run rounds, look."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from atoll.control_client import ControlClient, retry_until
+from atoll.output import columns, show
+from atoll.settings import ConfigurationError, DataFolder
+
+CONTACT_DEADLINE_S = 10.0
+PUBLISH_TIMEOUT_S = 300.0
+ROUND_MARGIN_S = 180.0
+POLL_S = 0.5
+ENDED = ("PUBLISHED", "FAILED")
+
+
+def operator(data: Path) -> ControlClient:
+    """A client with the operator's token. Raises ConfigurationError without a platform in `data`, Unavailable when its
+    coordinator does not answer within ten seconds."""
+    folder = DataFolder.open(data)
+    client = ControlClient(folder.endpoints().coordinator, folder.tokens()["admin"])
+    retry_until(time.monotonic() + CONTACT_DEADLINE_S, lambda: client.get("/v1/health"))
+    return client
+
+
+def publish_model(
+    data: Path, model: Path, name: str, label: str, threshold: float | None, feature_set: str, *, as_json: bool
+) -> None:
+    """Hand an ONNX file to the coordinator and show the version that it became."""
+    source = read_file(model)
+    options = {"model": name, "name": label, "feature_set": feature_set}
+    if threshold is not None:
+        options["threshold"] = str(threshold)
+    found = operator(data).post(
+        "/v1/models", source, timeout_s=PUBLISH_TIMEOUT_S, **{k: v for k, v in options.items() if v}
+    )
+    patches = ", ".join(f"{size} B from {base[:12]}" for base, size in found["bytes_patch"].items()) or "none"
+    text = (
+        f"published {found['model']} {found['version']} as release {found['release']}\n"
+        f"manifest  {found['manifest']}\nwhole     {found['bytes_whole']} B\npatches   {patches}\n"
+        "Nobody runs it yet: atoll rollout apply FILE"
+    )
+    show(found, text, as_json=as_json)
+
+
+def apply_rollout(data: Path, file: Path, *, as_json: bool) -> None:
+    """Begin the rollout of a YAML file."""
+    text = read_file(file).decode("utf-8", "strict") if _is_text(file) else ""
+    found = operator(data).post("/v1/rollouts", text, file=file.name)
+    show(found, _rollout_text(found), as_json=as_json)
+
+
+def show_rollouts(data: Path, name: str, *, as_json: bool) -> None:
+    """One rollout with its guardrails and history, or all of them."""
+    client = operator(data)
+    if name:
+        found = client.get(f"/v1/rollouts/{name}")
+        show(found, _rollout_text(found), as_json=as_json)
+        return
+    every = client.get("/v1/rollouts")
+    show(every, columns(every, ("name", "state", "stage", "in_stage", "adopted", "target")), as_json=as_json)
+
+
+def abort_rollout(data: Path, name: str, *, as_json: bool) -> None:
+    """Send every device back to the stable version."""
+    found = operator(data).post(f"/v1/rollouts/{name}/abort", {"reason": "aborted by an operator"})
+    show(found, _rollout_text(found), as_json=as_json)
+
+
+def run_round(
+    data: Path, model: str, quorum: int, hostile: int, deadline_s: float, steps: int, *, wait: bool, as_json: bool
+) -> None:
+    """Open a round and, unless told otherwise, follow it to its end. Raises SystemExit(1) when it failed."""
+    client = operator(data)
+    spec = {"model": model, "quorum": quorum, "hostile_max": hostile, "deadline_s": deadline_s, "steps": steps}
+    found = client.post("/v1/rounds", spec)
+    if wait:
+        found = follow_round(client, found["round_id"], deadline_s + ROUND_MARGIN_S, quiet=as_json)
+    show(found, _round_text(found), as_json=as_json)
+    if wait and found["state"] != "PUBLISHED":
+        raise typer.Exit(1)
+
+
+def follow_round(client: ControlClient, round_id: str, seconds: float, *, quiet: bool) -> dict[str, Any]:
+    """The round once it has ended, or as it is after `seconds`; each change of state is told on standard error."""
+    end, told = time.monotonic() + seconds, ""
+    while True:
+        found: dict[str, Any] = retry_until(end, lambda: client.get(f"/v1/rounds/{round_id}"))
+        line = f"round {round_id}: {found['state'].lower()}, {len(found['admitted'])} contributions"
+        if line != told and not quiet:
+            typer.echo(line, err=True)
+            told = line
+        if found["state"] in ENDED or time.monotonic() >= end:
+            return found
+        time.sleep(POLL_S)
+
+
+def show_rounds(data: Path, round_id: str, *, as_json: bool) -> None:
+    """One round with everybody who was refused and why, or all of them."""
+    client = operator(data)
+    if round_id:
+        found = client.get(f"/v1/rounds/{round_id}")
+        show(found, _round_text(found), as_json=as_json)
+        return
+    every = client.get("/v1/rounds")
+    show(every, columns(every, ("round_id", "state", "admitted", "chosen", "rejected", "candidate")), as_json=as_json)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that a person named. Raises ConfigurationError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: expected a readable file, found: {error.strerror}") from None
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{path}: expected a YAML text in UTF-8, found byte {error.start} that is not"
+        ) from None
+    return True
+
+
+def _rollout_text(found: dict[str, Any]) -> str:
+    lines = [
+        f"rollout {found['name']}: {found['state']}, stage {found['stage'] + 1} of {_count(found['stages'])}",
+        f"target {found['target'][:12]}, stable {found['stable'][:12]}, plan serial {found['serial']}",
+    ]
+    if found.get("in_stage"):
+        lines.append(f"{found['adopted']} of {found['in_stage']} devices in the stage run the target")
+    if found.get("reason"):
+        lines.append(f"reason: {found['reason']}")
+    lines += [f"  {'BREACHED ' if one['breached'] else ''}{one['text']}" for one in found.get("guardrails", [])]
+    lines += [f"  {event['event']}: {event['reason']}" for event in found.get("history", [])]
+    return "\n".join(lines)
+
+
+def _count(stages: Any) -> int:
+    return stages if isinstance(stages, int) else len(stages)
+
+
+def _round_text(found: dict[str, Any]) -> str:
+    lines = [f"round {found['round_id']}: {found['state'].lower()}, {len(found['admitted'])} contributions"]
+    if found["chosen"]:
+        lines.append(f"chosen: {len(found['chosen'])} devices; their sum is all that was opened")
+    lines += [f"  not used: {device}: {reason}" for device, reason in dict(found["rejected"]).items()]
+    lines += [f"  refused at admission: {count} x {reason}" for reason, count in dict(found["refused"]).items()]
+    if found["candidate"]:
+        lines.append(f"candidate {found['candidate']}: published; roll it out with `target: latest`")
+    if found["reason"]:
+        lines.append(f"reason: {found['reason']}")
+    return "\n".join(lines)

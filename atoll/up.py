@@ -1,0 +1,84 @@
+"""`atoll up`: a platform whose state outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import typer
+
+from atoll.platform import Layout, prepare, programs, urls
+from atoll.processes import ProcessEvent, Supervisor
+from atoll.settings import DataFolder, Endpoints, require_free_port
+
+
+def run_up(path: Path, *, port: int, region: str, broker: str, learning: bool, as_json: bool) -> int:
+    """Start everything, say where it is, and keep it running until Ctrl-C. Returns the exit code.
+
+    Raises ConfigurationError before anything was started, and Unavailable when a process keeps dying.
+    """
+    data = DataFolder.open(path, create=True)
+    with data.locked():
+        ports = itertools.count(port)
+        endpoints = prepare(
+            data,
+            Layout(regions=(region,), broker=broker, learning=learning),
+            lambda what: require_free_port(next(ports), what, "--port"),
+        )
+        if learning:
+            from atoll.coordinator import prepare_flower
+
+            prepare_flower(data)
+        return asyncio.run(_up(data, endpoints, as_json=as_json))
+
+
+async def _up(data: DataFolder, endpoints: Endpoints, *, as_json: bool) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with Supervisor(lambda event: _tell(event, quiet=as_json)) as supervisor:
+        for program in programs(data, endpoints):
+            started = asyncio.ensure_future(supervisor.start(program))
+            await _first_of(started, asyncio.ensure_future(stop.wait()))
+            if stop.is_set():
+                started.cancel()
+                return 130
+            await started
+        if as_json:
+            typer.echo(json.dumps({"data": str(data.path), **msgspec.to_builtins(endpoints)}))
+        else:
+            _welcome(data, endpoints)
+        failed = asyncio.ensure_future(supervisor.failed())
+        await _first_of(failed, asyncio.ensure_future(stop.wait()))
+        if failed.done():
+            failed.result()
+        failed.cancel()
+    return 0
+
+
+async def _first_of(first: asyncio.Future[Any], second: asyncio.Future[Any]) -> None:
+    await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
+
+
+def _welcome(data: DataFolder, endpoints: Endpoints) -> None:
+    for name, url in urls(endpoints).items():
+        typer.echo(f"{name:<20} {url}")
+    typer.echo(f"{'broker':<20} mqtts://{endpoints.broker.host}:{endpoints.broker.port} ({endpoints.broker.kind})")
+    typer.echo(f"live page            {endpoints.coordinator}/")
+    typer.echo(
+        f"\nIn a second terminal:  atoll publish MODEL.onnx --data {data.path}\n"
+        f"                       atoll device run --data {data.path}\n"
+        f"Logs: {data.path / 'logs'}. Ctrl-C stops everything; the data folder stays."
+    )
+
+
+def _tell(event: ProcessEvent, *, quiet: bool) -> None:
+    if event.kind in ("died", "restarted", "gave up") and not quiet:
+        typer.echo(f"{event.name} {event.kind}{': ' + event.message if event.message else ''}", err=True)
