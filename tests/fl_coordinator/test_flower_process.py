@@ -98,10 +98,9 @@ class Platform:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[FlowerBridge]:
         bridge = FlowerBridge()
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        server = uvicorn.Server(uvicorn.Config(endpoints(bridge), host="127.0.0.1", port=port, log_level="warning"))
-        serving = asyncio.create_task(server.serve())
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.serve(bridge)
         for node in self.nodes:
             node.start()
         supervising = asyncio.create_task(
@@ -114,8 +113,16 @@ class Platform:
             await asyncio.gather(supervising, return_exceptions=True)
             for node in self.nodes:
                 await asyncio.to_thread(node.stop)
-            server.should_exit = True
-            await serving
+            await self.stop_serving()
+
+    def serve(self, bridge: FlowerBridge) -> None:
+        config = uvicorn.Config(endpoints(bridge), host="127.0.0.1", port=self.port, log_level="warning")
+        self.server = uvicorn.Server(config)
+        self.serving = asyncio.create_task(self.server.serve())
+
+    async def stop_serving(self) -> None:
+        self.server.should_exit = True
+        await self.serving
 
     async def kill(self, name: str) -> None:
         pids = [pid for pid, command in processes_of(self.place).items() if command == name]
@@ -202,6 +209,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)  # 40 s on two idle cores
 def test_commands_get_through_whatever_dies(tmp_path: Path, environment: dict[str, str]) -> None:
     platform = Platform(tmp_path, environment)
     before = set(tmp_path.iterdir())
@@ -217,6 +225,7 @@ def test_commands_get_through_whatever_dies(tmp_path: Path, environment: dict[st
             listening, talking = sockets_of(pids)
             assert listening == {(loopback, platform.place.port)}
             assert talking == {loopback}
+            await a_coordinator_that_was_away_is_found_again(platform, bridge)
             await a_killed_superlink_costs_nothing(platform, bridge)
             await a_killed_server_app_is_replaced(platform, bridge)
             await a_killed_superexec_is_replaced(platform, bridge)
@@ -242,7 +251,7 @@ async def answers_of_300_kb(platform: Platform, bridge: FlowerBridge) -> None:
 
 async def failures_have_names(bridge: FlowerBridge) -> None:
     with pytest.raises(CommandFailed) as caught:
-        await bridge.command({"question": "refuse", "salt": b""}, (NAMES[0], "aggregator-9"), 3.0)
+        await bridge.command({"question": "refuse", "salt": b""}, (NAMES[0], "aggregator-9"), 2.5)
     assert caught.value.failures == {
         NAMES[0]: "Untrusted: device pos-0007: its two shares differ",
         "aggregator-9": "is not online",
@@ -269,6 +278,14 @@ def the_control_api_is_closed_and_idempotent(platform: Platform) -> None:
     ):
         control.ensure_run(platform.url, platform.token)
     wrong.unlink()
+
+
+async def a_coordinator_that_was_away_is_found_again(platform: Platform, bridge: FlowerBridge) -> None:
+    await platform.stop_serving()
+    command = asyncio.create_task(bridge.command({"question": "q", "salt": b"0"}, NAMES, 60.0))
+    await asyncio.sleep(0.1)
+    platform.serve(bridge)
+    assert set(await command) == set(NAMES)
 
 
 async def a_killed_superlink_costs_nothing(platform: Platform, bridge: FlowerBridge) -> None:
@@ -334,7 +351,8 @@ asyncio.run(main())
 @pytest.mark.slow
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, environment: dict[str, str]) -> None:
     names = ("superlink.pem", "superlink.key", "ca.pem")
-    place = SuperLinkPlace(tmp_path / "flower", free_port(), *(tmp_path / name for name in names))
+    certificate, key, ca = (tmp_path / name for name in names)
+    place = SuperLinkPlace(tmp_path / "flower", free_port(), certificate, key, ca)
     certify(place, tmp_path)
     words = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(place.port), *names]
     supervisor = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)

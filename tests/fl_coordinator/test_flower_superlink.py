@@ -20,8 +20,8 @@ from model_delta.errors import Malformed, Unavailable
 
 
 def place_in(folder: Path) -> flower_superlink.SuperLinkPlace:
-    pems = [folder / name for name in ("server.pem", "server.key", "ca.pem")]
-    return flower_superlink.SuperLinkPlace(folder / "flower", 4321, *pems)
+    certificate, key, ca = (folder / name for name in ("server.pem", "server.key", "ca.pem"))
+    return flower_superlink.SuperLinkPlace(folder / "flower", 4321, certificate, key, ca)
 
 
 def test_importing_is_cheap_and_leaves_flower_alone() -> None:

@@ -1,0 +1,106 @@
+"""The ServerApp's loop against a Grid and a coordinator in memory."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+from typing import Any
+
+import pytest
+
+from fl_coordinator.flower import CommandCarrier
+from model_delta.encoding import pack, unpack_plain
+from model_delta.errors import Unavailable
+from tests.fakes.flower_grid import FakeCoordinator, FakeGrid, FakeNode
+
+PAYLOAD = pack({"round_id": "r-1"})
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_server_app() -> None:
+    """Flower sets these in a ServerApp's process; a message cannot be made without them."""
+    identity: Any = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
+    identity.run_id, identity.node_id, identity.task_id = 1, 1, 1
+
+
+def command(nodes: list[str], deadline_s: float = 5.0) -> dict[str, Any]:
+    payload = base64.b64encode(PAYLOAD).decode("ascii")
+    return {"id": "c-1", "nodes": nodes, "payload": payload, "deadline_s": deadline_s}
+
+
+def answering(node: str, node_id: int) -> FakeNode:
+    return FakeNode(node, node_id, lambda command_id, payload: {"id": command_id, "payload": pack({"from": node})})
+
+
+def carrier(grid: FakeGrid, coordinator: FakeCoordinator) -> CommandCarrier:
+    return CommandCarrier(grid, coordinator, poll_s=0.01)  # type: ignore[arg-type]
+
+
+def answers_in(body: Any) -> dict[str, Any]:
+    return {name: unpack_plain(base64.b64decode(reply)) for name, reply in body["replies"].items()}
+
+
+def test_one_message_per_named_node_and_one_delivery() -> None:
+    grid = FakeGrid([answering("a", 1), answering("b", 2), answering("c", 3)])
+    coordinator = FakeCoordinator()
+    carrier(grid, coordinator).carry(command(["a", "b"]))
+    assert grid.delivered == [("a", PAYLOAD), ("b", PAYLOAD)]
+    assert [body.get("progress") for body in coordinator.bodies] == [True, None]
+    assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}, "b": {"from": "b"}}
+    assert coordinator.bodies[-1]["failures"] == {}
+
+
+def test_silent_absent_and_failing_nodes_are_told_apart() -> None:
+    grid = FakeGrid(
+        [
+            answering("a", 1),
+            FakeNode("silent", 2, lambda command_id, payload: None),
+            FakeNode("failing", 3, lambda command_id, payload: {"id": command_id, "error": "Untrusted: no"}),
+            FakeNode("gone", 4, lambda command_id, payload: None, status="offline"),
+        ]
+    )
+    coordinator = FakeCoordinator()
+    carrier(grid, coordinator).carry(command(["a", "silent", "failing", "gone", "unknown"], 0.7))
+    assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
+    assert coordinator.bodies[-1]["failures"] == {
+        "failing": "Untrusted: no",
+        "silent": "did not answer in time",
+        "gone": "is not online",
+        "unknown": "is not online",
+    }
+
+
+def test_a_node_that_came_back_and_one_whose_answer_was_lost_are_asked_again() -> None:
+    tries = {"restarted": 0, "unlucky": 0}
+
+    def restarted(command_id: str, payload: bytes) -> dict[str, Any] | None:
+        tries["restarted"] += 1
+        if tries["restarted"] == 1:
+            grid.nodes[0].last_activated_at = "second"  # it was killed with the command in its hands
+            return None
+        return {"id": command_id, "payload": pack({})}
+
+    def unlucky(command_id: str, payload: bytes) -> dict[str, Any] | str:
+        tries["unlucky"] += 1
+        return "lost" if tries["unlucky"] == 1 else {"id": command_id, "payload": pack({})}
+
+    grid = FakeGrid([FakeNode("restarted", 1, restarted), FakeNode("unlucky", 2, unlucky)])
+    coordinator = FakeCoordinator()
+    carrier(grid, coordinator).carry(command(["restarted", "unlucky"]))
+    assert tries == {"restarted": 2, "unlucky": 2}
+    assert answers_in(coordinator.bodies[-1]) == {"restarted": {}, "unlucky": {}}
+
+
+def test_a_command_that_nobody_waits_for_is_dropped() -> None:
+    grid = FakeGrid([FakeNode("silent", 1, lambda command_id, payload: None)])
+    coordinator = FakeCoordinator(wanted=False)
+    carrier(grid, coordinator).carry(command(["silent"], 30.0))
+    assert coordinator.bodies == [{"id": "c-1", "progress": True}]
+
+
+def test_a_coordinator_that_is_away_or_talks_nonsense_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    coordinator = FakeCoordinator([Unavailable("coordinator: refused"), {"id": 1}, None, command(["a"]), SystemExit()])
+    with pytest.raises(SystemExit):
+        carrier(FakeGrid([answering("a", 1)]), coordinator).run()
+    assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
+    assert "coordinator: refused" in capsys.readouterr().out
