@@ -69,11 +69,20 @@ class Acquisition:
         envelope = await self._fetcher.object("manifest", target)
         manifest = accept_manifest(envelope, target, self._anchors, self._clock())
         trust = check_release(manifest, plan, trust)
-        file, route = await self._by_cheapest(target, manifest)
+        file, route = await self._by_cheapest(target, manifest, self._held_files())
         return Acquired(envelope, file, route, trust)
 
-    async def _by_cheapest(self, target: str, manifest: Manifest) -> tuple[bytes, str]:
-        held = self._held_files()
+    async def file_of(self, target: str, also_held: Mapping[str, bytes]) -> bytes:
+        """The checked file of a version that is read (trained from), not run; `also_held` are files by digest that are
+        at hand beside those in the slots. Raises as `bring`."""
+        held = {**self._held_files(), **also_held}
+        if target in held:
+            return held[target]
+        envelope = await self._fetcher.object("manifest", target)
+        manifest = accept_manifest(envelope, target, self._anchors, self._clock())
+        return (await self._by_cheapest(target, manifest, held))[0]
+
+    async def _by_cheapest(self, target: str, manifest: Manifest, held: Mapping[str, bytes]) -> tuple[bytes, str]:
         manifests, deliveries = await self._ways_to(target, manifest, set(held))
         route = plan_update({digest: len(file) for digest, file in held.items()}, manifest, deliveries)
         try:

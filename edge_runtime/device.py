@@ -137,7 +137,7 @@ class Device:
                 link=link,
                 fetcher=self.fetcher,
                 slots=slots,
-                running=self.running,
+                base_file=self.installation.file_to_train_from,
                 anchors=anchors,
                 clock=clock,
                 rng=np.random.default_rng(rng.getrandbits(64)),

@@ -266,13 +266,18 @@ class Installation:
             "bytes_received": self._bytes_received(),
         }
 
+    async def file_to_train_from(self, target: str, also_held: Mapping[str, bytes]) -> bytes:
+        """The file of a round's base version, whether or not it is the one that answers; see `Acquisition.file_of`."""
+        return await self._acquisition.file_of(target, also_held)
+
     def _bytes_received(self) -> int:
         """All bytes received for this update, those that are not in the record yet included."""
         return self.record.bytes_received + self._fetcher.bytes_received
 
     def _count_received(self) -> None:
         total, self._fetcher.bytes_received = self._bytes_received(), 0
-        self._write(bytes_received=total)
+        self.record = msgspec.structs.replace(self.record, bytes_received=total)
+        self._slots.write_record(self.record, durable=False)
 
     # -- switch, judge, restore
 

@@ -5,8 +5,8 @@
 
 A region that refuses the connection, breaks it, answers 5xx or takes longer than `try_deadline_s` is set aside for
 `set_aside_s`; after that a single request probes it again, while the others go on elsewhere. A request is lost only if
-no region answered it within `total_deadline_s`. How long a failure lasted for the callers is measured from the first
-failure of a region to the first answer from another one.
+no region answered it within `total_deadline_s`. How long a failure lasted for the callers is measured from the start
+of the first failed try to the first answer from another region.
 
 Connections are kept alive in a small pool per region and used by a few threads (`http.client` blocks); a kept
 connection that the server has closed meanwhile is replaced once before anything is held against the region.
@@ -46,7 +46,8 @@ class RegionAnswer(msgspec.Struct, frozen=True):
 
 
 class Failover(msgspec.Struct, frozen=True):
-    """One region's failure as its callers saw it: `recovery_s` from the first failure to the first answer elsewhere."""
+    """One region's failure as its callers saw it: `recovery_s` from the start of the first failed try
+    to the first answer elsewhere."""
 
     region: str
     answered_by: str
@@ -142,6 +143,7 @@ class RegionClient:
             if region is None:
                 break
             tried.append(region.name)
+            begun = self._clock()
             try:
                 answer = await loop.run_in_executor(
                     self._threads, self._ask_one, region, body, min(left, self._try_deadline_s)
@@ -151,7 +153,7 @@ class RegionClient:
                 kind = Untrusted if refused.status in (401, 403) else Malformed
                 raise kind(f"region {region.name}: refused with status {refused.status}: {refused}") from None
             except (OSError, http.client.HTTPException, Unavailable):
-                self._fails(region, self._clock())
+                self._fails(region, begun)
                 continue
             self._works(region)
             self.answered_by[region.name] += 1
@@ -179,11 +181,11 @@ class RegionClient:
                 return region
         return order[0] if order else None
 
-    def _fails(self, region: _Region, now: float) -> None:
+    def _fails(self, region: _Region, begun: float) -> None:
         region.probing = False
         if not region.failing_since:
-            region.failing_since, region.recovered = now, False
-        region.aside_until = now + self._set_aside_s
+            region.failing_since, region.recovered = begun, False
+        region.aside_until = self._clock() + self._set_aside_s
         with region.lock:
             while region.idle:
                 region.idle.pop().close()

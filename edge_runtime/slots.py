@@ -99,9 +99,9 @@ class Slots:
         except Malformed as error:
             raise Malformed(f"update record at {path}: {error}; move the file away to start over") from None
 
-    def write_record(self, record: UpdateRecord) -> None:
-        """Replace the record durably. Raises StorageFull."""
-        replace_file(self.directory / "update.record", pack(record))
+    def write_record(self, record: UpdateRecord, *, durable: bool = True) -> None:
+        """Replace the record. `durable` off is for what may be lost with the power (byte counts). Raises StorageFull."""
+        replace_file(self.directory / "update.record", pack(record), durable=durable)
 
     # -- slots
 

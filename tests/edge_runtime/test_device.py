@@ -393,12 +393,12 @@ def cut_at_write(device: Device, number: int, side: str) -> list[str]:
     death: list[str] = []
 
     def dying(write: Callable[..., None]) -> Callable[..., None]:
-        def writing(*arguments: Any) -> None:
+        def writing(*arguments: Any, **options: Any) -> None:
             writes.append(write.__name__)
             if len(writes) > number or (len(writes) == number and side == "before"):
                 death.append(write.__name__)
                 raise PowerCut
-            write(*arguments)
+            write(*arguments, **options)
             if len(writes) == number:
                 death.append(write.__name__)
                 raise PowerCut

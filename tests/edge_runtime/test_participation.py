@@ -1,0 +1,163 @@
+"""The device's part in a round: trained on its own payments, sent once, the same bytes however often the power goes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_runtime import training
+from edge_runtime.device import Device
+from edge_runtime.onnx_model import run_graph
+from edge_runtime.training import base_vector, clip, train
+from edge_runtime.update import State
+from model_delta import graphs
+from model_delta.errors import Malformed, Unavailable
+from model_delta.release import Release
+from model_delta.task import RoundTask
+from tests.edge_runtime.world import Life, World, eventually, local_data, mlp_weights
+
+
+async def on_first_version(world: World, folder: Path) -> Release:
+    first = world.publish(world.model(seed=1))
+    world.plan(first)
+    async with Life(world.device("pos-0001", folder)) as device:
+        await eventually(lambda: device.running.digest == first.digest and device.state == State.IDLE)
+    return first
+
+
+def participation(device: Device) -> Any:
+    assert device.participation is not None
+    return device.participation
+
+
+def test_a_device_trains_and_sends_one_contribution(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = await on_first_version(world, tmp_path / "device")
+        task = world.round(first, clip_norm_l2=0.05)
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device).record.ended == "accepted")
+        record = participation(device).record
+        assert record.loss_after < record.loss_before
+        sent = world.contributions[0][1].removeprefix(b"round-1|")
+        update = np.frombuffer(sent, np.float32)
+        assert len(update) == task.length
+        assert 0 < np.linalg.norm(update) <= 0.05 + 1e-6
+        assert len(world.contributions) == 1
+        assert record.contribution == b"", "what was delivered is not kept"
+
+    asyncio.run(story())
+
+
+def test_the_same_bytes_are_sent_until_a_receipt_also_after_power_cuts(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        world.receipts = False
+        first = await on_first_version(world, tmp_path / "device")
+        world.round(first)
+        for life in range(1, 4):
+            async with Life(world.device("pos-0001", tmp_path / "device")):
+                await eventually(lambda life=life: len(world.contributions) >= 2 * life)  # type: ignore[misc]
+        world.receipts = True
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device).record.ended == "accepted")
+        assert len({payload for _, payload in world.contributions}) == 1
+        count = len(world.contributions)
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device)._task is not None)
+            await asyncio.sleep(0.15)
+        assert len(world.contributions) == count, "a round that has ended for this device is left alone"
+
+    asyncio.run(story())
+
+
+def test_a_device_on_another_version_sits_the_round_out(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        await on_first_version(world, tmp_path / "device")
+        other = world.publish(world.model(seed=2))
+        world.round(other)
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device)._task is not None)
+            await asyncio.sleep(0.1)
+        assert world.contributions == []
+
+    asyncio.run(story())
+
+
+def test_a_round_whose_graph_is_not_what_was_signed_is_sat_out(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = await on_first_version(world, tmp_path / "device")
+        task = world.round(first)
+        world.store[("artifact", task.training_graph)] += b"more"
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device).record.ended.startswith("sat out: training graph"))
+        assert world.contributions == []
+
+    asyncio.run(story())
+
+
+def test_the_base_vector_is_the_models_weights_quantized_or_not(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    weights = mlp_weights(np.random.default_rng(3))
+    plain = graphs.mlp_model(weights, np.zeros(4, np.float32), np.ones(4, np.float32))
+    expected = np.concatenate([part.reshape(-1) for layer in weights for part in layer])
+    task, file = task_on(world, plain)
+    np.testing.assert_array_equal(base_vector(file, task), expected)
+    task, file = task_on(world, graphs.quantize_weights(plain))
+    assert any(parameter.scale for parameter in task.parameters), "otherwise this tests nothing new"
+    np.testing.assert_allclose(base_vector(file, task), expected, atol=0.02)
+    assert not np.array_equal(base_vector(file, task), expected)
+
+
+def test_training_lowers_the_loss_and_is_reproducible(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    task, file = task_on(world, world.model(seed=1), steps=60, clip_norm_l2=1.0, learning_rate=0.1)
+    graph = world.store[("artifact", task.training_graph)]
+    features, labels = local_data()
+
+    def once(seed: int) -> training.LocalUpdate:
+        return train(file, task, graph, features, labels, np.random.default_rng(seed), run_graph)
+
+    first, again, other = once(1), once(1), once(2)
+    assert first.loss_after < 0.8 * first.loss_before
+    np.testing.assert_array_equal(first.update, again.update)
+    assert not np.array_equal(first.update, other.update)
+    assert np.linalg.norm(first.update) <= 1.0 + 1e-6
+
+
+def test_training_without_data_or_with_a_foreign_base_says_so(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    task, file = task_on(world, world.model(seed=1))
+    graph = world.store[("artifact", task.training_graph)]
+    none = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    rng = np.random.default_rng(1)
+    with pytest.raises(Unavailable, match="round round-1: no local payments"):
+        train(file, task, graph, *none, rng, run_graph)
+    with pytest.raises(Malformed, match="base version has no stored tensor"):
+        base_vector(b"not a model", task)
+    with pytest.raises(Malformed, match="features do not go with 5 labels"):
+        train(file, task, graph, np.zeros((4, 4), np.float32), np.ones(5, np.float32), rng, run_graph)
+
+
+def test_clipping_keeps_the_direction() -> None:
+    update = np.array([3.0, 4.0], np.float32)
+    clipped, norm = clip(update, 1.0)
+    assert norm == 5.0
+    np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
+    assert clip(update, 10.0)[0] is not None
+    np.testing.assert_array_equal(clip(update, 10.0)[0], update)
+
+
+def task_on(world: World, file: bytes, **options: Any) -> tuple[RoundTask, bytes]:
+    release = world.publish(file)
+    return world.round(release, **options), file
