@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 
 from atoll import __version__
+from atoll.control_client import ControlClient, retry_until
+from atoll.enrolment import enrolled_identity
 from atoll.entry import run_process
 from atoll.http_server import serving
 from atoll.platform import gateway_name, port_of, read_anchors
@@ -32,6 +34,7 @@ from regional_gateway.serving import Gateway
 from regional_gateway.supply import Supply
 from regional_gateway.tenants import Tenant, Tenants
 
+ENROL_DEADLINE_S = 60.0
 KEY_DEADLINE_S = 10.0
 FETCH_TIMEOUT_S = 20.0
 SETTLE_S = 0.5
@@ -90,7 +93,8 @@ def run_gateway(path: Path, region: str) -> None:
 async def _gateway(data: DataFolder, region: str) -> None:
     endpoints, tokens = data.endpoints(), data.tokens()
     name = gateway_name(region)
-    identity = Identity.load(data.identity(name), name)
+    coordinator = ControlClient(endpoints.coordinator, tokens["gateway"])
+    identity = await _enrolled(data, name, region, coordinator)
     store = DirectoryStore(data.child("gateways", region, "store"))
     metrics = Metrics()
     headers = {"Authorization": f"Bearer {tokens['gateway']}"}
@@ -127,6 +131,15 @@ async def _gateway(data: DataFolder, region: str) -> None:
                 await asyncio.Event().wait()
             finally:
                 await asyncio.shield(gateway.drain(SETTLE_S, DRAIN_S))
+
+
+async def _enrolled(data: DataFolder, name: str, region: str, coordinator: ControlClient) -> Identity:
+    """This gateway's identity; asked for once, so that a restart does not need the coordinator."""
+    deadline = time.monotonic() + ENROL_DEADLINE_S
+    folder, traits = data.identity(name), {"region": region}
+    return await asyncio.to_thread(
+        retry_until, deadline, lambda: enrolled_identity(folder, name, "gateway", coordinator, traits)
+    )
 
 
 async def _fetch(client: httpx.AsyncClient, kind: StoreKind, name: str) -> bytes:

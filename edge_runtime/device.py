@@ -136,7 +136,7 @@ class Device:
                 path=directory / "round.record",
                 link=link,
                 fetcher=self.fetcher,
-                slots=slots,
+                running=self.running,
                 base_file=self.installation.file_to_train_from,
                 anchors=anchors,
                 clock=clock,

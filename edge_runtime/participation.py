@@ -3,6 +3,10 @@
 What must never happen is a second, different contribution to a round: the two would differ by noise an attacker can
 use, and count twice. So the contribution is on disk before it is sent for the first time, and from then on the same
 bytes are sent, also after the power was off, until a receipt comes or the round closes. The raw update is never stored.
+
+A round's base need not be the version that answers: a device that runs another version of the model fetches the base
+as it would fetch an update (a patch, as a rule), trains from it, and goes on answering with its own. A device without a
+version that may answer sits the round out.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -21,7 +25,7 @@ from edge_runtime.answers import Running
 from edge_runtime.fetching import Fetcher
 from edge_runtime.inference import RunGraph
 from edge_runtime.link import Link
-from edge_runtime.slots import Slots, replace_file
+from edge_runtime.slots import replace_file
 from edge_runtime.training import LocalUpdate
 from edge_runtime.waiting import wait_at_most
 from model_delta.digest import require_match
@@ -36,6 +40,9 @@ Contribute = Callable[[NDArray[np.float32], RoundTask], bytes]
 Train = Callable[
     [bytes, RoundTask, bytes, NDArray[np.float32], NDArray[np.float32], np.random.Generator, RunGraph], LocalUpdate
 ]
+
+BaseFile = Callable[[str, Mapping[str, bytes]], Awaitable[bytes]]
+"""The checked file of a version by digest, given files at hand besides those installed."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +68,8 @@ class Participation:
         path: Path,
         link: Link,
         fetcher: Fetcher,
-        slots: Slots,
         running: Running,
+        base_file: BaseFile,
         anchors: TrustAnchors,
         clock: Callable[[], float],
         rng: np.random.Generator,
@@ -75,7 +82,7 @@ class Participation:
         receipt_deadline_s: float = 5.0,
     ) -> None:
         self._device_id, self._model, self._path = device_id, model, path
-        self._link, self._fetcher, self._slots, self._running = link, fetcher, slots, running
+        self._link, self._fetcher, self._running, self._base_file = link, fetcher, running, base_file
         self._anchors, self._clock, self._rng, self._data = anchors, clock, rng, data
         self._train, self._contribute, self._run_graph = train, contribute, run_graph
         self._trust, self._keep_trust = trust, keep_trust
@@ -84,6 +91,7 @@ class Participation:
         self._task: RoundTask | None = None
         self._changed = asyncio.Event()
         self._graphs: dict[str, bytes] = {}
+        self._last_base: dict[str, bytes] = {}
         self.refused = 0
         self.last_refusal = ""
         self.record = _read(path)
@@ -138,8 +146,8 @@ class Participation:
     async def _take_part(self, task: RoundTask) -> float | None:
         """One attempt; seconds until the next is due, or None when there is nothing left to do."""
         if self.record.round_id != task.round_id:
-            if self._running.digest != task.base:
-                return 1.0  # it may still be adopted before the round closes
+            if self._running.blocked(self._clock()):
+                return 1.0  # a version may still be adopted before the round closes
             await self._prepare(task)
         if self.record.ended:
             return None
@@ -149,10 +157,8 @@ class Participation:
     async def _prepare(self, task: RoundTask) -> None:
         """Train, share and store the one contribution to this round."""
         graph = await self._graph(task.training_graph)
-        version = self._slots.installed(self._slots.pointer())
-        if version is None or version.digest != task.base:
-            raise Unavailable(f"round {task.round_id}: the base version is not in the slot that answers")
-        file = self._slots.read_file(version)
+        file = await self._base_file(task.base, self._last_base)
+        self._last_base = {task.base: file}
         features, labels = self._data()
         rng = np.random.default_rng(self._rng.integers(1 << 62))
 

@@ -1,8 +1,8 @@
 """The coordinator's HTTP control API: who may call what, in which form, and the one table from our errors to HTTP.
 
     GET  /v1/health   /v1/state   /v1/events (server-sent events, twice a second)   /metrics   /
-    POST /v1/models?model=&name=&parent=&threshold=&baseline=&feature_set=     body: ONNX bytes
-    GET  /v1/releases   /v1/releases/{digest}
+    POST /v1/models?model=&name=&parent=&threshold=&baseline=&feature_set=&created=&valid_days=   body: ONNX bytes
+    GET  /v1/releases   /v1/releases/{digest}   /v1/releases/{digest}/source   /v1/releases/{digest}/outcomes
     POST /v1/rollouts?target=&file=   body: YAML  GET /v1/rollouts   /v1/rollouts/{name}   POST .../{name}/abort
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
     GET  /v1/rounds/{id}/contributions            each: length (4 bytes, big-endian), then its bytes; the frozen order
@@ -117,6 +117,8 @@ class _Control:
             Route("/v1/models", self._guard(self._publish), methods=["POST"]),
             Route("/v1/releases", self._guard(self._releases, "gateway")),
             Route("/v1/releases/{digest}", self._guard(self._release, "gateway")),
+            Route("/v1/releases/{digest}/source", self._guard(self._source)),
+            Route("/v1/releases/{digest}/outcomes", self._guard(self._outcomes)),
             Route("/v1/rollouts", self._guard(self._rollouts), methods=["GET"]),
             Route("/v1/rollouts", self._guard(self._start_rollout), methods=["POST"]),
             Route("/v1/rollouts/{name}", self._guard(self._rollout)),
@@ -218,6 +220,10 @@ class _Control:
         options.update({key: query[key] for key in ("parent", "baseline", "feature_set") if key in query})
         if "threshold" in query:
             options["decision_threshold"] = _number(query["threshold"], "threshold", 0.0, 1.0)
+        if "created" in query:
+            options["created"] = _number(query["created"], "created", 0.0, 1e11)
+        if "valid_days" in query:
+            options["lifetime_s"] = round(_number(query["valid_days"], "valid_days", 1.0, 3650.0) * 86_400)
         record = await self._coordinator.publish(await _body(request, MODEL_BYTES_MAX), **options)
         return JSONResponse(_release_view(record))
 
@@ -240,6 +246,23 @@ class _Control:
                 "baseline": manifest.baseline,
                 "expires": manifest.expires,
             }
+        )
+
+    async def _source(self, request: Request) -> Response:
+        """The bytes that were published, for an operator: float32 weights and all."""
+        digest = require_digest(request.path_params["digest"], "release")
+        source = await asyncio.to_thread(self._coordinator.publisher.source, digest)
+        return Response(source, media_type="application/octet-stream")
+
+    async def _outcomes(self, request: Request) -> Response:
+        """How the update to a version ended, device by device, in the order in which it was heard."""
+        digest = require_digest(request.path_params["digest"], "release")
+        rows = await asyncio.to_thread(self._coordinator.ledger.outcomes, digest)
+        return JSONResponse(
+            [
+                {"device_id": row.device_id, "received": row.received, **msgspec.to_builtins(row.outcome)}
+                for row in rows
+            ]
         )
 
     async def _stored(self, request: Request) -> Response:

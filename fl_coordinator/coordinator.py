@@ -451,10 +451,16 @@ class Coordinator:
 
     # Publishing and rollouts
 
-    async def publish(self, source: bytes, **options: Any) -> ReleaseRecord:
-        """Publish a model file; see `Publisher.publish` for options and errors."""
+    async def publish(self, source: bytes, *, created: float | None = None, **options: Any) -> ReleaseRecord:
+        """Publish a model file; see `Publisher.publish` for options and errors. `created` (Unix seconds, in the past)
+        dates a version that is older than its publication."""
+        now = self._clock()
+        if created is not None and created > now:
+            raise Malformed(f"publish: created: expected a time in the past, found {created - now:.0f} s from now")
         known = {record.manifest for record in await asyncio.to_thread(self.ledger.releases, options["model"])}
-        record = await asyncio.to_thread(self.publisher.publish, source, now=self._clock(), **options)
+        record = await asyncio.to_thread(
+            self.publisher.publish, source, now=now if created is None else created, **options
+        )
         if record.manifest not in known:
             label = f"{record.model} {show(record.version)}" + (f" ({record.name})" if record.name else "")
             await self._say("info", f"published {label}: {record.file_bytes} bytes")

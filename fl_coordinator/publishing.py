@@ -38,7 +38,7 @@ from model_delta.manifest import (
     parse_manifest,
 )
 from model_delta.patch.route import plan_update
-from model_delta.release import Release, build_release, open_release
+from model_delta.release import LIFETIME_S, Release, build_release, open_release
 from model_delta.store import ArtifactStore
 from model_delta.trust.signing import open_envelope
 from model_delta.version import increment, merge
@@ -112,11 +112,13 @@ class Publisher:
         feature_set: str | None = None,
         baseline: str | None = None,
         lineage: Lineage | None = None,
+        lifetime_s: int = LIFETIME_S,
     ) -> ReleaseRecord:
         """Make a version of `source` and return it, or the version that these bytes on this parent already are.
 
         `parent` is a manifest digest; by default the stable version, else the newest that is not withdrawn. Threshold,
-        feature set and baseline are the parent's unless given. Raises Malformed for an unusable file or parent, and
+        feature set and baseline are the parent's unless given. `now` dates the version, `lifetime_s` seconds later it
+        expires on every device. Raises Malformed for an unusable file or parent, and
         StorageFull with nothing published.
         """
         with self._one_at_a_time:
@@ -149,6 +151,7 @@ class Publisher:
                 feature_set=feature_set if feature_set is not None else before.feature_set if before else "",
                 baseline=baseline if baseline is not None else before.baseline if before else "",
                 lineage=lineage,
+                lifetime_s=lifetime_s,
             )
             return self._commit(release, source, key, model=model, name=name, now=now)
 
