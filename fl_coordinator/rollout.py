@@ -381,8 +381,8 @@ def _lacking(rollout: Rollout, health: CohortHealth, now: float) -> str:
 def _choose_salt(spec: RolloutSpec, eligible: Sequence[tuple[str, bool]]) -> str:
     """The rollout's name, with a suffix if without it a stage of n devices could not be exactly n awake devices.
 
-    Prefers a salt under which the first devices, and the mirrored control's, were heard lately; then one without ties
-    at a bound; there is one unless the fleet has more devices than buckets.
+    Of the salts without a tie at a bound, prefers one under which the first devices, then the mirrored control's, were
+    heard lately.
     """
     wanted = [stage.devices for stage in spec.stages if stage.devices is not None]
     if not wanted:
@@ -393,20 +393,17 @@ def _choose_salt(spec: RolloutSpec, eligible: Sequence[tuple[str, bool]]) -> str
             "the cohorts; enrol more, widen the cohorts, or give the stage a share"
         )
     tries = max(8, min(SALTS_TRIED, 200_000 // len(eligible)))
-    awake_total = sum(awake for _, awake in eligible)
-    best, best_awake = "", -1
+    best, best_awake = "", (-1, -1)
     for attempt in range(tries):
         salt = spec.name if attempt == 0 else f"{spec.name}-{attempt}"
         ranked = sorted((bucket_of(salt, device_id), awake) for device_id, awake in eligible)
-        ends = [ranked, [(BUCKETS - 1 - bucket, awake) for bucket, awake in reversed(ranked)]]
-        if spec.control == "none":
-            ends.pop()
+        ends = [ranked, ranked[::-1] if spec.control == "mirrored" else []]
         if any(count < len(end) and end[count - 1][0] == end[count][0] for end in ends for count in wanted):
             continue
-        awake_first = sum(awake for end in ends for _, awake in end[: max(wanted)])
-        if awake_first > best_awake:
-            best, best_awake = salt, awake_first
-        if best_awake >= min(awake_total, max(wanted) * len(ends)):
+        first, last = (sum(awake for _, awake in end[: max(wanted)]) for end in ends)
+        if (first, last) > best_awake:
+            best, best_awake = salt, (first, last)
+        if first == max(wanted) and last == (max(wanted) if spec.control == "mirrored" else 0):
             break
     if not best:
         raise Malformed(

@@ -1,0 +1,285 @@
+import asyncio
+import base64
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fl_coordinator.control import STATUS, control_app
+from model_delta.digest import digest_of
+from model_delta.encoding import unpack
+from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
+from model_delta.keys.certificates import make_request
+from model_delta.trust.updater import TrustAnchors
+from tests.fl_coordinator.platform_in_memory import Platform, fraud_model, until
+from tests.fl_coordinator.test_coordinator import CANARY, FIRST
+
+TOKENS = {"admin": "a" * 32, "gateway": "g" * 32, "aggregator": "r" * 32, "flower": "f" * 32, "join": "j" * 32}
+Call = Callable[..., Awaitable[httpx.Response]]
+
+
+def calling(platform: Platform, story: Callable[[Call], Awaitable[None]], *, client: str = "127.0.0.1") -> None:
+    """Run `story` with a function that calls the API of a running coordinator."""
+    app = control_app(platform.coordinator, tokens=TOKENS, flower=platform.bridge)
+    transport = httpx.ASGITransport(app, client=(client, 1))
+
+    async def call(method: str, path: str, role: str | None = "admin", **options: Any) -> httpx.Response:
+        headers = {b"Authorization": f"Bearer {TOKENS.get(role, role)}".encode("latin-1")} if role is not None else {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://coordinator") as http:
+            return await http.request(method, path, headers=headers, **options)
+
+    async def run() -> None:
+        async with platform.running():
+            await story(call)
+
+    asyncio.run(run())
+
+
+def test_a_version_is_published_looked_at_and_rolled_out_over_http(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    device = platform.device("pos-0001")
+
+    async def story(call: Call) -> None:
+        answer = await call("POST", "/v1/models?model=fraud&name=v1&threshold=0.4", content=fraud_model(1))
+        published = answer.json()
+        assert (answer.status_code, published["version"], published["release"]) == (200, "eu-west:1", 1)
+        again = await call("POST", "/v1/models?model=fraud&name=v1", content=fraud_model(1))
+        assert again.json() == published
+        seen = (await call("GET", f"/v1/releases/{published['manifest']}", "gateway")).json()
+        assert seen["decision_threshold"] == 0.4
+        envelope = await call("GET", f"/v1/store/manifest/{published['manifest']}", "gateway")
+        assert envelope.content == platform.store.get("manifest", published["manifest"])
+        begun = await call("POST", "/v1/rollouts", content=FIRST)
+        assert begun.json()["state"] == "running"
+        await until(lambda: device.running == published["manifest"])
+        await device.report(5)
+        await until(lambda: platform.ledger.stable("fraud") == published["manifest"])
+        await asyncio.sleep(0.3)
+        state = (await call("GET", "/v1/state", None)).json()
+        assert state["decisions"] == 5
+        assert state["devices"][0]["running"] == published["manifest"]
+        shown = (await call("GET", "/v1/rollouts/first")).json()
+        assert shown["history"][0]["event"] == "begun"
+        assert [one["name"] for one in (await call("GET", "/v1/rollouts")).json()] == ["first"]
+
+    calling(platform, story)
+
+
+def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    allowed = {
+        ("POST", "/v1/models?model=fraud"): {"admin"},
+        ("POST", "/v1/rollouts"): {"admin"},
+        ("GET", "/v1/releases"): {"admin", "gateway"},
+        ("GET", "/v1/rounds/r/contributions"): {"admin", "aggregator"},
+        ("GET", "/v1/store/blob/" + "0" * 64): {"admin", "gateway"},
+        ("POST", "/v1/enroll"): {"admin", "gateway", "join"},
+        ("POST", "/v1/aggregators"): {"admin", "aggregator"},
+        ("GET", "/v1/flower/commands?wait=0"): {"admin", "flower"},
+        ("POST", "/v1/flower/replies"): {"admin", "flower"},
+        ("POST", "/v1/notes"): {"admin"},
+        ("POST", "/v1/rounds"): {"admin"},
+    }
+
+    async def story(call: Call) -> None:
+        for (method, path), roles in allowed.items():
+            for role in TOKENS:
+                status = (await call(method, path, role, content=b"")).status_code
+                assert (status == 403) == (role not in roles), (method, path, role, status)
+            for nobody in (None, "wrong", "", "é"):
+                assert (await call(method, path, nobody)).status_code == 401, (method, path)
+
+    calling(platform, story)
+
+
+def test_the_page_needs_no_token_on_loopback_and_one_from_elsewhere(tmp_path: Path) -> None:
+    async def near(call: Call) -> None:
+        assert (await call("GET", "/v1/health", None)).json() == {"status": "ok"}
+        metrics = await call("GET", "/metrics", None)
+        assert b"atoll_devices" in metrics.content
+
+    async def far(call: Call) -> None:
+        for path in ("/v1/health", "/v1/state", "/v1/events", "/metrics"):
+            assert (await call("GET", path, None)).status_code == 401
+        assert (await call("GET", "/v1/health", "admin")).status_code == 200
+
+    calling(Platform(tmp_path / "near"), near)
+    calling(Platform(tmp_path / "far"), far, client="192.0.2.7")
+
+
+def test_enrolment_over_http_and_what_a_join_token_cannot_do(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    key = ec.generate_private_key(ec.SECP256R1())
+
+    def body(**changes: Any) -> dict[str, Any]:
+        name = changes.get("common_name", "pi-0001")
+        wanted = {
+            "csr_pem": make_request(key, "pi-0001").decode(),
+            "sealing_public": base64.b64encode(bytes(range(32))).decode(),
+            "kind": "device",
+            "common_name": name,
+            "traits": {"device_class": "pi", "region": "ap-south", "merchant": "kiosk"},
+        }
+        return {**wanted, **changes}
+
+    async def story(call: Call) -> None:
+        answer = await call("POST", "/v1/enroll", "join", json=body())
+        anchors = unpack(base64.b64decode(answer.json()["anchors"]), TrustAnchors)
+        assert anchors.tenant == "acme"
+        assert answer.json()["certificate_pem"].startswith("-----BEGIN CERTIFICATE")
+        traits = platform.ledger.device("pi-0001").traits
+        assert (traits.device_class, traits.region, traits.labels) == ("pi", "ap-south", {"merchant": "kiosk"})
+        gateway = body(kind="gateway", common_name="gateway-x")
+        assert (await call("POST", "/v1/enroll", "join", json=gateway)).status_code == 403
+        assert (await call("POST", "/v1/enroll", "gateway", json=gateway)).status_code == 200
+        server = body(kind="server", common_name="broker")
+        assert (await call("POST", "/v1/enroll", "gateway", json=server)).status_code == 403
+        for broken in (
+            body(csr_pem="nonsense"),
+            body(sealing_public="***"),
+            body(sealing_public="AA=="),
+            body(common_name="a/b"),
+            body(common_name=7),
+            body(traits={"region": 1}),
+            body(traits=[]),
+        ):
+            answer = await call("POST", "/v1/enroll", "join", json=broken)
+            assert answer.status_code == 400, broken
+            assert answer.json()["error"].count("\n") == 0
+
+    calling(platform, story)
+
+
+def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+
+    async def story(call: Call) -> None:
+        for method, path, content, words in (
+            ("POST", "/v1/models?model=fraud", b"PK\x03\x04 not a model", "model fraud"),
+            ("POST", "/v1/models", b"x", "query parameter model"),
+            ("POST", "/v1/models?model=fraud&threshold=2", fraud_model(), "threshold"),
+            (
+                "POST",
+                "/v1/rollouts?file=my.yaml",
+                CANARY.replace("NAME", "x").replace("devices: 1", "devices: many").encode(),
+                "my.yaml:11",
+            ),
+            ("POST", "/v1/rollouts", b"\xff\xfe", "UTF-8"),
+            ("POST", "/v1/rounds", b'{"model": "fraud", "quorom": 3}', "quorom"),
+            ("POST", "/v1/rounds", b"[1", "round"),
+            ("POST", "/v1/notes", b"[]", "JSON object"),
+            ("POST", "/v1/flower/replies", b'{"no": 1}', "Flower reply"),
+            ("PUT", "/v1/store/artifact/" + "0" * 64, b"x", "artifact"),
+            ("POST", "/v1/aggregators", json.dumps({"name": "a0"}).encode(), "sealing"),
+        ):
+            answer = await call(method, path, content=content)
+            assert answer.status_code in (400, 403), (path, answer.status_code)
+            error = answer.json()["error"]
+            assert words in error, (path, error)
+            assert "\n" not in error
+        assert platform.ledger.releases() == []
+        assert platform.ledger.rollouts() == []
+        assert (await call("POST", "/v1/rollouts", content=FIRST)).status_code == 404  # nothing is published
+        assert (await call("GET", "/v1/releases/" + "0" * 64)).status_code == 404
+        assert (await call("GET", "/v1/store/keyring/" + "0" * 64)).status_code == 404
+        assert (await call("GET", "/v1/store/blob/..%2Fkeyring")).status_code in (400, 404)
+
+    calling(platform, story)
+
+
+def test_a_body_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
+    async def story(call: Call) -> None:
+        sent = 0
+
+        async def endless() -> Any:
+            nonlocal sent
+            while True:
+                sent += 65_536
+                yield b" " * 65_536
+
+        answer = await call("POST", "/v1/rounds", content=endless())
+        assert answer.status_code == 400
+        assert "at most" in answer.json()["error"]
+        assert sent < 2**20
+
+    calling(Platform(tmp_path), story)
+
+
+def test_the_event_stream_carries_snapshots(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    app = control_app(platform.coordinator, tokens=TOKENS, flower=platform.bridge)
+
+    async def story() -> None:
+        async with platform.running():
+            await asyncio.to_thread(platform.coordinator.note, "act", "learn")
+            sent: list[dict[str, Any]] = []
+            gone = asyncio.Event()
+            request = [{"type": "http.request", "body": b"", "more_body": False}]
+
+            async def receive() -> dict[str, Any]:
+                if request:
+                    return request.pop()
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: dict[str, Any]) -> None:
+                sent.append(message)
+                if len(sent) >= 3:
+                    gone.set()
+
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": "/v1/events",
+                "query_string": b"",
+                "headers": [],
+                "client": ("127.0.0.1", 1),
+                "asgi": {"version": "3.0", "spec_version": "2.3"},
+            }
+            await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
+            assert sent[0]["status"] == 200
+            first = sent[1]["body"]
+            assert first.startswith(b"data: ")
+            assert first.endswith(b"\n\n")
+            snapshot = json.loads(first.removeprefix(b"data: "))
+            assert (snapshot["act"], snapshot["notes"][-1]["text"]) == ("learn", "learn")
+
+    asyncio.run(story())
+
+
+def test_flower_fetches_commands_and_delivers_answers(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+
+    async def story(call: Call) -> None:
+        assert (await call("GET", "/v1/flower/commands?wait=0", "flower")).status_code == 204
+        pending = asyncio.create_task(platform.bridge.command({"x": 1}, ["a0"], 5.0))
+        wire = (await call("GET", "/v1/flower/commands?wait=2", "flower")).json()
+        assert wire["nodes"] == ["a0"]
+        reply = {"id": wire["id"], "replies": {"a0": wire["payload"]}, "failures": {}}
+        assert (await call("POST", "/v1/flower/replies", "flower", json=reply)).json() == {"wanted": True}
+        assert await pending == {"a0": {"x": 1}}
+
+    calling(platform, story)
+
+
+def test_an_artifact_is_stored_under_its_digest(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+
+    async def story(call: Call) -> None:
+        path = f"/v1/store/artifact/{digest_of(b'baseline')}"
+        assert (await call("PUT", path, content=b"baseline")).json()["size"] == 8
+        assert (await call("GET", path, "gateway")).content == b"baseline"
+
+    calling(platform, story)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(NotFound, 404), (Unavailable, 503), (StorageFull, 507), (Untrusted, 403), (Malformed, 400), (AtollError, 500)],
+)
+def test_one_table_maps_errors_to_http(error: type[AtollError], status: int) -> None:
+    assert next(code for kind, code in STATUS if issubclass(error, kind)) == status
