@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 # Before NumPy is loaded: on a busy machine OpenBLAS threads wait for each other by spinning, at ten times the cost.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from benchmarks.claims import Claim, at_most, run  # noqa: E402
-from tests.fakes.secure_round import SecureRound  # noqa: E402
+from benchmarks.claims import Claim, at_most, run
+from tests.fakes.secure_round import SecureRound
 
 RUNS = 5
 
