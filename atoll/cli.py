@@ -259,12 +259,23 @@ def fleet_run(
         bool, typer.Option("--observe", help="Keep every raw update in the data folder, for comparisons only.")
     ] = False,
     metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
+    metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Run simulated devices with their own payment streams against the platform of the data folder."""
     from atoll.fleet import run_fleet
 
-    run_fleet(data, devices=devices, shard=shard, seed=seed, hostile=hostile, rate=rate, absent=absent, observe=observe)
+    run_fleet(
+        data,
+        devices=devices,
+        shard=shard,
+        seed=seed,
+        hostile=hostile,
+        rate=rate,
+        absent=absent,
+        observe=observe,
+        metrics_port=metrics_port,
+    )
 
 
 def main() -> None:
