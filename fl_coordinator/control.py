@@ -259,10 +259,7 @@ class _Control:
         digest = require_digest(request.path_params["digest"], "release")
         rows = await asyncio.to_thread(self._coordinator.ledger.outcomes, digest)
         return JSONResponse(
-            [
-                {"device_id": row.device_id, "received": row.received, **msgspec.to_builtins(row.outcome)}
-                for row in rows
-            ]
+            [{"device_id": row.device_id, "received": row.received, **msgspec.to_builtins(row.outcome)} for row in rows]
         )
 
     async def _stored(self, request: Request) -> Response:

@@ -704,35 +704,50 @@ class Coordinator:
         return [self._log.read(offsets[digest]) for digest in found.frozen]
 
     async def _drive(self, round_id: str) -> None:
-        """Walk one round through the table until it rests. Each command is idempotent, so that BOOTED may repeat it."""
+        """Walk one round to its end. When its state cannot be written down, the walk starts over from what is there."""
         try:
-            found = await asyncio.to_thread(self.round, round_id)
-            state, command = step(found.at, Event.BOOTED)
-            while command is not Command.REST:
-                before = self._clock()
-                found, event = await self._perform(command, found)
-                if round_id in self._aborted:
-                    event = Event.ABORTED if event is not Event.RELEASED else event
-                    reason = found.reason or "an operator aborted it"
-                    found = msgspec.structs.replace(found, reason=reason)
-                state, command = step(found.at, event)
-                taken = {
-                    **found.seconds,
-                    found.state: round(found.seconds.get(found.state, 0.0) + self._clock() - before, 3),
-                }
-                found = msgspec.structs.replace(found, state=state.value, seconds=taken)
-                if not found.live or state is State.FROZEN:
-                    found = self._closed(found)
-                await asyncio.to_thread(self._save_round, found)
-                if event is not Event.ATTEMPT_FAILED:
-                    kind = "alert" if state in (State.FAILED, State.REFUSED) else "info"
-                    told = f": {found.reason}" if found.reason and not found.live else ""
-                    await self._say(kind, f"round {round_id}: {state.name.lower()}{told}")
-                if not found.live or state is State.FROZEN:
-                    await self._publish_soon()
+            while True:
+                try:
+                    await self._walk(round_id)
+                    return
+                except Unavailable as error:
+                    self._count_failures.add(1, "round")
+                    _log.warning("round %s: %s", round_id, error)
+                    await asyncio.sleep(self._tick_s)
+                except AtollError:
+                    self._count_failures.add(1, "round")
+                    _log.exception("round %s is left as it is", round_id)
+                    return
         finally:
             self._driving.discard(round_id)
             self._aborted.discard(round_id)
+
+    async def _walk(self, round_id: str) -> None:
+        """Take a round through the table until it rests. Each command is idempotent, so that BOOTED may repeat it."""
+        found = await asyncio.to_thread(self.round, round_id)
+        state, command = step(found.at, Event.BOOTED)
+        while command is not Command.REST:
+            before = self._clock()
+            found, event = await self._perform(command, found)
+            if round_id in self._aborted:
+                event = Event.ABORTED if event is not Event.RELEASED else event
+                reason = found.reason or "an operator aborted it"
+                found = msgspec.structs.replace(found, reason=reason)
+            state, command = step(found.at, event)
+            taken = {
+                **found.seconds,
+                found.state: round(found.seconds.get(found.state, 0.0) + self._clock() - before, 3),
+            }
+            found = msgspec.structs.replace(found, state=state.value, seconds=taken)
+            if not found.live or state is State.FROZEN:
+                found = self._closed(found)
+            await asyncio.to_thread(self._save_round, found)
+            if event is not Event.ATTEMPT_FAILED:
+                kind = "alert" if state in (State.FAILED, State.REFUSED) else "info"
+                told = f": {found.reason}" if found.reason and not found.live else ""
+                await self._say(kind, f"round {round_id}: {state.name.lower()}{told}")
+            if not found.live or state is State.FROZEN:
+                await self._publish_soon()
 
     def _closed(self, found: Round) -> Round:
         """The round with an announcement that says so; devices stop training and sending."""
