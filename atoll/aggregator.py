@@ -29,6 +29,7 @@ from monitoring.metrics import Metrics
 REGISTER_PAUSE_S = 0.5
 REVOKED_EVERY_S = 10.0
 PEER_TIMEOUT_S = 10.0
+STEP_TIMEOUT_S = 10.0
 COMMAND_DEADLINE_S = 600.0
 _FRAME = struct.Struct(">I")
 
@@ -66,6 +67,7 @@ async def _aggregator(data: DataFolder, name: str) -> None:
             revoked=lambda: revoked,
             fetch_contributions=fetch,
             send=send,
+            step_timeout_s=STEP_TIMEOUT_S,
         )
         loop = asyncio.get_running_loop()
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # many small products in many processes: threads only spin
 
 import typer
 
@@ -258,7 +259,6 @@ def fleet_run(
     observe: Annotated[
         bool, typer.Option("--observe", help="Keep every raw update in the data folder, for comparisons only.")
     ] = False,
-    metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
     metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
     data: DataOption = DEFAULT_DATA,
 ) -> None:

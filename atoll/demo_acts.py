@@ -358,7 +358,7 @@ async def _round(stage: Stage, number: int, base: str, able: Sequence[VirtualDev
             )
             if state == "published":
                 return dict(found)
-            if state == "failed":
+            if state in ("failed", "refused"):
                 reason = found["reason"]
                 break
             if time.monotonic() > deadline:

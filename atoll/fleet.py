@@ -135,29 +135,65 @@ async def open_device(
     report_interval_s: float = REPORT_INTERVAL_S,
 ) -> AsyncIterator[Device]:
     """The real device program of one member of the population, with its line to the broker."""
-    rng = random.SystemRandom()
-    broker = endpoints.broker
-    async with MqttLink(host=broker.host, port=broker.port, client_id=identity.name, tls=identity.tls()) as link:
-        yield Device(
-            identity=identity,
-            traits=device.traits,
-            model=MODEL,
-            directory=data.child("devices", identity.name),
-            link=link,
-            anchors=read_anchors(identity.folder),
-            feature_names=names,
-            open_model=open_model,
-            rng=rng,
+    async with broker_line(endpoints, identity) as link:
+        yield make_device(
+            data,
+            endpoints,
+            identity,
+            device,
+            names,
+            link,
+            regions,
+            history,
+            observe=observe,
             clock=clock,
-            mirrors=regions_from(endpoints, device.traits.region),
-            regions=regions,
-            data=history,
-            contribute=_contribute(identity, device, observe),
-            run_graph=run_graph,
-            probation=PROBATION,
-            margin=MARGIN,
             report_interval_s=report_interval_s,
         )
+
+
+def broker_line(endpoints: Endpoints, identity: Identity) -> MqttLink:
+    """The line of an enrolled identity to the platform's broker, not open yet."""
+    return MqttLink(
+        host=endpoints.broker.host, port=endpoints.broker.port, client_id=identity.name, tls=identity.tls()
+    )
+
+
+def make_device(
+    data: DataFolder,
+    endpoints: Endpoints,
+    identity: Identity,
+    device: VirtualDevice,
+    names: Sequence[str],
+    link: MqttLink,
+    regions: RegionClient | None,
+    history: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+    *,
+    model: str = MODEL,
+    observe: Observe | None = None,
+    clock: Callable[[], float] = time.time,
+    report_interval_s: float = REPORT_INTERVAL_S,
+) -> Device:
+    """The real device program on an open `link`; without `regions` it decides alone."""
+    return Device(
+        identity=identity,
+        traits=device.traits,
+        model=model,
+        directory=data.child("devices", identity.name),
+        link=link,
+        anchors=read_anchors(identity.folder),
+        feature_names=names,
+        open_model=open_model,
+        rng=random.SystemRandom(),
+        clock=clock,
+        mirrors=regions_from(endpoints, device.traits.region),
+        regions=regions,
+        data=history,
+        contribute=_contribute(identity, device, observe),
+        run_graph=run_graph,
+        probation=PROBATION,
+        margin=MARGIN,
+        report_interval_s=report_interval_s,
+    )
 
 
 def _contribute(

@@ -16,7 +16,7 @@ CONTACT_DEADLINE_S = 10.0
 PUBLISH_TIMEOUT_S = 300.0
 ROUND_MARGIN_S = 180.0
 POLL_S = 0.5
-ENDED = ("PUBLISHED", "FAILED")
+ENDED = ("PUBLISHED", "FAILED", "REFUSED")
 
 
 def operator(data: Path) -> ControlClient:

@@ -147,13 +147,17 @@ def world_of_rows(scenario: Scenario, rows: LabelledRows, alpha: float = 0.5) ->
 
     def live(index: int) -> Iterator[Sample]:
         mine = np.flatnonzero((owner == index) & (part == _LIVE))
-        mine = mine if len(mine) else np.flatnonzero(owner == index)
-        while True:
-            for row in mine:
-                named = dict(zip(rows.names, map(float, rows.features[row]), strict=True))
-                yield Sample(int(rows.time[row]), named, bool(rows.fraud[row]))
+        return replayed_rows(rows, mine if len(mine) else np.flatnonzero(owner == index))
 
     return World(devices, rows.names, rows.feature_set, rows.features, rows.fraud, owner, part, live)
+
+
+def replayed_rows(rows: LabelledRows, which: IntArray) -> Iterator[Sample]:
+    """The rows with the numbers `which` (int64[k], k > 0) as a terminal sees them, over and over."""
+    while True:
+        for row in which:
+            named = dict(zip(rows.names, map(float, rows.features[row]), strict=True))
+            yield Sample(int(rows.time[row]), named, bool(rows.fraud[row]))
 
 
 def _devices(scenario: Scenario) -> tuple[VirtualDevice, ...]:

@@ -100,7 +100,7 @@ class Slots:
             raise Malformed(f"update record at {path}: {error}; move the file away to start over") from None
 
     def write_record(self, record: UpdateRecord, *, durable: bool = True) -> None:
-        """Replace the record. `durable` off is for what may be lost with the power (byte counts). Raises StorageFull."""
+        """Replace the record. `durable` off: it may be lost with the power (byte counts). Raises StorageFull."""
         replace_file(self.directory / "update.record", pack(record), durable=durable)
 
     # -- slots
