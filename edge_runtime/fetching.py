@@ -64,6 +64,7 @@ class Fetcher:
         self._answer_deadline_s, self._set_aside_s = answer_deadline_s, set_aside_s
         self._window, self._chunk_bytes = window, chunk_bytes
         self._open = asyncio.Semaphore(window)
+        self._blob_lock = asyncio.Lock()
         self._request = rng.randrange(1 << 48)  # so that answers to an earlier life fit no question of this one
         self._aside: dict[str, float] = {}
         self._waiting_chunks: dict[int, asyncio.Future[ChunkResponse]] = {}
@@ -89,13 +90,9 @@ class Fetcher:
         """A sealed blob, checked against its digest; resumes at the first chunk not on disk. Raises Unavailable,
         NotFound, StorageFull, and DigestMismatch when every region gives other bytes."""
         for attempt in range(len(self._regions) + 1):
-            if not self._slots.has(blob.digest):
-                here = min(self._slots.received(blob.digest), blob.size)
-                here -= here % self._chunk_bytes
-                self._slots.truncate(blob.digest, here)
-                async for chunk in self._chunks("blob", blob.digest, here, blob.size):
-                    self._slots.append(blob.digest, here, chunk)
-                    here += len(chunk)
+            async with self._blob_lock:  # an update and a round may want the same blob at the same time
+                if not self._slots.has(blob.digest):
+                    await self._receive(blob)
             try:
                 return self._slots.complete(blob.digest)
             except NotFound:
@@ -105,6 +102,17 @@ class Fetcher:
                     raise
                 self._set_aside(self._order()[0])
         raise Unavailable(f"blob {blob.digest[:16]}…: damaged on disk again and again")
+
+    async def _receive(self, blob: Blob) -> None:
+        """Append what is missing of a blob to its part."""
+        here = min(self._slots.received(blob.digest), blob.size)
+        here -= here % self._chunk_bytes
+        self._slots.truncate(blob.digest, here)
+        async for chunk in self._chunks("blob", blob.digest, here, blob.size):
+            if self._slots.received(blob.digest) != here:
+                raise Unavailable(f"blob {blob.digest[:16]}…: its part was cleared away by another update")
+            self._slots.append(blob.digest, here, chunk)
+            here += len(chunk)
 
     async def artifact_key(self, manifest: str) -> bytes:
         """The artifact key of `manifest`, opened with the device's sealing key. Raises Unavailable (no answer in time,

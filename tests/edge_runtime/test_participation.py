@@ -77,13 +77,43 @@ def test_the_same_bytes_are_sent_until_a_receipt_also_after_power_cuts(tmp_path:
     asyncio.run(story())
 
 
-def test_a_device_on_another_version_sits_the_round_out(tmp_path: Path) -> None:
+def test_a_device_on_another_version_fetches_the_base_and_goes_on_answering_with_its_own(tmp_path: Path) -> None:
     async def story() -> None:
         world = World(tmp_path)
         world.start()
-        await on_first_version(world, tmp_path / "device")
-        other = world.publish(world.model(seed=2))
-        world.round(other)
+        first = await on_first_version(world, tmp_path / "device")
+        base = world.publish(world.model(seed=2, like=world.files[first.digest]), first)
+        world.round(base)
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device).record.ended == "accepted")
+            assert device.running.digest == first.digest
+        assert len(world.contributions) == 1
+
+    asyncio.run(story())
+
+
+def test_a_round_and_an_update_to_the_same_version_do_not_disturb_each_other(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = await on_first_version(world, tmp_path / "device")
+        second = world.publish(world.model(seed=2))
+        world.round(second)
+        world.plan(second, stable=first)
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device).record.ended == "accepted")
+            await eventually(lambda: device.running.digest == second.digest and device.state == State.IDLE)
+            await eventually(lambda: len(world.outcomes) == 2)
+        assert [outcome.event for outcome in world.outcomes] == ["adopted", "adopted"]
+
+    asyncio.run(story())
+
+
+def test_a_device_without_a_version_sits_the_round_out(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        world.round(world.publish(world.model(seed=1)))
         async with Life(world.device("pos-0001", tmp_path / "device")) as device:
             await eventually(lambda: participation(device)._task is not None)
             await asyncio.sleep(0.1)
