@@ -7,6 +7,7 @@ what a person must put right, 3 for what a retry may cure, 4 for a refusal on gr
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -50,7 +51,14 @@ DataOption = Annotated[
     Path, typer.Option("--data", envvar="ATOLL_DATA", help="The platform's data folder.", show_default=True)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+ContactOption = Annotated[
+    float,
+    typer.Option("--contact", envvar="ATOLL_CONTACT", help="Seconds to try to reach the platform.", min=0.1, max=3600),
+]
 DEFAULT_DATA = Path("atoll-data")
+DEFAULT_CONTACT = 10.0
+FOR_A_PERSON = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What an operating system says that only a person can put right."""
 
 
 def _version(wanted: bool) -> None:
@@ -78,7 +86,10 @@ def demo(
     json: JsonOption = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's data folder and logs.")] = False,
 ) -> None:
-    """Run the whole platform on this machine: seven acts in about two minutes, with a live page and a report."""
+    """Run the whole platform on this machine: seven acts in about two minutes, with a live page and a report.
+
+    Example: atoll demo --devices 60 --seed 7
+    """
     from atoll.demo import run_demo
 
     raise typer.Exit(
@@ -89,7 +100,14 @@ def demo(
 @app.command()
 def up(
     data: DataOption = DEFAULT_DATA,
-    port: Annotated[int, typer.Option(help="First of the ports used: coordinator, broker, gateway, ...")] = 7400,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="First of the ports used: coordinator, broker, gateway, ...; default: the data folder's, first 7400.",
+            min=1,
+            max=65535,
+        ),
+    ] = None,
     region: Annotated[str, typer.Option(help="The region of the one gateway.")] = "eu-west",
     broker: Annotated[str, typer.Option(help="auto, mosquitto or embedded.")] = "auto",
     learning: Annotated[
@@ -97,7 +115,10 @@ def up(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Start a platform here: coordinator, broker and one gateway, with their state in a data folder."""
+    """Start a platform here: coordinator, broker and one gateway, with their state in a data folder.
+
+    Example: atoll up --data ./atoll-data
+    """
     from atoll.up import run_up
 
     raise typer.Exit(run_up(data, port=port, region=region, broker=broker, learning=learning, as_json=json))
@@ -117,48 +138,64 @@ def publish(
         str, typer.Option(help="terminal-26-v1 or ulb-30-v1, if gateways are to take named features.")
     ] = "",
     data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Describe, sign, encrypt and store a model as a new version. Nobody runs it until a rollout says so."""
+    """Describe, sign, encrypt and store a model as a new version. Nobody runs it until a rollout says so.
+
+    Example: atoll publish fraud.onnx --name spring
+    """
     from atoll.operate import publish_model
 
-    publish_model(data, model, name, label, threshold, feature_set, as_json=json)
+    publish_model(data, model, name, label, threshold, feature_set, contact_s=contact, as_json=json)
 
 
 @rollout.command("apply")
 def rollout_apply(
     file: Annotated[Path, typer.Argument(help="A rollout YAML file: cohorts, stages, guardrails.")],
     data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Start (or replace) the rollout that FILE describes."""
+    """Start (or replace) the rollout that FILE describes.
+
+    Example: atoll rollout apply atoll/examples/canary.yaml
+    """
     from atoll.operate import apply_rollout
 
-    apply_rollout(data, file, as_json=json)
+    apply_rollout(data, file, contact_s=contact, as_json=json)
 
 
 @rollout.command("status")
 def rollout_status(
     name: Annotated[str, typer.Argument(help="The rollout's name; all when left out.")] = "",
     data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Show stages, health and decisions of rollouts."""
+    """Show stages, health and decisions of rollouts.
+
+    Example: atoll rollout status fraud-canary
+    """
     from atoll.operate import show_rollouts
 
-    show_rollouts(data, name, as_json=json)
+    show_rollouts(data, name, contact_s=contact, as_json=json)
 
 
 @rollout.command("abort")
 def rollout_abort(
     name: Annotated[str, typer.Argument(help="The rollout's name.")],
     data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Stop a rollout: every device goes back to the stable version."""
+    """Stop a rollout: every device goes back to the stable version.
+
+    Example: atoll rollout abort fraud-canary
+    """
     from atoll.operate import abort_rollout
 
-    abort_rollout(data, name, as_json=json)
+    abort_rollout(data, name, contact_s=contact, as_json=json)
 
 
 @round_.command("run")
@@ -170,24 +207,32 @@ def round_run(
     steps: Annotated[int, typer.Option(help="Mini-batches a device trains.", min=1)] = 40,
     wait: Annotated[bool, typer.Option(help="Wait for the round's end and show progress.")] = True,
     data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Open a federated round on the stable version and publish the candidate that comes out of it."""
+    """Open a federated round on the stable version and publish the candidate that comes out of it.
+
+    Example: atoll round run --quorum 12
+    """
     from atoll.operate import run_round
 
-    run_round(data, model, quorum, hostile, deadline, steps, wait=wait, as_json=json)
+    run_round(data, model, quorum, hostile, deadline, steps, wait=wait, contact_s=contact, as_json=json)
 
 
 @round_.command("status")
 def round_status(
     round_id: Annotated[str, typer.Argument(help="The round; all when left out.")] = "",
     data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Show who took part in rounds, who was refused and why, and what came out."""
+    """Show who took part in rounds, who was refused and why, and what came out.
+
+    Example: atoll round status
+    """
     from atoll.operate import show_rounds
 
-    show_rounds(data, round_id, as_json=json)
+    show_rounds(data, round_id, contact_s=contact, as_json=json)
 
 
 @device.command("run")
@@ -198,16 +243,33 @@ def device_run(
     payments: Annotated[
         Path | None, typer.Option(help="A labelled payments CSV (Time,V1..V28,Amount,Class); default: simulated.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Payments a second.", min=0.01)] = 2.0,
+    model: Annotated[str, typer.Option(help="The model to follow; default: fraud, or fraud-csv with --payments.")] = "",
+    rate: Annotated[float, typer.Option(help="Payments a second.", min=0.01, max=1000)] = 2.0,
     count: Annotated[int, typer.Option(help="Stop after so many decisions; 0 runs until Ctrl-C.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the simulated payments.")] = 7,
     data: DataOption = DEFAULT_DATA,
-    json: JsonOption = False,
+    contact: ContactOption = DEFAULT_CONTACT,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")] = False,
 ) -> None:
-    """Enrol one device with the platform of the data folder and let it decide payments, printing each decision."""
+    """Enrol one device with the platform of the data folder and let it decide payments, printing each decision.
+
+    Example: atoll device run --id pos-0002 --count 20
+    """
     from atoll.device import run_device
 
-    run_device(data, device_id, device_class, region, payments, rate=rate, count=count, seed=seed, as_json=json)
+    run_device(
+        data,
+        device_id,
+        device_class,
+        region,
+        payments,
+        rate=rate,
+        count=count,
+        seed=seed,
+        model=model,
+        contact_s=contact,
+        as_json=json,
+    )
 
 
 @gateway.command("run")
@@ -262,7 +324,10 @@ def fleet_run(
     metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
     data: DataOption = DEFAULT_DATA,
 ) -> None:
-    """Run simulated devices with their own payment streams against the platform of the data folder."""
+    """Run simulated devices with their own payment streams against the platform of the data folder.
+
+    Example: atoll fleet run --devices 20
+    """
     from atoll.fleet import run_fleet
 
     run_fleet(
@@ -287,5 +352,10 @@ def main() -> None:
 
         print(f"atoll: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
+    except OSError as error:
+        if error.errno not in FOR_A_PERSON or error.filename is None:
+            raise
+        print(f"atoll: {error.filename}: {error.strerror}; free some space or correct permissions", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -86,6 +86,16 @@ def _reason(body: bytes, status: int) -> str:
         return f"HTTP {status}"
 
 
+def reach(seconds: float, call: Callable[[], T]) -> T:
+    """Call the coordinator until it answers, for at most `seconds`; then say what to do. Raises Unavailable."""
+    try:
+        return retry_until(time.monotonic() + seconds, call)
+    except NotFound:
+        raise
+    except Unavailable as error:
+        raise Unavailable(f"{error}; tried for {seconds:g} s; is `atoll up` running on this data folder?") from None
+
+
 def retry_until(deadline: float, call: Callable[[], T], *, pause_s: float = 0.3) -> T:
     """Call until it answers or `deadline` (time.monotonic) passes; only Unavailable is retried, NotFound is not."""
     while True:

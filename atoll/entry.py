@@ -16,13 +16,14 @@ from collections.abc import Coroutine
 from typing import Any
 
 from atoll.settings import ConfigurationError
-from model_delta.errors import AtollError, Malformed, StorageFull, Unavailable
+from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
 
 
-def run_process(main: Coroutine[Any, Any, None], name: str) -> None:
+def run_process(main: Coroutine[Any, Any, None], name: str, default_level: str = "INFO") -> None:
     """Run `main` until it ends or a signal cancels it; exit with the code its error stands for."""
     logging.basicConfig(
-        level=os.environ.get("ATOLL_LOG", "INFO"), format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s"
+        level=os.environ.get("ATOLL_LOG", default_level),
+        format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -60,7 +61,7 @@ def _report(error: BaseException, name: str) -> int:
 
 def exit_code(error: AtollError) -> int:
     """2 for what a person must put right, 3 for what a retry may cure, 4 for a refusal on grounds of trust."""
-    if isinstance(error, ConfigurationError | Malformed | StorageFull):
+    if isinstance(error, ConfigurationError | Malformed | NotFound | StorageFull):
         return 2
     if isinstance(error, Unavailable):
         return 3

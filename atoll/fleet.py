@@ -153,9 +153,7 @@ async def open_device(
 
 def broker_line(endpoints: Endpoints, identity: Identity) -> MqttLink:
     """The line of an enrolled identity to the platform's broker, not open yet."""
-    return MqttLink(
-        host=endpoints.broker.host, port=endpoints.broker.port, client_id=identity.name, tls=identity.tls()
-    )
+    return MqttLink(host=endpoints.broker.host, port=endpoints.broker.port, client_id=identity.name, tls=identity.tls())
 
 
 def make_device(

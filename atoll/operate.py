@@ -8,37 +8,52 @@ from typing import Any
 
 import typer
 
-from atoll.control_client import ControlClient, retry_until
+from atoll.control_client import ControlClient, reach, retry_until
 from atoll.output import columns, show
 from atoll.settings import ConfigurationError, DataFolder
+from model_delta.errors import Malformed
 
-CONTACT_DEADLINE_S = 10.0
 PUBLISH_TIMEOUT_S = 300.0
 ROUND_MARGIN_S = 180.0
 POLL_S = 0.5
+FILE_BYTES_MAX = 4 << 30
+"""Larger files are not even read; what the platform takes is less, and its own refusal says how much."""
+
 ENDED = ("PUBLISHED", "FAILED", "REFUSED")
 
 
-def operator(data: Path) -> ControlClient:
+def operator(data: Path, contact_s: float) -> ControlClient:
     """A client with the operator's token. Raises ConfigurationError without a platform in `data`, Unavailable when its
-    coordinator does not answer within ten seconds."""
+    coordinator does not answer within `contact_s`."""
     folder = DataFolder.open(data)
     client = ControlClient(folder.endpoints().coordinator, folder.tokens()["admin"])
-    retry_until(time.monotonic() + CONTACT_DEADLINE_S, lambda: client.get("/v1/health"))
+    reach(contact_s, lambda: client.get("/v1/health", timeout_s=max(1.0, contact_s)))
     return client
 
 
 def publish_model(
-    data: Path, model: Path, name: str, label: str, threshold: float | None, feature_set: str, *, as_json: bool
+    data: Path,
+    model: Path,
+    name: str,
+    label: str,
+    threshold: float | None,
+    feature_set: str,
+    *,
+    contact_s: float,
+    as_json: bool,
 ) -> None:
     """Hand an ONNX file to the coordinator and show the version that it became."""
     source = read_file(model)
     options = {"model": name, "name": label, "feature_set": feature_set}
     if threshold is not None:
         options["threshold"] = str(threshold)
-    found = operator(data).post(
-        "/v1/models", source, timeout_s=PUBLISH_TIMEOUT_S, **{k: v for k, v in options.items() if v}
-    )
+    client = operator(data, contact_s)
+    try:
+        found = client.post(
+            "/v1/models", source, timeout_s=PUBLISH_TIMEOUT_S, **{k: v for k, v in options.items() if v}
+        )
+    except Malformed as error:
+        raise Malformed(f"{model}: {error}") from None
     patches = ", ".join(f"{size} B from {base[:12]}" for base, size in found["bytes_patch"].items()) or "none"
     text = (
         f"published {found['model']} {found['version']} as release {found['release']}\n"
@@ -48,16 +63,16 @@ def publish_model(
     show(found, text, as_json=as_json)
 
 
-def apply_rollout(data: Path, file: Path, *, as_json: bool) -> None:
+def apply_rollout(data: Path, file: Path, *, contact_s: float, as_json: bool) -> None:
     """Begin the rollout of a YAML file."""
-    text = read_file(file).decode("utf-8", "strict") if _is_text(file) else ""
-    found = operator(data).post("/v1/rollouts", text, file=file.name)
+    text = read_text(file)
+    found = operator(data, contact_s).post("/v1/rollouts", text, file=file.name)
     show(found, _rollout_text(found), as_json=as_json)
 
 
-def show_rollouts(data: Path, name: str, *, as_json: bool) -> None:
+def show_rollouts(data: Path, name: str, *, contact_s: float, as_json: bool) -> None:
     """One rollout with its guardrails and history, or all of them."""
-    client = operator(data)
+    client = operator(data, contact_s)
     if name:
         found = client.get(f"/v1/rollouts/{name}")
         show(found, _rollout_text(found), as_json=as_json)
@@ -66,17 +81,26 @@ def show_rollouts(data: Path, name: str, *, as_json: bool) -> None:
     show(every, columns(every, ("name", "state", "stage", "in_stage", "adopted", "target")), as_json=as_json)
 
 
-def abort_rollout(data: Path, name: str, *, as_json: bool) -> None:
+def abort_rollout(data: Path, name: str, *, contact_s: float, as_json: bool) -> None:
     """Send every device back to the stable version."""
-    found = operator(data).post(f"/v1/rollouts/{name}/abort", {"reason": "aborted by an operator"})
+    found = operator(data, contact_s).post(f"/v1/rollouts/{name}/abort", {"reason": "aborted by an operator"})
     show(found, _rollout_text(found), as_json=as_json)
 
 
 def run_round(
-    data: Path, model: str, quorum: int, hostile: int, deadline_s: float, steps: int, *, wait: bool, as_json: bool
+    data: Path,
+    model: str,
+    quorum: int,
+    hostile: int,
+    deadline_s: float,
+    steps: int,
+    *,
+    wait: bool,
+    contact_s: float,
+    as_json: bool,
 ) -> None:
     """Open a round and, unless told otherwise, follow it to its end. Raises SystemExit(1) when it failed."""
-    client = operator(data)
+    client = operator(data, contact_s)
     spec = {"model": model, "quorum": quorum, "hostile_max": hostile, "deadline_s": deadline_s, "steps": steps}
     found = client.post("/v1/rounds", spec)
     if wait:
@@ -100,9 +124,9 @@ def follow_round(client: ControlClient, round_id: str, seconds: float, *, quiet:
         time.sleep(POLL_S)
 
 
-def show_rounds(data: Path, round_id: str, *, as_json: bool) -> None:
+def show_rounds(data: Path, round_id: str, *, contact_s: float, as_json: bool) -> None:
     """One round with everybody who was refused and why, or all of them."""
-    client = operator(data)
+    client = operator(data, contact_s)
     if round_id:
         found = client.get(f"/v1/rounds/{round_id}")
         show(found, _round_text(found), as_json=as_json)
@@ -114,19 +138,25 @@ def show_rounds(data: Path, round_id: str, *, as_json: bool) -> None:
 def read_file(path: Path) -> bytes:
     """The bytes of a file that a person named. Raises ConfigurationError."""
     try:
+        if path.stat().st_size > FILE_BYTES_MAX:
+            raise ConfigurationError(
+                f"{path}: expected at most {FILE_BYTES_MAX} bytes, found {path.stat().st_size}; pass a smaller file"
+            )
         return path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"{path}: expected a readable file, found: {error.strerror}") from None
+        raise ConfigurationError(f"{path}: expected a readable file, found: {error.strerror}; check the path") from None
 
 
-def _is_text(path: Path) -> bool:
+def read_text(path: Path) -> str:
+    """The text of a file that a person named. Raises ConfigurationError."""
+    data = read_file(path)
     try:
-        read_file(path).decode()
+        return data.decode()
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
         raise ConfigurationError(
-            f"{path}: expected a YAML text in UTF-8, found byte {error.start} that is not"
+            f"{path}:{line}: expected text in UTF-8, found byte {data[error.start]:#04x}; save the file as UTF-8"
         ) from None
-    return True
 
 
 def _rollout_text(found: dict[str, Any]) -> str:

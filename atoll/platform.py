@@ -26,6 +26,7 @@ from atoll.settings import (
 )
 from edge_runtime.identity import Identity
 from model_delta.encoding import pack, unpack
+from model_delta.keys.certificates import require_identity
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.trust.updater import TrustAnchors
 
@@ -51,27 +52,47 @@ def gateway_name(region: str) -> str:
     return f"gateway-{region}"
 
 
-def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -> Endpoints:
-    """Make keyring, tokens, identities and addresses; what exists is kept. `next_port(what)` gives a free port.
+def is_server(name: str) -> bool:
+    """Whether the identity `name` is one of the platform's own, which no device may take."""
+    return name in (COORDINATOR, BROKER, SUPERLINK, *AGGREGATORS) or name.startswith(gateway_name(""))
 
-    Raises ConfigurationError and StorageFull.
+
+def check(layout: Layout, next_port: Callable[[str], int]) -> Endpoints:
+    """The addresses of such a platform; nothing is written. `next_port(what)` gives a free port.
+
+    Raises ConfigurationError.
     """
-    kind = broker_kind(layout.broker)
-    data.tokens()
-    keyring = open_keyring(data)
-    endpoints = Endpoints(
-        coordinator=f"http://{LOOPBACK}:{next_port('coordinator')}",
-        broker=Broker(LOOPBACK, next_port("broker"), kind),
+    for region in layout.regions:
+        require_identity(gateway_name(region))
+    return Endpoints(
+        coordinator=f"http://{LOOPBACK}:{next_port(COORDINATOR)}",
+        broker=Broker(LOOPBACK, next_port(BROKER), broker_kind(layout.broker)),
         gateways={region: f"http://{LOOPBACK}:{next_port(f'gateway {region}')}" for region in layout.regions},
         aggregators={name: f"http://{LOOPBACK}:{next_port(f'aggregator {name}')}" for name in AGGREGATORS}
         if layout.learning
         else {},
         flower_port=next_port("Flower SuperLink") if layout.learning else 0,
     )
+
+
+def ports_of(endpoints: Endpoints) -> dict[str, int]:
+    """The port of each process, by the names that `check` asks for."""
+    found = {COORDINATOR: port_of(endpoints.coordinator), BROKER: endpoints.broker.port}
+    found.update({f"gateway {region}": port_of(url) for region, url in endpoints.gateways.items()})
+    found.update({f"aggregator {name}": port_of(url) for name, url in endpoints.aggregators.items()})
+    return found | ({"Flower SuperLink": endpoints.flower_port} if endpoints.flower_port else {})
+
+
+def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -> Endpoints:
+    """Make keyring, tokens, identities and addresses; what exists is kept. Raises ConfigurationError, StorageFull."""
+    endpoints = check(layout, next_port)
+    data.tokens()
+    keyring = open_keyring(data)
     servers = (BROKER, SUPERLINK) if layout.learning else (BROKER,)
     for name in servers:
         issue_identity(data, keyring, name, server=True)
-    issue_identity(data, keyring, COORDINATOR)
+    for name in (COORDINATOR, *map(gateway_name, layout.regions)):
+        issue_identity(data, keyring, name)
     data.write_endpoints(endpoints)
     return endpoints
 

@@ -69,6 +69,16 @@ class DataFolder:
     @classmethod
     def open(cls, path: Path, *, create: bool = False) -> DataFolder:
         """Open the folder at `path`; `create` it if it is absent or empty. Raises ConfigurationError, StorageFull."""
+        try:
+            return cls._open(path, create=create)
+        except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+            raise ConfigurationError(
+                f"{path}: expected a data folder that this user can read and write, found {error.filename}: "
+                f"{error.strerror}; correct its owner or pass another --data"
+            ) from None
+
+    @classmethod
+    def _open(cls, path: Path, *, create: bool) -> DataFolder:
         folder = cls(path.resolve())
         marker = folder.path / "format"
         if not marker.exists():
@@ -85,22 +95,43 @@ class DataFolder:
                 write_private(marker, f"{FORMAT}\n".encode())
             except OSError as error:
                 raise StorageFull(f"{path}: cannot create the data folder: {error.strerror}") from None
-        found = marker.read_text().strip()
-        if not found.isdigit() or int(found) > FORMAT:
+        found = marker.read_bytes()[:32].decode(errors="replace").strip()
+        if not found.isdecimal():
             raise ConfigurationError(
-                f"{path}: data folder of format {found or 'nothing'}, this atoll reads up to {FORMAT}; upgrade atoll"
+                f"{marker}: expected a format number, found {found!r}; this is no Atoll data folder, or it is damaged"
+            )
+        if int(found) > FORMAT:
+            raise ConfigurationError(
+                f"{path}: expected a data folder of format {FORMAT} or older, found {found}; upgrade atoll"
             )
         return folder
 
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Whether there is a data folder at `path`, or something else in its place."""
+        return os.path.lexists(path / "format") or (path.is_dir() and any(path.iterdir()))
+
+    @property
+    def was_started(self) -> bool:
+        """Whether a platform was ever started here."""
+        return (self.path / "endpoints.json").exists()
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one platform. Raises ConfigurationError when another process has it."""
-        with (self.path / "lock").open("a+") as handle:
+    def locked(
+        self, name: str = "lock", who: str = "another atoll is running on", way: str = "--data"
+    ) -> Iterator[None]:
+        """Hold the folder's lock `name`: for one platform, or for one device. Raises ConfigurationError when another
+        process has it, StorageFull when it cannot be made."""
+        try:
+            handle = (self.path / name).open("a+")
+        except OSError as error:
+            raise StorageFull(f"{self.path / name}: cannot be made: {error.strerror}") from None
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ConfigurationError(
-                    f"{self.path}: another atoll is running on this data folder; stop it or pass another --data"
+                    f"{self.path}: {who} this data folder; stop it or pass another {way}"
                 ) from None
             yield
 
@@ -124,7 +155,16 @@ class DataFolder:
         path = self.path / "tokens.json"
         if not path.exists():
             write_private(path, json.dumps({role: secrets.token_urlsafe(24) for role in TOKEN_ROLES}).encode())
-        found: dict[str, str] = json.loads(path.read_text())
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        except msgspec.DecodeError:
+            found = {}
+        missing = [role for role in TOKEN_ROLES if not found.get(role)]
+        if missing:
+            raise ConfigurationError(
+                f"{path}: expected tokens of {', '.join(TOKEN_ROLES)} as JSON, found none for {', '.join(missing)}; "
+                "restore the file, or delete it and start `atoll up` again"
+            )
         return found
 
     def write_endpoints(self, endpoints: Endpoints) -> None:
@@ -134,7 +174,7 @@ class DataFolder:
     def endpoints(self) -> Endpoints:
         """The addresses of the running platform. Raises ConfigurationError when none was ever started here."""
         path = self.path / "endpoints.json"
-        if not path.exists():
+        if not self.was_started:
             raise ConfigurationError(f"{self.path}: no platform was started here; run `atoll up --data {self.path}`")
         try:
             return msgspec.json.decode(path.read_bytes(), type=Endpoints)
@@ -159,6 +199,8 @@ def write_private(path: Path, data: bytes) -> None:
 
 def require_free_port(port: int, what: str, option: str, host: str = LOOPBACK) -> int:
     """Return `port` if it can be bound now. Raises ConfigurationError naming who wanted it and what option moves it."""
+    if not 0 < port < 65_536:
+        raise ConfigurationError(f"port {port} ({what}): expected 1 to 65535; pass a lower {option}")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -6,35 +6,45 @@ import asyncio
 import itertools
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import typer
 
-from atoll.platform import Layout, prepare, programs, urls
+from atoll.platform import Layout, check, ports_of, prepare, programs, urls
 from atoll.processes import ProcessEvent, Supervisor
 from atoll.settings import DataFolder, Endpoints, require_free_port
 
+FIRST_PORT = 7400
 
-def run_up(path: Path, *, port: int, region: str, broker: str, learning: bool, as_json: bool) -> int:
+
+def run_up(path: Path, *, port: int | None, region: str, broker: str, learning: bool, as_json: bool) -> int:
     """Start everything, say where it is, and keep it running until Ctrl-C. Returns the exit code.
 
-    Raises ConfigurationError before anything was started, and Unavailable when a process keeps dying.
+    Without a `port`, a folder's processes come back where they were, so that devices find them again. Raises
+    ConfigurationError before anything was started or made, and Unavailable when a process keeps dying.
     """
+    layout = Layout(regions=(region,), broker=broker, learning=learning)
+    if not DataFolder.exists(path):
+        check(layout, _ports(None, port))  # what would be refused is refused before there is a folder
     data = DataFolder.open(path, create=True)
     with data.locked():
-        ports = itertools.count(port)
-        endpoints = prepare(
-            data,
-            Layout(regions=(region,), broker=broker, learning=learning),
-            lambda what: require_free_port(next(ports), what, "--port"),
-        )
+        before = data.endpoints() if data.was_started else None
+        endpoints = prepare(data, layout, _ports(before, port))
         if learning:
             from atoll.coordinator import prepare_flower
 
             prepare_flower(data)
         return asyncio.run(_up(data, endpoints, as_json=as_json))
+
+
+def _ports(before: Endpoints | None, first: int | None) -> Callable[[str], int]:
+    """Gives each process its port: in turn from `first`, or the one it had before. Each is checked to be free."""
+    had = ports_of(before) if before is not None and first is None else {}
+    others = itertools.count(max(had.values(), default=(first or FIRST_PORT) - 1) + 1)
+    return lambda what: require_free_port(had[what] if what in had else next(others), what, "--port")
 
 
 async def _up(data: DataFolder, endpoints: Endpoints, *, as_json: bool) -> int:
