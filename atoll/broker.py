@@ -1,30 +1,12 @@
-"""Wiring of the broker: mosquitto's command line, or the embedded broker as a process of ours."""
+"""Wiring of the embedded broker: a process of ours for machines without mosquitto."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from atoll.entry import run_process
-from atoll.platform import BROKER, COORDINATOR, gateway_name
-from atoll.settings import ConfigurationError, DataFolder, Endpoints
-from regional_gateway import mosquitto
-
-
-def mosquitto_argv(data: DataFolder, endpoints: Endpoints) -> list[str]:
-    """Write mosquitto's configuration into the data folder; the command that starts it."""
-    found = mosquitto.find()
-    if found is None:
-        raise ConfigurationError("broker: expected mosquitto 2.0 or newer, found none; pass --broker embedded")
-    identity = data.identity(BROKER)
-    return mosquitto.prepare(
-        found,
-        data.child("broker"),
-        mosquitto.BrokerFiles(identity / "ca.pem", identity / "certificate.pem", identity / "key.pem"),
-        host=endpoints.broker.host,
-        port=endpoints.broker.port,
-        platform=(COORDINATOR, *map(gateway_name, endpoints.gateways)),
-        autosave_seconds=1,
-    )
+from atoll.platform import BROKER
+from atoll.settings import DataFolder
 
 
 def run_broker(path: Path) -> None:

@@ -29,6 +29,7 @@ from model_delta.encoding import pack, unpack
 from model_delta.keys.certificates import require_identity
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.trust.updater import TrustAnchors
+from regional_gateway import mosquitto
 
 AGGREGATORS = ("a0", "a1", "a2")
 COORDINATOR = "coordinator"
@@ -128,8 +129,6 @@ def read_anchors(folder: Path) -> TrustAnchors:
 
 def broker_kind(wanted: str) -> str:
     """mosquitto or embedded; `auto` takes mosquitto when this machine has it. Raises ConfigurationError."""
-    from regional_gateway import mosquitto
-
     if wanted not in ("auto", "mosquitto", "embedded"):
         raise ConfigurationError(f"--broker: expected auto, mosquitto or embedded, found {wanted!r}")
     if wanted == "mosquitto" and mosquitto.find() is None:
@@ -157,11 +156,26 @@ def broker_program(data: DataFolder, endpoints: Endpoints) -> Program:
     address = endpoints.broker
     argv = atoll_argv("broker", "run", "--data", str(data.path))
     if address.kind == "mosquitto":
-        from atoll.broker import mosquitto_argv
-
         argv = mosquitto_argv(data, endpoints)
     return Program(
         BROKER, argv, data.child("logs") / f"{BROKER}.log", env=quiet_environment(), ready=port_answers(address.port)
+    )
+
+
+def mosquitto_argv(data: DataFolder, endpoints: Endpoints) -> list[str]:
+    """Write mosquitto's configuration into the data folder; the command that starts it."""
+    found = mosquitto.find()
+    if found is None:
+        raise ConfigurationError("broker: expected mosquitto 2.0 or newer, found none; pass --broker embedded")
+    identity = data.identity(BROKER)
+    return mosquitto.prepare(
+        found,
+        data.child("broker"),
+        mosquitto.BrokerFiles(identity / "ca.pem", identity / "certificate.pem", identity / "key.pem"),
+        host=endpoints.broker.host,
+        port=endpoints.broker.port,
+        platform=(COORDINATOR, *map(gateway_name, endpoints.gateways)),
+        autosave_seconds=1,
     )
 
 
