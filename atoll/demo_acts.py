@@ -247,16 +247,18 @@ def running(stage: Stage, found: Snapshot, manifest: str) -> int:
 
 
 def _rollout_yaml(name: str, target: str, *, canary: bool) -> str:
-    """The demo's cohort YAML: one device, a quarter, everybody; or everybody at once for the first version."""
-    stages = (
-        """
+    """The demo's cohort YAML: one device, a quarter, everybody; or everybody at once for the first version, which has
+    nothing to be compared with."""
+    stages, compared = "", ""
+    if canary:
+        stages = """
         - devices: 1
           hold: {minSeconds: 4, minDecisions: 16}
         - share: 25%
           hold: {minSeconds: 3, minDecisions: 60, minAdopted: 90%}"""
-        if canary
-        else ""
-    )
+        compared = """
+    - {metric: latency_p95_ms, max: 50, ratioToControl: 5}
+    - {metric: false_positive_rate, maxIncrease: 10%, ratioToControl: 3}"""
     return f"""apiVersion: atoll/v1
 kind: Rollout
 metadata: {{name: {name}}}
@@ -271,9 +273,7 @@ spec:
       stages:{stages}
         - share: 100%
           hold: {{minSeconds: 2, minDecisions: 100, minAdopted: 90%}}
-  guardrails:
-    - {{metric: latency_p95_ms, max: 50, ratioToControl: 5}}
-    - {{metric: false_positive_rate, maxIncrease: 10%, ratioToControl: 3}}
+  guardrails:{compared}
     - {{metric: error_rate, max: 1%}}
     - {{metric: rolled_back, max: 0}}
   rollback: {{auto: true}}
