@@ -28,7 +28,7 @@ def test_a_folder_is_created_once_and_opened_again(tmp_path: Path) -> None:
 def test_a_folder_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     DataFolder.open(tmp_path, create=True)
     (tmp_path / "format").write_text("7\n")
-    with pytest.raises(ConfigurationError, match=r"format 7, this atoll reads up to 1; upgrade atoll"):
+    with pytest.raises(ConfigurationError, match=r"format 1 or older, found 7; upgrade atoll"):
         DataFolder.open(tmp_path, create=True)
     assert (tmp_path / "format").read_text() == "7\n"
 
