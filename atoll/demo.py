@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from rich.status import Status
 
 from atoll.control_client import ControlClient
 from atoll.coordinator import prepare_flower
-from atoll.demo_acts import ACTS, ActFailed, Stage
+from atoll.demo_acts import ACTS, Stage
 from atoll.platform import Layout, prepare, programs
 from atoll.processes import ProcessEvent, Supervisor, free_ports
 from atoll.report import TITLES, ActResult, Report, commit_name, machine_facts, render_table, write_report
@@ -120,8 +121,11 @@ async def _act(stage: Stage, name: str, before: list[ActResult]) -> ActResult:
             work.result()
         else:
             gave_up.result()
-    except (ActFailed, AtollError) as error:
+    except AtollError as error:
         problem = str(error)
+    except Exception as error:  # a bug of ours: the report says so, and the other acts still run
+        problem = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
     finally:
         for task in (work, gave_up):
             task.cancel()

@@ -295,7 +295,7 @@ async def learn(stage: Stage, figures: Figures) -> None:
     for number in range(1, stage.rounds + 1):
         found = await _round(stage, number, base, able, len(hostile))
         outcome = dict(found["rejected"])
-        rejected.update(outcome)
+        rejected.update(outcome.keys())
         before = await _master(stage, base)
         updates = [update for _, update, _ in ObservedUpdates(stage.data.child("observed")).read(found["round_id"])]
         fedavg = apply_mean(before, plain_average(updates))
