@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from atoll.settings import ConfigurationError
-from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
+from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable, Untrusted
 
 T = TypeVar("T")
 TRY_TIMEOUT_S = 30.0
@@ -74,6 +74,8 @@ def refusal(status: int, reason: str, url: str) -> Exception:
         return Untrusted(reason)
     if status == 404:
         return NotFound(reason)
+    if status == 507:
+        return StorageFull(reason)
     if status in (502, 503, 504):
         return Unavailable(reason)
     return Malformed(reason)

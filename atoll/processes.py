@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from atoll import child as child_program
+from atoll.settings import ConfigurationError
 from model_delta.errors import Malformed, Unavailable
 
 POLL_SECONDS = 0.05
@@ -36,6 +37,8 @@ BACKOFF_SECONDS = 0.2
 BACKOFF_SECONDS_MAX = 5.0
 LOG_BYTES_MAX = 8_000_000
 TAIL_LINES = 12
+FOR_A_PERSON = 2
+"""The exit code of a program that cannot run until a person has put something right."""
 
 EventKind = Literal["started", "ready", "died", "restarted", "gave up", "stopped"]
 Ready = Callable[[], Awaitable[bool]]
@@ -178,7 +181,8 @@ class Supervisor:
         """Start `program` and wait until it is ready; returns its process id.
 
         Raises Unavailable, with the end of its log, when it ends or is not ready before its deadline (it is stopped
-        then), and Malformed when a child of this name runs already.
+        then), ConfigurationError with its last line when it ended with exit code 2, and Malformed when a child of
+        this name runs already.
         """
         old = self._children.get(program.name)
         if old is not None and old.watcher is not None and not old.watcher.done():
@@ -193,6 +197,9 @@ class Supervisor:
             # A program that never worked is not restarted: the same start would fail the same way.
             child.stopping.set()
             await self._end(child)
+            if child.process is not None and child.process.returncode == FOR_A_PERSON:
+                said = tail(program.log, 1) or "ended with exit code 2"
+                raise ConfigurationError(f"process {program.name}: {said}")
             ended = (
                 _exit_text(child.process.returncode) if child.process and child.process.returncode else "exit code 0"
             )
