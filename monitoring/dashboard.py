@@ -15,7 +15,9 @@ from starlette.routing import Route
 _TYPES = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
+    **dict.fromkeys(
+        ("page.js", "dom.js", "trend.js", "versions.js", "fleet.js", "panels.js"), "text/javascript; charset=utf-8"
+    ),
 }
 _HEADERS = {
     "Content-Security-Policy": (

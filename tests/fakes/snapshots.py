@@ -177,9 +177,7 @@ def _rollouts(time: float, devices: int, hostile_text: str) -> tuple[RolloutStat
     )
 
 
-def _health(
-    devices: int, rolled_back: float, latency: float, false_positives: float, silent: float
-) -> dict[str, float]:
+def _health(devices: int, rolled_back: float, latency: float, false_alarms: float, silent: float) -> dict[str, float]:
     return {
         "devices": devices,
         "silent": silent,

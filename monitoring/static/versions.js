@@ -1,0 +1,36 @@
+// What a version is called, which colour it has everywhere on the page, and what it is to the fleet.
+import {chip, element, swatch} from "./dom.js";
+
+const PALETTE = ["--v0", "--v1", "--v2", "--v3", "--v4", "--v5", "--v6", "--v7"];
+
+// Versions by manifest digest: {label, colour, role}. A role is stable, canary, target or withdrawn; or "".
+export function versionsOf(state) {
+  const found = new Map();
+  [...state.releases].sort((a, b) => a.release - b.release).forEach((release, index) => found.set(release.manifest,
+    {label: release.version, colour: PALETTE[index % PALETTE.length], role: release.withdrawn ? "withdrawn" : ""}));
+  const give = (manifest, role) => {
+    const version = found.get(manifest);
+    if (version && version.role === "") version.role = role;
+  };
+  const newest = state.rollouts[state.rollouts.length - 1];
+  if (!newest) return found;
+  if (newest.state === "completed") give(newest.target, "stable");
+  else if (isLive(newest) && newest.target !== newest.stable) give(newest.target, newest.stage === 0 ? "canary" : "target");
+  give(newest.stable, isLive(newest) || newest.state !== "completed" ? "stable" : "");
+  return found;
+}
+
+export const isLive = (rollout) => rollout.state === "running" || rollout.state === "paused";
+
+const ROLES = {stable: "good", canary: "busy", target: "busy", withdrawn: "bad"};
+const WORDS = {stable: "stable", canary: "canary", target: "rolling out", withdrawn: "withdrawn"};
+
+export const roleChip = (role) => chip(WORDS[role], ROLES[role]);
+
+// A version's colour and name; its digest where the pointer rests.
+export function versionName(versions, manifest) {
+  const version = versions.get(manifest);
+  const made = element("span", "version", swatch(version?.colour ?? "--none"), version?.label || "none");
+  made.title = manifest;
+  return made;
+}
