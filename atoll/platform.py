@@ -92,8 +92,7 @@ def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -
     servers = (BROKER, SUPERLINK) if layout.learning else (BROKER,)
     for name in servers:
         issue_identity(data, keyring, name, server=True)
-    for name in (COORDINATOR, *map(gateway_name, layout.regions)):
-        issue_identity(data, keyring, name)
+    issue_identity(data, keyring, COORDINATOR)
     data.write_endpoints(endpoints)
     return endpoints
 
