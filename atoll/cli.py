@@ -135,7 +135,10 @@ def publish(
         float | None, typer.Option(help="Scores at or above it are declined; default: the parent's, or 0.5.")
     ] = None,
     feature_set: Annotated[
-        str, typer.Option(help="terminal-26-v1 or ulb-30-v1, if gateways are to take named features.")
+        str,
+        typer.Option(
+            help="What gateways take by name: terminal-26-v1 (default of fraud) or ulb-30-v1 (default of fraud-csv)."
+        ),
     ] = "",
     data: DataOption = DEFAULT_DATA,
     contact: ContactOption = DEFAULT_CONTACT,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from atoll.entry import run_process
 from atoll.http_server import serving
 from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of
-from atoll.settings import MODEL, TENANT, DataFolder, quiet_environment, write_private
+from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
 from device_sim.payments import FEATURES, PaymentSpec, generate
 from device_sim.payments_csv import CSV_FEATURES
 from edge_runtime.identity import Identity
@@ -80,7 +80,7 @@ async def _coordinator(data: DataFolder) -> None:
                 keyring=keyring,
                 open_model=open_model,
                 golden_inputs=golden_inputs,
-                feature_counts={MODEL: len(FEATURES), f"{MODEL}-csv": len(CSV_FEATURES)},
+                feature_counts={MODEL: len(FEATURES), MODEL_OF_CSV: len(CSV_FEATURES)},
             ),
             evaluate=evaluation_on(folder / HELD_OUT),
             bridge=bridge,

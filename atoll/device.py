@@ -27,7 +27,7 @@ from atoll.enrolment import enrolled_identity
 from atoll.entry import run_process
 from atoll.fleet import broker_line, make_device
 from atoll.platform import is_server, regions_from
-from atoll.settings import MODEL, TENANT, ConfigurationError, DataFolder, Endpoints
+from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, ConfigurationError, DataFolder, Endpoints
 from device_sim.payments_csv import CSV_FEATURE_SET, read_csv
 from device_sim.population import CLASSES, VirtualDevice
 from device_sim.real_fleet import LabelledHistory, Member, Pace
@@ -42,7 +42,6 @@ from model_delta.keys.certificates import require_identity
 from model_delta.plan import DeviceTraits
 from monitoring.telemetry import Decision, UpdateOutcome
 
-MODEL_OF_CSV = f"{MODEL}-csv"
 TOWN = 20
 """Terminals in the simulated town; the device is the first of its class there."""
 WATCH_S = 0.1

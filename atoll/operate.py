@@ -10,12 +10,15 @@ import typer
 
 from atoll.control_client import ControlClient, reach, retry_until
 from atoll.output import columns, show
-from atoll.settings import ConfigurationError, DataFolder
+from atoll.settings import MODEL, MODEL_OF_CSV, ConfigurationError, DataFolder
+from device_sim.payments import FEATURE_SET
+from device_sim.payments_csv import CSV_FEATURE_SET
 from model_delta.errors import Malformed
 
 PUBLISH_TIMEOUT_S = 300.0
 ROUND_MARGIN_S = 180.0
 POLL_S = 0.5
+FEATURE_SET_OF = {MODEL: FEATURE_SET, MODEL_OF_CSV: CSV_FEATURE_SET}
 FILE_BYTES_MAX = 4 << 30
 """Larger files are not even read; what the platform takes is less, and its own refusal says how much."""
 
@@ -42,9 +45,16 @@ def publish_model(
     contact_s: float,
     as_json: bool,
 ) -> None:
-    """Hand an ONNX file to the coordinator and show the version that it became."""
+    """Hand an ONNX file to the coordinator and show the version that it became.
+
+    Models of the names that we know take the features that such devices compute, unless told otherwise.
+    """
+    if feature_set not in ("", *FEATURE_SET_OF.values()):
+        raise ConfigurationError(
+            f"--feature-set: expected {' or '.join(FEATURE_SET_OF.values())}, found {feature_set!r}; or leave it out"
+        )
     source = read_file(model)
-    options = {"model": name, "name": label, "feature_set": feature_set}
+    options = {"model": name, "name": label, "feature_set": feature_set or FEATURE_SET_OF.get(name, "")}
     if threshold is not None:
         options["threshold"] = str(threshold)
     client = operator(data, contact_s)

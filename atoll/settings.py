@@ -32,6 +32,7 @@ from model_delta.errors import AtollError, StorageFull
 FORMAT = 1
 TENANT = "acme"
 MODEL = "fraud"
+MODEL_OF_CSV = "fraud-csv"
 LOOPBACK = "127.0.0.1"
 
 TOKEN_ROLES = ("admin", "gateway", "aggregator", "flower", "join", "tenant")
