@@ -41,7 +41,7 @@ from monitoring.metrics import Metrics
 ENROL_DEADLINE_S = 60.0
 REPORT_INTERVAL_S = 1.0
 PROBATION = ProbationRules(decisions=8, seconds=4.0)
-ATTACK, ATTACK_STRENGTH = "scaled", 8.0
+ATTACK, ATTACK_STRENGTH = "scaled", 12.0
 MARGIN = 0.1
 """Scores this close to the threshold are put to the region."""
 
@@ -216,8 +216,6 @@ def _measure(metrics: Metrics, regions: RegionClient, counts: FleetCounts) -> No
         ("region_requests", "Payments put to a region.", lambda: regions.requests),
         ("region_requests_lost", "Payments that no region answered.", lambda: regions.lost_requests),
         ("region_failovers", "Failures of a region that another one answered for.", lambda: len(regions.failovers)),
-        ("region_recovery_seconds", "Longest time to the first answer elsewhere, of recent fail-overs.",
-         lambda: max((failover.recovery_s for failover in regions.failovers), default=0.0)),
     ):  # fmt: skip
         metrics.gauge(name, meaning).read_from(lambda read=read: float(read()))  # type: ignore[misc]
 
