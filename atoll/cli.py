@@ -1,8 +1,9 @@
 """The command line.
 
 Each command is a few lines: it reads its options and calls one function of a wiring module, imported only then, so that
-`atoll --help` stays quick. Every command takes `--json`; errors are one line on standard error, with exit code 2 for
-what a person must put right, 3 for what a retry may cure, 4 for a refusal on grounds of trust.
+`atoll --help` stays quick. Every command that answers something takes `--json`; the programs of a platform only log.
+Errors are one line on standard error, with exit code 2 for what a person must put right, 3 for what a retry may cure,
+4 for a refusal on grounds of trust.
 """
 
 from __future__ import annotations

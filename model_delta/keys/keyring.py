@@ -273,7 +273,7 @@ def _write(path: Path, contents: _KeyFile, *, replace: bool) -> None:
     except FileExistsError:
         raise Malformed(f"keyring {path}: is there already; open it, or choose another path") from None
     except OSError as error:
-        raise StorageFull(f"keyring {path}: {error.strerror}; nothing was changed") from None
+        raise StorageFull(f"keyring {path}: {error.strerror}; nothing was changed; free some space") from None
     finally:
         aside.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,0 +1,50 @@
+"""Help is part of the product: every command and option explains itself, and `--help` is quick."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import pytest
+import typer
+
+from atoll.cli import app
+
+EXAMPLES = ("demo", "up", "publish", "rollout apply", "rollout abort", "round run", "device run", "fleet run")
+
+
+def commands(group: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    if isinstance(group, click.Group):
+        for name, command in group.commands.items():
+            yield from commands(command, f"{path} {name}".strip())
+    else:
+        yield path, group
+
+
+EVERY = dict(commands(typer.main.get_command(app)))
+SERVERS = ("gateway run", "coordinator run", "aggregator run", "broker run", "fleet run")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_command_and_option_explains_itself(name: str) -> None:
+    command = EVERY[name]
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name != "help":
+            assert parameter.help, f"{name} {parameter.opts}"
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert "--json" in options or name in SERVERS
+    assert ("Example: atoll " + name in str(command.help)) == (name in EXAMPLES) or name.endswith("status")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = ("numpy", "onnxruntime", "onnx", "flwr", "fastapi", "paho", "cryptography")
+    program = (
+        "import sys; sys.argv = ['atoll', '--help']\n"
+        "from atoll.cli import main\n"
+        "try: main()\n"
+        f"except SystemExit: print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "device" in done.stdout
