@@ -1,28 +1,50 @@
 """Small charts as inline SVG, for pages that must open without a network.
 
-Each function returns one `<svg>` element with a title and a description for screen readers. Colours come from CSS
-custom properties (`--series-1` ...), so that the page decides on light and dark.
+Each function returns one `<figure>`: a caption, an `<svg>` with a title and a description for screen readers, and a
+legend where there is more than one colour. Colours come from CSS custom properties (`--series-1` ...), so that the page
+decides on light and dark.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 
 import msgspec
 
+from atoll.figures import number
+
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 40
+LEFT, RIGHT, TOP, BOTTOM = 60, 16, 34, 42
+ROW, ROW_LABEL, ROW_VALUE = 30, 200, 76
 
 
 class Series(msgspec.Struct, frozen=True):
-    """A named line: points are (x, y) in data units. `steps` draws it as a staircase."""
+    """A named line: points are (x, y) in data units. `colour` counts the page's series colours from 1; 0 takes the
+    next one."""
 
     name: str
     points: tuple[tuple[float, float], ...]
-    steps: bool = False
     dashed: bool = False
+    colour: int = 0
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """A moment or value on the x axis that deserves a name."""
+
+    x: float
+    name: str
+
+
+class Bar(msgspec.Struct, frozen=True):
+    """One row of a row chart: what it is, its length in data units, its value in words, its series colour."""
+
+    name: str
+    value: float
+    words: str
+    colour: int = 1
 
 
 class _Frame:
@@ -41,87 +63,103 @@ class _Frame:
 def line_chart(
     title: str, series: Sequence[Series], *, x_label: str, y_label: str, y_range: tuple[float, float] | None = None
 ) -> str:
-    """Lines over a common axis. `y_range` defaults to the data's, from zero."""
+    """Lines over a common axis, each point marked. `y_range` defaults to the data's, from zero."""
     points = [point for line in series for point in line.points]
     if not points:
         return empty_chart(title)
-    frame = _Frame(
-        (min(x for x, _ in points), max(x for x, _ in points)),
-        y_range or (0.0, max(y for _, y in points) * 1.05),
-    )
-    parts = [_axes(frame, x_label, y_label)]
+    xs = sorted({x for x, _ in points})
+    frame = _Frame((xs[0], xs[-1]), y_range or (0.0, max(y for _, y in points) * 1.1))
+    whole = all(x == int(x) for x in xs) and len(xs) <= 12
+    parts = [_axes(frame, x_label, y_label, xs if whole else ticks(frame.x0, frame.x1))]
     for index, line in enumerate(series):
-        colour = f"var(--series-{index % 6 + 1})"
-        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        parts.append(
-            f'<path d="{_path(frame, line)}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}>'
-            f"<title>{escape(line.name)}</title></path>"
+        colour = _colour(line, index)
+        dash = ' stroke-dasharray="6 4"' if line.dashed else ""
+        path = "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in line.points)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>')
+        parts.extend(
+            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.4" fill="{colour}">'
+            f"<title>{escape(line.name)}: {number(y)} at {number(x)}</title></circle>"
+            for x, y in line.points
         )
-        if not line.steps:
-            parts.extend(
-                f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.4" fill="{colour}">'
-                f"<title>{escape(line.name)}: {number(y)} at {number(x)}</title></circle>"
-                for x, y in line.points
-            )
-    return _svg(title, ", ".join(line.name for line in series), parts) + _legend([line.name for line in series])
+        x, y = line.points[-1]
+        parts.append(_text(frame.x(x), frame.y(y) - 8, number(y), "end", "value"))
+    return _figure(title, _told(series), parts, series)
 
 
-def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, x_label: str, y_label: str) -> str:
-    """One bar a label, in the given order; every n-th label is written so that they do not collide."""
-    if not bars:
+def stack_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str, marks: Sequence[Mark] = ()) -> str:
+    """Counts on top of each other, the first series at the bottom, each held until its next point. All series have
+    the same x values."""
+    if not series or not series[0].points:
         return empty_chart(title)
-    frame = _Frame((0.0, float(len(bars))), (0.0, max(value for _, value in bars) * 1.05))
-    every = max(1, math.ceil(len(bars) / 9))
-    parts = [_axes(frame, x_label, y_label, x_ticks=False)]
-    for index, (label, value) in enumerate(bars):
-        left, right = frame.x(index + 0.08), frame.x(index + 0.92)
-        top = frame.y(value)
+    xs = [x for x, _ in series[0].points]
+    totals = [sum(line.points[index][1] for line in series) for index in range(len(xs))]
+    frame = _Frame((xs[0], xs[-1]), (0.0, max(totals)))
+    parts = []
+    below = [0.0] * len(xs)
+    for index, line in enumerate(series):
+        above = [low + y for low, (_, y) in zip(below, line.points, strict=True)]
+        upper, lower = list(zip(xs, above, strict=True)), list(zip(xs, below, strict=True))
+        outline = f"{_stairs(frame, upper)} L{_stairs(frame, lower, back=True)} Z"
+        parts.append(f'<path d="M{outline}" fill="{_colour(line, index)}"><title>{escape(line.name)}</title></path>')
+        below = above
+    parts.append(_axes(frame, x_label, y_label, ticks(frame.x0, frame.x1)))
+    parts.extend(_marks(frame, marks))
+    return _figure(title, _told(series), parts, series)
+
+
+def histogram(
+    title: str,
+    counts: Sequence[tuple[float, float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    show: Callable[[float], str],
+    marks: Sequence[Mark] = (),
+) -> str:
+    """Bars of (lower bound, upper bound, count) on a logarithmic x axis; `show` writes a value of that axis. Bounds are
+    above zero."""
+    if not counts:
+        return empty_chart(title)
+    frame = _Frame(
+        (math.log10(counts[0][0]), math.log10(counts[-1][1])), (0.0, max(count for _, _, count in counts) * 1.1)
+    )
+    parts = [_axes(frame, x_label, y_label, ())]
+    for low, high, count in counts:
+        left, right, top = frame.x(math.log10(low)) + 1, frame.x(math.log10(high)) - 1, frame.y(count)
         parts.append(
             f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{frame.y(0) - top:.1f}" '
-            f'fill="var(--series-1)"><title>{escape(label)}: {number(value)}</title></rect>'
+            f'fill="var(--series-1)"><title>{show(low)} to {show(high)}: {number(count)}</title></rect>'
         )
-        if index % every == 0:
-            parts.append(
-                f'<text x="{(left + right) / 2:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">'
-                f"{escape(label)}</text>"
-            )
-    return _svg(title, f"{len(bars)} bars", parts)
+    parts.extend(
+        _text(frame.x(math.log10(value)), HEIGHT - BOTTOM + 16, show(value), "middle")
+        for value in _one_two_five(counts[0][0], counts[-1][1])
+    )
+    parts.extend(_marks(frame, [Mark(math.log10(mark.x), mark.name) for mark in marks if mark.x > 0]))
+    return _figure(title, f"{len(counts)} bars", parts)
+
+
+def row_chart(title: str, bars: Sequence[Bar]) -> str:
+    """One horizontal bar a row, from zero."""
+    if not bars:
+        return empty_chart(title)
+    widest = max(bar.value for bar in bars) or 1.0
+    room = WIDTH - ROW_LABEL - ROW_VALUE
+    parts = []
+    for index, bar in enumerate(bars):
+        y, width = index * ROW + 4, max(1.5, room * bar.value / widest)
+        parts.append(_text(ROW_LABEL - 10, y + 15, bar.name, "end"))
+        parts.append(
+            f'<rect x="{ROW_LABEL}" y="{y}" width="{width:.1f}" height="{ROW - 9}" rx="2" '
+            f'fill="var(--series-{bar.colour})"/>'
+        )
+        parts.append(_text(ROW_LABEL + width + 8, y + 15, bar.words, "start", "value"))
+    told = ", ".join(f"{bar.name}: {bar.words}" for bar in bars)
+    return _figure(title, told, parts, height=len(bars) * ROW + 4)
 
 
 def empty_chart(title: str) -> str:
     """What is shown when nothing was measured."""
     return f'<p class="empty">{escape(title)}: nothing was measured.</p>'
-
-
-def number(value: float) -> str:
-    """A short human form: 1234567 -> 1.23M, 0.04213 -> 0.0421."""
-    size = abs(value)
-    if size >= 1_000_000:
-        return f"{value / 1_000_000:.3g}M"
-    if size >= 10_000:
-        return f"{value / 1_000:.3g}k"
-    if size >= 100 or value == int(value):
-        return f"{value:.0f}"
-    return f"{value:.3g}"
-
-
-def _widen(bounds: tuple[float, float]) -> tuple[float, float]:
-    low, high = bounds
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-def _path(frame: _Frame, line: Series) -> str:
-    commands: list[str] = []
-    previous: float | None = None
-    for x, y in line.points:
-        if previous is None:
-            commands.append(f"M{frame.x(x):.1f} {frame.y(y):.1f}")
-        elif line.steps:
-            commands.append(f"H{frame.x(x):.1f} V{frame.y(y):.1f}")
-        else:
-            commands.append(f"L{frame.x(x):.1f} {frame.y(y):.1f}")
-        previous = y
-    return " ".join(commands)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -139,36 +177,83 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return values
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str, *, x_ticks: bool = True) -> str:
+def _one_two_five(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [value for at in decades for value in (10.0**at, 2 * 10.0**at, 5 * 10.0**at) if low <= value <= high]
+
+
+def _widen(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _colour(line: Series, index: int) -> str:
+    return f"var(--series-{line.colour or index % 6 + 1})"
+
+
+def _told(series: Sequence[Series]) -> str:
+    return "; ".join(f"{line.name}: {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in series)
+
+
+def _stairs(frame: _Frame, points: Sequence[tuple[float, float]], *, back: bool = False) -> str:
+    """A staircase that holds each value until the next point, from the left or (`back`) from the right."""
+    corners = [points[0]]
+    for (_, before), (x, y) in pairwise(points):
+        corners += [(x, before), (x, y)]
+    ordered = reversed(corners) if back else corners
+    return " L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in ordered)
+
+
+def _text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:
+    chosen = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{chosen}>{escape(words)}</text>'
+
+
+def _marks(frame: _Frame, marks: Sequence[Mark]) -> list[str]:
+    """Vertical lines with their names above; a name that would run into the one before goes a line higher."""
+    parts, free = [], [-math.inf, -math.inf]
+    for mark in sorted(marks, key=lambda one: one.x):
+        x = frame.x(mark.x)
+        width = 6.2 * len(mark.name)
+        centre = min(max(x, LEFT + width / 2), WIDTH - RIGHT - width / 2)
+        line = 0 if centre - width / 2 > free[0] + 6 else 1
+        free[line] = centre + width / 2
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(_text(centre, TOP - 5 - 14 * line, mark.name, "middle", "value"))
+    return parts
+
+
+def _axes(frame: _Frame, x_label: str, y_label: str, x_ticks: Sequence[float]) -> str:
     parts = []
     for value in ticks(frame.y0, frame.y1):
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    if x_ticks:
-        for value in ticks(frame.x0, frame.x1):
-            parts.append(
-                f'<text x="{frame.x(value):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(value)}</text>'
-            )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle" class="label">{escape(x_label)}</text>')
+        parts.append(_text(LEFT - 8, y + 4, number(value), "end"))
+    parts.extend(_text(frame.x(value), HEIGHT - BOTTOM + 16, number(value), "middle") for value in x_ticks)
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle", "label"))
+    middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text x="12" y="{HEIGHT / 2 - 10}" text-anchor="middle" class="label" '
-        f'transform="rotate(-90 12 {HEIGHT / 2 - 10})">{escape(y_label)}</text>'
+        f'<text x="14" y="{middle}" text-anchor="middle" class="label" transform="rotate(-90 14 {middle})">'
+        f"{escape(y_label)}</text>"
     )
     return "".join(parts)
 
 
-def _svg(title: str, description: str, parts: Sequence[str]) -> str:
+def _figure(
+    title: str, description: str, parts: Sequence[str], series: Sequence[Series] = (), height: int = HEIGHT
+) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{''.join(parts)}</svg>"
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(description)}">'
+        f"{''.join(parts)}</svg>{_legend(series)}</figure>"
     )
 
 
-def _legend(names: Sequence[str]) -> str:
+def _legend(series: Sequence[Series]) -> str:
+    if not series:
+        return ""
     items = "".join(
-        f'<span><i style="background:var(--series-{index % 6 + 1})"></i>{escape(name)}</span>'
-        for index, name in enumerate(names)
+        f'<span><i style="background:{_colour(line, index)}"></i>{escape(line.name)}</span>'
+        for index, line in enumerate(series)
     )
     return f'<p class="legend">{items}</p>'

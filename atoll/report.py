@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -18,9 +20,15 @@ from typing import Any
 
 import msgspec
 
-from atoll.charts import Series, bar_chart, empty_chart, line_chart, number
+from atoll.figures import NO_BREAK, headline, label, shown
+from atoll.report_charts import act_charts
 from atoll.settings import write_private
-from monitoring.telemetry import LATENCY_BOUNDS_US
+
+WIDTH = 100
+OPEN_MAX = 12
+"""Lists up to this length are shown unfolded."""
+_DIGEST = re.compile("[0-9a-f]{16}…")
+_HOSTILE = '<span class="chip bad">hostile</span>'
 
 TITLES = {
     "up": "Up",
@@ -72,127 +80,156 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 
 
 def render_table(report: Report) -> str:
-    """The terminal's table: an act a line, its main figures behind it."""
-    lines = [f"{'act':<16} {'ok':<4} {'seconds':>8}  figures"]
+    """The terminal's table, at most WIDTH columns: an act a line, its main figures behind it, wrapped where needed."""
+    lines = [f"{'act':<14}{'ok':<4}{'time':>7}  figures"]
     for act in report.acts:
-        summary = act.problem or headline(act)
-        lines.append(f"{TITLES[act.name]:<16} {'yes' if act.ok else 'NO':<4} {act.seconds:>8.1f}  {summary}")
-    lines.append(
-        f"{'all':<16} {'yes' if report.ok else 'NO':<4} {report.seconds:>8.1f}  "
-        f"peak memory {report.memory_mb_peak:.0f} MB, seed {report.seed}, commit {report.commit}"
+        told = act.problem or headline(act.name, act.figures)
+        lines += _row(TITLES[act.name], act.ok, act.seconds, told)
+    lines += _row(
+        "all",
+        report.ok,
+        report.seconds,
+        f"peak memory {report.memory_mb_peak:.0f} MB, seed {report.seed}, commit {report.commit}",
     )
     return "\n".join(lines)
 
 
-def headline(act: ActResult) -> str:
-    """The scalar figures of an act in one line."""
-    return ", ".join(
-        f"{key.replace('_', ' ')} {_scalar(value)}"
-        for key, value in act.figures.items()
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-    )
-
-
-def _scalar(value: float | str) -> str:
-    return value if isinstance(value, str) else number(float(value))
+def _row(name: str, ok: bool, seconds: float, told: str) -> list[str]:
+    start = f"{name:<14}{'yes' if ok else 'NO':<4}{seconds:>5.1f} s  "
+    words = textwrap.wrap(told, WIDTH - len(start)) or [""]
+    lines = [start + words[0], *(" " * len(start) + more for more in words[1:])]
+    # A terminal may not be able to write these letters.
+    return [line.replace(NO_BREAK, " ").replace("µ", "u") for line in lines]
 
 
 def render_html(report: Report) -> str:
     """One self-contained page: no script, no network."""
-    acts = {act.name: act for act in report.acts}
-    sections = "".join(_section(act, _charts(act, acts)) for act in report.acts)
-    verdict = "every act did what it promises" if report.ok else "not everything worked: see below"
-    machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
+    verdict = "Every act did what it promises." if report.ok else "Not everything worked: see below."
+    facts = {
+        "duration": f"{report.seconds:.0f} s",
+        "peak memory": f"{report.memory_mb_peak:,.0f} MB",
+        "seed": report.seed,
+        "commit": report.commit,
+        **report.machine,
+    }
+    told = "".join(f"<span>{escape(name)} <b>{escape(str(value))}</b></span>" for name, value in facts.items())
+    links = "".join(
+        f'<a href="#{act.name}">{index}. {TITLES[act.name]}{"" if act.ok else " (failed)"}</a>'
+        for index, act in enumerate(report.acts, start=1)
+    )
     style = resources.files("atoll").joinpath("report.css").read_text()
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width,initial-scale=1"><title>Atoll demo report</title>'
-        f"<style>{style}</style><main><header><h1>Atoll demo report</h1>"
-        f'<p class="{"good" if report.ok else "bad"}">{verdict}</p>'
-        f"<p>{report.seconds:.0f} s, peak memory {report.memory_mb_peak:.0f} MB, seed {report.seed}, "
-        f"commit {escape(report.commit)}; {escape(machine)}</p></header>{sections}</main></html>\n"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><title>Atoll demo report</title>'
+        f"<style>{style}</style><header><h1>Atoll demo report</h1>"
+        f'<p class="verdict {"good" if report.ok else "bad"}">{verdict}</p><p class="facts">{told}</p>'
+        f'<nav aria-label="Acts">{links}</nav></header><main>{_results(report)}'
+        f"{''.join(_section(index, act) for index, act in enumerate(report.acts, start=1))}</main></html>\n"
     )
 
 
-def _section(act: ActResult, charts: Sequence[str]) -> str:
-    rows = "".join(
-        f"<tr><th scope=row>{escape(key.replace('_', ' '))}</th><td>{_cell(value)}</td></tr>"
-        for key, value in act.figures.items()
-        if not key.startswith("plot_")
-    )
-    problem = f'<p class="bad">{escape(act.problem)}</p>' if act.problem else ""
-    mark = '<span class="good">ok</span>' if act.ok else '<span class="bad">failed</span>'
-    return (
-        f'<section id="{act.name}"><h2>{TITLES[act.name]} {mark}<small>{act.seconds:.1f} s</small></h2>{problem}'
-        f'<div class="columns"><table>{rows}</table><div>{"".join(charts)}</div></div></section>'
-    )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return number(float(value))
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        keys = [key for key in value[0] if not isinstance(value[0][key], list | dict)]
-        head = "".join(f"<th>{escape(key.replace('_', ' '))}</th>" for key in keys)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{_cell(row.get(key, ''))}</td>" for key in keys) + "</tr>" for row in value
-        )
-        return f"<table><tr>{head}</tr>{body}</table>"
-    if isinstance(value, list):
-        return escape(", ".join(str(item) for item in value)) or "none"
-    if isinstance(value, dict):
-        return escape(", ".join(f"{key}: {_scalar(item)}" for key, item in value.items())) or "none"
-    return escape(str(value))
-
-
-def _charts(act: ActResult, acts: Mapping[str, ActResult]) -> list[str]:
-    if act.name == "publish":
-        return [_latency(act)]
-    if act.name == "learn":
-        return [_precision(act)]
-    if act.name in ("canary", "bad_version"):
-        return [_timeline(act)]
-    return []
-
-
-def _latency(act: ActResult) -> str:
-    counts = {int(bucket): count for bucket, count in act.figures.get("plot_latency", {}).items()}
-    if not counts:
-        return empty_chart("Decision latency")
-    span = range(min(counts), max(counts) + 1)
-    bars = [(number(LATENCY_BOUNDS_US[min(b, len(LATENCY_BOUNDS_US) - 1)]), float(counts.get(b, 0))) for b in span]
-    return bar_chart("Decision latency", bars, x_label="microseconds (upper bound)", y_label="decisions")
-
-
-def _precision(act: ActResult) -> str:
-    rounds = act.figures.get("rounds", [])
-    if not rounds:
-        return empty_chart("Average precision by round")
-    lines = []
-    for key, name, dashed in (
-        ("average_precision", "Atoll: Multi-Krum on shares", False),
-        ("average_precision_fedavg", "plain FedAvg, same updates", True),
-        ("average_precision_stale", "stale model", True),
-    ):
-        points = tuple((float(row["round"]), float(row[key])) for row in rounds if key in row)
-        lines.append(Series(name, points, dashed=dashed))
-    return line_chart(
-        "Average precision by round", lines, x_label="round", y_label="average precision", y_range=(0.0, 1.0)
-    )
-
-
-def _timeline(act: ActResult) -> str:
-    samples = act.figures.get("plot_timeline", [])
-    if not samples:
-        return empty_chart("Devices by version over time")
-    names = sorted({name for sample in samples for name in sample["devices"]})
-    lines = [
-        Series(name, tuple((s["seconds"], float(s["devices"].get(name, 0))) for s in samples), steps=True)
-        for name in names
+def _results(report: Report) -> str:
+    """The run in six figures; those of acts that left none are not shown."""
+    acts = {act.name: act.figures for act in report.acts}
+    tiles = [
+        ("publish", "latency_p95_us", "{latency_p95_us}", "p95 latency of a decision on the device"),
+        (
+            "learn",
+            "average_precision_after",
+            "{average_precision_stale} → {average_precision_after}",
+            "average precision, learning among hostile devices",
+        ),
+        ("canary", "share_of_full", "{share_of_full}", "of the bytes of full downloads, by patches"),
+        ("bad_version", "devices_ever", "{devices_ever}", "devices that ever ran the bad version"),
+        ("region_loss", "requests_lost", "{requests_lost}", "requests lost when a region died"),
+        ("long_absence", "catch_up_bytes", "{catch_up_bytes}", "bring back a device after 120 days"),
     ]
-    return line_chart("Devices by version over time", lines, x_label="seconds", y_label="devices")
+    shown_tiles = "".join(
+        f"<div><b>{escape(text.format_map({key: shown(key, value) for key, value in acts[act].items()}))}</b>"
+        f"<span>{escape(words)}</span></div>"
+        for act, needed, text, words in tiles
+        if needed in acts.get(act, {})
+    )
+    return f'<section class="results" aria-label="Results">{shown_tiles}</section>' if shown_tiles else ""
+
+
+def _section(index: int, act: ActResult) -> str:
+    rounds = act.figures.get("rounds", [])
+    told_below = {"rounds", "rejected"} if rounds else set()
+    rows = "".join(
+        f"<tr><th scope=row>{escape(label(key))}</th><td>{_cell(key, value)}</td></tr>"
+        for key, value in act.figures.items()
+        if not key.startswith("plot_") and key not in told_below
+    )
+    wide = _rounds(rounds, act.figures) if rounds else ""
+    problem = f'<p class="problem">{escape(act.problem)}</p>' if act.problem else ""
+    mark = '<span class="chip good">ok</span>' if act.ok else '<span class="chip bad">failed</span>'
+    charts = "".join(act_charts(act.name, act.figures)) if act.figures else ""
+    lead = escape(headline(act.name, act.figures))
+    table = f"<table>{rows}</table>" if rows else ""
+    return (
+        f'<section id="{act.name}"><h2>{index}. {TITLES[act.name]} {mark}<small>{act.seconds:.1f} s</small></h2>'
+        f'{problem}<p class="lead">{lead}</p><div class="columns"><div>{table}</div>'
+        f'<div class="charts">{charts}</div></div>{wide}</section>'
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "stages":
+        value = [_DIGEST.sub("this version", item) for item in value]
+    if isinstance(value, list):
+        if not value:
+            return "none"
+        if any(len(str(item)) > 24 for item in value):
+            return f"<ol>{''.join(f'<li>{escape(str(item))}</li>' for item in value)}</ol>"
+        return " ".join(f'<span class="item">{escape(str(item))}</span>' for item in value)
+    if isinstance(value, dict):
+        return (
+            " ".join(
+                f'<span class="item">{escape(str(name))} {escape(shown(key, item))}</span>'
+                for name, item in value.items()
+            )
+            or "none"
+        )
+    return escape(shown(key, value))
+
+
+def _rounds(rows: list[dict[str, Any]], figures: Mapping[str, Any]) -> str:
+    """A line a round, then a line a rejected device: in which rounds, and why the last time."""
+    unvaried = {"average_precision_stale"}
+    keys = [key for key, value in rows[0].items() if not isinstance(value, list | dict) and key not in unvaried]
+    head = "".join(f"<th scope=col>{escape(label(key))}</th>" for key in keys)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(shown(key, row.get(key, '')))}</td>" for key in keys) + "</tr>" for row in rows
+    )
+    return (
+        f'<h3>Round by round</h3><div class="scroll"><table class="numbers"><tr>{head}</tr>{body}</table></div>'
+        f"{_rejected(rows, figures)}"
+    )
+
+
+def _rejected(rows: list[dict[str, Any]], figures: Mapping[str, Any]) -> str:
+    seen: dict[str, tuple[list[str], str]] = {}
+    for row in rows:
+        for line in row.get("rejected", ()):
+            device, _, reason = str(line).partition(": ")
+            seen[device] = ([*seen.get(device, ([], ""))[0], str(row.get("round", ""))], reason)
+    if not seen:
+        return ""
+    hostile = set(figures.get("hostile", ()))
+    ordered = sorted(seen.items(), key=lambda found: (found[0] not in hostile, -len(found[1][0]), found[0]))
+    body = "".join(
+        f"<tr><td>{escape(device)}</td>"
+        f"<td>{_HOSTILE if device in hostile else 'honest'}</td>"
+        f"<td>{escape(', '.join(rounds))}</td><td>{escape(reason)}</td></tr>"
+        for device, (rounds, reason) in ordered
+    )
+    return (
+        f"<details{' open' if len(seen) <= OPEN_MAX else ''}><summary>{len(seen)} devices were left out of a round, "
+        'and why</summary><div class="scroll"><table><tr><th scope=col>device</th><th scope=col>in truth</th>'
+        f"<th scope=col>rounds</th><th scope=col>reason, the last time</th></tr>{body}</table></div></details>"
+    )
 
 
 def machine_facts() -> dict[str, Any]:

@@ -1,84 +1,92 @@
 import json
 from pathlib import Path
 
-from atoll.charts import Series, bar_chart, line_chart, number, ticks
-from atoll.report import TITLES, ActResult, Report, headline, render_html, render_table, write_report
-
-
-def report(**changes: object) -> Report:
-    acts = [ActResult(name, True, 1.5, {"devices": 60}) for name in TITLES]
-    rounds = [
-        {"round": 1, "average_precision": 0.5, "average_precision_fedavg": 0.1, "average_precision_stale": 0.3},
-        {"round": 2, "average_precision": 0.6, "average_precision_fedavg": 0.1, "average_precision_stale": 0.3},
-    ]
-    acts[2] = ActResult("learn", True, 3.0, {"rounds": rounds, "rejected": ["pos-0001"]})
-    values: dict[str, object] = {
-        "seed": 7,
-        "commit": "abc",
-        "machine": {"cores": 2},
-        "seconds": 99.0,
-        "memory_mb_peak": 1234.0,
-        "acts": tuple(acts),
-        **changes,
-    }
-    return Report(**values)  # type: ignore[arg-type]
+from atoll.report import TITLES, ActResult, render_html, render_table, write_report
+from tests.fakes.report_figures import HOSTILE, sample_report
 
 
 def test_the_json_report_has_the_promised_keys(tmp_path: Path) -> None:
-    data, page = write_report(report(), tmp_path / "out")
+    data, page = write_report(sample_report(), tmp_path / "out")
     found = json.loads(data.read_text())
     assert {"seed", "commit", "machine", "acts"} <= found.keys()
     assert [act["name"] for act in found["acts"]] == list(TITLES)
     assert {"name", "ok", "seconds", "figures"} <= found["acts"][0].keys()
+    assert found["acts"][1]["figures"]["latency_p95_us"] == 84.1
     assert page.read_text().startswith("<!doctype html>")
 
 
 def test_one_failed_act_fails_the_report_and_says_why() -> None:
-    acts = list(report().acts)
+    acts = list(sample_report().acts)
     acts[3] = ActResult("canary", False, 2.0, {}, "no device adopted <b>it</b>")
-    failed = report(acts=tuple(acts))
-    assert report().ok
+    failed = sample_report(acts=tuple(acts))
+    assert sample_report().ok
     assert not failed.ok
     assert "no device adopted <b>it</b>" in render_table(failed)
     assert "no device adopted &lt;b&gt;it&lt;/b&gt;" in render_html(failed)
+    assert "Not everything worked" in render_html(failed)
 
 
 def test_a_missing_act_fails_the_report() -> None:
-    assert not report(acts=report().acts[:-1]).ok
+    assert not sample_report(acts=sample_report().acts[:-1]).ok
+
+
+def test_the_table_fits_a_terminal_of_100_columns_and_any_character_set() -> None:
+    acts = list(sample_report().acts)
+    acts[2] = ActResult("learn", False, 80.0, {}, "round 3 failed twice: " + "every attempt failed, " * 12)
+    for report in (sample_report(), sample_report(acts=tuple(acts))):
+        told = render_table(report)
+        assert max(map(len, told.splitlines())) <= 100
+        assert told.isascii()
+
+
+def test_the_table_picks_the_figures_that_matter() -> None:
+    lines = render_table(sample_report()).splitlines()
+    assert "p95 84.1 us, download 45.3 kB" in lines[2]
+    assert "average precision 0.312 to 0.541, plain FedAvg 0.120" in lines[3]
+    assert "0 requests lost" in render_table(sample_report())
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:
-    page = render_html(report())
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "<script" not in page
-    assert page.count("<svg") >= 1
+    page = render_html(sample_report())
+    for word in ("http://", "https://", "<script", "<img", "@import", "url("):
+        assert word not in page
+    assert page.count("<svg") == 9
 
 
-def test_figures_for_plots_stay_out_of_the_table() -> None:
-    act = ActResult("publish", True, 1.0, {"devices": 3, "ok": True, "plot_latency": {5: 2}})
-    assert headline(act) == "devices 3"
+def test_names_and_units_are_for_people() -> None:
+    page = render_html(sample_report())
+    assert "<th scope=row>latency p95</th><td>84.1 µs</td>" in page
+    assert "<th scope=row>sent to all devices</th><td>574 kB</td>" in page
+    assert "<th scope=row>false positives, bad version</th><td>41.8 %</td>" in page
+    assert "plot_" not in page
+    assert "eu-west:6 (learned)" in page
+    assert "eu-west:7 (bad)" in page
+    assert "9f86d081884c7d65" not in page
 
 
-def test_a_line_chart_draws_each_series_inside_its_frame() -> None:
-    svg = line_chart("t", [Series("a & b", ((0.0, 0.0), (10.0, 5.0)))], x_label="x", y_label="y")
-    assert "a &amp; b" in svg
-    assert 'd="M56.0 220.0 L624.0' in svg
+def test_who_was_left_out_is_listed_once_with_reason_and_truth() -> None:
+    page = render_html(sample_report())
+    listed = page[page.index("7 devices were left out") : page.index("</details>")]
+    assert listed.count("hostile</span>") == len(HOSTILE)
+    assert "<td>pos-0001</td><td>honest</td><td>1, 2, 3, 4</td><td>Krum score 1.4x the median" in listed
 
 
-def test_a_staircase_holds_its_value_until_the_next_point() -> None:
-    svg = line_chart("t", [Series("s", ((0.0, 1.0), (1.0, 2.0)), steps=True)], x_label="x", y_label="y")
-    assert " H624.0 V" in svg
+def test_hostile_text_in_figures_stays_text() -> None:
+    acts = list(sample_report().acts)
+    bad = "<img src=x onerror=alert(1)>"
+    timeline = [{"seconds": 0.0, "devices": {bad: 3}}, {"seconds": 1.0, "devices": {bad: 3}}]
+    rounds = [{"round": 1, "average_precision": 0.5, "rejected": [f"{bad}: {bad}"]}]
+    acts[2] = ActResult("learn", True, 1.0, {"hostile": [bad], "rounds": rounds})
+    acts[3] = ActResult("canary", True, 1.0, {"stages": [bad * 3], "unheard_of": {bad: 1}, "plot_timeline": timeline})
+    assert "<img" not in render_html(sample_report(acts=tuple(acts)))
 
 
-def test_an_empty_chart_says_so() -> None:
-    assert "nothing was measured" in bar_chart("Latency", [], x_label="", y_label="")
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert all(3 <= value <= 97 for value in ticks(3, 97))
-
-
-def test_numbers_are_short() -> None:
-    assert [number(v) for v in (1234567, 12345, 123.4, 5, 0.04213)] == ["1.23M", "12.3k", "123", "5", "0.0421"]
+def test_an_act_that_broke_off_shows_what_it_had() -> None:
+    full = sample_report()
+    for cut in range(4):
+        acts = tuple(
+            ActResult(act.name, False, 1.0, dict(list(act.figures.items())[:cut]), "broke off") for act in full.acts
+        )
+        broken = sample_report(acts=acts)
+        assert render_html(broken).count('class="problem"') == len(TITLES)
+        assert render_table(broken).count("broke off") == len(TITLES)

@@ -23,6 +23,7 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 DEADLINE_S = 20.0
+_CONTRAST = Path(__file__).with_name("contrast.js")
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
@@ -86,6 +87,19 @@ class Page:
     def text(self, selector: str) -> str:
         """What a reader sees in the first element that matches."""
         return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+
+    def overflowing(self) -> list[str]:
+        """Elements that stick out of the window on the right, apart from those in a box that scrolls."""
+        found: list[str] = self.run(
+            """[...document.querySelectorAll('body *')].filter((one) => !one.closest('.scroll, .skip, [hidden]')
+            && one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 80))"""
+        )
+        return found
+
+    def low_contrast(self) -> list[str]:
+        """Visible texts whose colour is too close to what is behind them (WCAG 2.2, 1.4.3, level AA)."""
+        found: list[str] = self.run(_CONTRAST.read_text())
+        return found
 
     def press(self, key: str) -> None:
         """One key, down and up: `Tab`, `Enter`, `ArrowRight`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,15 +45,6 @@ def opened(page: Page, live: LivePage, **options: Any) -> Page:
     page.show(live.url, **options)
     page.wait(LIVE)
     return page
-
-
-def overflows(page: Page) -> list[str]:
-    """Elements that stick out of the window, apart from those in a box that scrolls."""
-    found: Any = page.run(
-        """[...document.querySelectorAll('body *')].filter((one) => !one.closest('.scroll, .skip, [hidden]')
-        && one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 80))"""
-    )
-    return list(found)
 
 
 def test_everything_is_shown_and_nothing_goes_wrong(live: LivePage, page: Page) -> None:
@@ -255,14 +245,11 @@ def test_nothing_sticks_out(live: LivePage, page: Page, width: int, dark: bool, 
     page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
     page.run("document.querySelector('.device').click()")
     assert page.run("document.documentElement.scrollWidth") <= width
-    assert overflows(page) == []
-
-
-CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
+    assert page.overflowing() == []
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_has_the_contrast_that_wcag_aa_asks_for(live: LivePage, page: Page, dark: bool) -> None:
     opened(page, live, dark=dark)
     page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
-    assert page.run(CONTRAST) == []
+    assert page.low_contrast() == []
