@@ -33,6 +33,7 @@ from edge_runtime.identity import Identity
 from edge_runtime.onnx_model import open_model
 from edge_runtime.regions import RegionClient
 from edge_runtime.slots import Slots
+from edge_runtime.update import State
 from model_delta import graphs
 from model_delta.baseline import BASELINE_TYPE, BaselineModel, sealed_form
 from model_delta.errors import AtollError, Unavailable
@@ -186,7 +187,7 @@ class AbsentDevice:
             ) as device,
             _living(device),
         ):
-            while device.running.digest != target or device.state != "IDLE":
+            while device.running.digest != target or device.state != State.IDLE.value:
                 tell(f"the network is back: {device.state.lower().replace('_', ' ')}")
                 if time.monotonic() - started > CATCH_UP_S:
                     raise AbsenceFailed(

@@ -115,7 +115,16 @@ def _member(
     payments = world.live(device.index)
 
     def opened() -> contextlib.AbstractAsyncContextManager[Device]:
-        return open_device(data, endpoints, identity, device, world.names, regions, history.arrays, observe=observe)
+        return open_device(
+            data,
+            endpoints,
+            identity,
+            device,
+            world.names,
+            regions,
+            history.arrays if device.trains else None,
+            observe=observe,
+        )
 
     return Member(device.device_id, opened, payments, history)
 

@@ -30,7 +30,7 @@ CLASSES: Mapping[str, DeviceClass] = {
     "pos": DeviceClass(0.5, 1.0, (0.30, 0.05, 0.30, 0.20, 0.10, 0.05)),
     "phone": DeviceClass(0.25, 0.4, (0.15, 0.00, 0.45, 0.10, 0.25, 0.05)),
     "pi": DeviceClass(0.15, 0.6, (0.15, 0.40, 0.05, 0.10, 0.10, 0.20)),
-    "mcu": DeviceClass(0.1, 40.0, (0.00, 0.25, 0.00, 0.00, 0.00, 0.75)),
+    "mcu": DeviceClass(0.1, 40.0, (0.00, 0.25, 0.00, 0.00, 0.00, 0.75), trains=False),
 }
 """The classes of the fleet. Compute factors are orders of magnitude (A53 1.3 GHz, phone SoC, A72, Cortex-M7)."""
 
@@ -44,6 +44,11 @@ class VirtualDevice:
     merchant: str
     compute: float
     hostile: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has the memory for local training."""
+        return CLASSES[self.traits.device_class].trains
 
     @property
     def device_id(self) -> str:
