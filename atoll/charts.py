@@ -146,7 +146,7 @@ def row_chart(title: str, bars: Sequence[Bar]) -> str:
     room = WIDTH - ROW_LABEL - ROW_VALUE
     parts = []
     for index, bar in enumerate(bars):
-        y, width = index * ROW + 4, max(1.5, room * bar.value / widest)
+        y, width = index * ROW + 4, room * bar.value / widest
         parts.append(_text(ROW_LABEL - 10, y + 15, bar.name, "end"))
         parts.append(
             f'<rect x="{ROW_LABEL}" y="{y}" width="{width:.1f}" height="{ROW - 9}" rx="2" '
