@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from device_sim.payments_csv import COLUMNS
 from tests.atoll.platform_process import (
     answer,
     atoll,
@@ -79,8 +80,7 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
         assert (data / "identities/pos-0001/certificate.pem").read_bytes() == certificate
         first_numbers = {str(line["decision_id"]) for line in decided}
         assert not first_numbers & {str(line["decision_id"]) for line in decisions(again.stdout)}
-        own = answer(data, "publish", str(write_gemm(tmp_path / "own.onnx")), "--name", "own")
-        assert own["release"] == 2
+        _decide_own_payments(data, tmp_path)
         assert second.stop(signal.SIGINT) == 0
     until(lambda: not processes_of(data), 5, "no process is left")
     assert not any(listens(port) for port in ports)
@@ -122,6 +122,21 @@ def test_any_process_may_die_while_a_device_decides(tmp_path: Path) -> None:
         assert [line["connected"] for line in later if line["event"] == "connection"] in ([False, True], [False])
         status = json.loads(http(f"{running.endpoints['coordinator']}/v1/health")[1])
         assert status == {"status": "ok"}
+
+
+def _decide_own_payments(data: Path, folder: Path) -> None:
+    """A model of the user's own, made with the onnx package alone, on payments of the user's own."""
+    own = answer(data, "publish", str(write_gemm(folder / "own.onnx", 30)), "--model", "fraud-csv")["manifest"]
+    plan = write_rollout(folder / "own.yaml", "own")
+    plan.write_text(plan.read_text().replace("model: fraud", "model: fraud-csv"))
+    answer(data, "rollout", "apply", str(plan))
+    rows = [f"{second},{','.join(['0.5'] * 28)},{second % 40}.5,{int(second % 7 == 0)}" for second in range(40)]
+    payments = folder / "payments.csv"
+    payments.write_text("\n".join([",".join(COLUMNS), *rows]))
+    words = ("--id", "pi-0001", "--class", "pi", "--payments", str(payments), "--count", "6", "--rate", "5", "--json")
+    ran = atoll(data, "device", "run", *words)
+    assert ran.returncode == 0, ran.stderr
+    assert [(line["version"], line["where"]) for line in decisions(ran.stdout)[-2:]] == [(own, "device")] * 2
 
 
 def _feature_names() -> tuple[str, ...]:
