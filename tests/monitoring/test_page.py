@@ -237,8 +237,7 @@ def test_an_empty_platform_says_what_is_missing(live: LivePage, page: Page) -> N
     assert page.problems == []
 
 
-@pytest.mark.parametrize("devices", [60, 240])
-@pytest.mark.parametrize(("width", "dark"), [(400, False), (400, True), (1280, True)])
+@pytest.mark.parametrize(("width", "dark", "devices"), [(400, False, 60), (400, True, 240), (1280, True, 60)])
 def test_nothing_sticks_out(live: LivePage, page: Page, width: int, dark: bool, devices: int) -> None:
     live.snapshot = sample_snapshot(devices)
     opened(page, live, width=width, dark=dark)
