@@ -11,12 +11,15 @@ let attentionOnly = false;
 
 export const isSilent = (device, now) => !device.last_seen || now - device.last_seen > SILENT_AFTER_S;
 
+// A device that never had a model says that no model of its own may answer, too; that is a beginning, not an alarm.
+export const isSafe = (device) => device.state.toLowerCase() === "safe" || (device.safe_mode && device.running !== "");
+
 // What a reader must know first about a device: [kind, words]; the kind is also its class.
 function standing(device, versions, now) {
   if (!device.last_seen) return ["silent", "never heard"];
   if (isSilent(device, now)) return ["silent", `silent ${span(now - device.last_seen)}`];
   const state = device.state.toLowerCase();
-  if (device.safe_mode || state === "safe") return ["safe", "safe mode"];
+  if (isSafe(device)) return ["safe", "safe mode"];
   if (state === "restoring") return ["back", "rolling back"];
   if (state === "on_probation") return ["probation", "on probation"];
   if (state && state !== "idle") return ["busy", state.replaceAll("_", " ")];
@@ -112,7 +115,7 @@ function drawRegion(name, region, state) {
 function drawShares(state, versions) {
   const groups = new Map();
   for (const device of state.devices) {
-    const key = device.safe_mode ? "safe" : versions.has(device.running) ? device.running : "none";
+    const key = isSafe(device) ? "safe" : versions.has(device.running) ? device.running : "none";
     groups.set(key, (groups.get(key) ?? 0) + 1);
   }
   const order = [...versions.keys(), "safe", "none"].filter((key) => groups.has(key));
@@ -126,7 +129,7 @@ function drawShares(state, versions) {
     return part;
   }));
   redraw("legend", rows, () => rows.map((row) => element("li", "", swatch(colour(row)),
-    row.label ?? (row.key === "safe" ? "safe mode, baseline answers" : "no model"), " ",
+    row.label ?? (row.key === "safe" ? "safe mode" : "no model"), " ",
     element("b", "", row.devices), element("small", "", ` ${percent(row.devices / state.devices.length)}`),
     ...(row.role ? [" ", roleChip(row.role)] : []))));
 }

@@ -1,6 +1,6 @@
 // The live page: one event stream in, one redraw per event; what is on the screen is never older than it says.
 import {byId, count, micros, setText, span} from "./dom.js";
-import {drawFleet, isSilent, watchFleet} from "./fleet.js";
+import {drawFleet, isSafe, isSilent, watchFleet} from "./fleet.js";
 import {drawNotes, drawReleases, drawRollouts, drawRounds} from "./panels.js";
 import {drawTrend} from "./trend.js";
 import {isLive, versionsOf} from "./versions.js";
@@ -21,13 +21,13 @@ function figure(id, text, more, kind = "") {
 function drawFigures(state) {
   const devices = state.devices;
   const silent = devices.filter((device) => isSilent(device, state.time)).length;
-  const safe = devices.filter((device) => device.safe_mode).length;
+  const safe = devices.filter(isSafe).length;
   const lost = devices.reduce((sum, device) => sum + device.lost_requests, 0);
   const losing = devices.filter((device) => device.lost_requests).length;
   figure("rate", `${state.decisions_per_second.toFixed(0)} / s`, `${state.decisions.toLocaleString("en")} in all`);
   figure("p95", micros(state.latency_p95_us), `p50 ${micros(state.latency_p50_us)} · p99 ${micros(state.latency_p99_us)}`);
   figure("heard", `${devices.length - silent} of ${devices.length}`, silent ? `${silent} silent` : "", silent ? "warn" : "");
-  figure("safe", String(safe), safe ? "baseline answers" : "full models answer", safe ? "warn" : "");
+  figure("safe", String(safe), safe ? "region or baseline answers" : "", safe ? "warn" : "");
   figure("lost", String(lost), lost ? `on ${count(losing, "device")}` : "", lost ? "bad" : "");
   const newest = state.rollouts[state.rollouts.length - 1];
   const kind = {stopped: "bad", aborted: "bad", paused: "bad", running: "busy", completed: "good"}[newest?.state] ?? "";

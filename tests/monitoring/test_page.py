@@ -174,6 +174,19 @@ def test_a_canary_is_marked_as_one(live: LivePage, page: Page) -> None:
     assert texts(page, ".device.canary span") == ["canary"]
 
 
+def test_a_device_before_its_first_version_is_no_alarm(live: LivePage, page: Page) -> None:
+    devices = tuple(
+        replace(device, running="", version="", state="idle", safe_mode=True, last_seen=live.snapshot.time)
+        for device in live.snapshot.devices
+    )
+    live.snapshot = replace(live.snapshot, devices=devices, releases=(), rollouts=())
+    opened(page, live)
+    assert set(texts(page, ".device span")) == {"no model"}
+    assert page.text("#safe") == "0"
+    assert texts(page, "#legend li") == ["no model 60 100 %"]
+    assert page.text("#attention") == "Nothing needs attention"
+
+
 def test_a_paused_rollout_says_that_it_waits(live: LivePage, page: Page) -> None:
     paused: RolloutState = replace(live.snapshot.rollouts[1], state="paused")
     live.snapshot = replace(live.snapshot, rollouts=(paused,))
