@@ -76,8 +76,9 @@ class AbsentDevice:
         self._payments: Iterator[Sample] = world.live(device.index)
         self.device_id = device.device_id
 
-    async def leave(self, client: ControlClient) -> dict[str, Any]:
-        """Enrol, install the factory version of 120 days ago, decide with it, and go offline."""
+    async def leave(self, client: ControlClient) -> tuple[fraud_model.TrainedModel, dict[str, Any]]:
+        """Enrol, install the factory version of 120 days ago, decide with it, and go offline. Returns that version's
+        model, from which later ones descend."""
         features, fraud = self._world.history()
         early = slice(0, len(features) // 3)
         model = await asyncio.to_thread(fraud_model.train, features[early], fraud[early], seed=1, steps=300)
@@ -106,7 +107,7 @@ class AbsentDevice:
             decisions = await self._decide(device)
         if any(decision.where != "device" for decision in decisions):
             raise AbsenceFailed(f"{self.device_id}: expected its factory version to answer, found {_where(decisions)}")
-        return {"name": self.device_id, "version": release["version"], "days": DAYS_AWAY}
+        return model, {"name": self.device_id, "version": release["version"]}
 
     async def come_back(
         self,

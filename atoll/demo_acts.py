@@ -184,12 +184,15 @@ def _write_held_out(stage: Stage) -> None:
 async def publish(stage: Stage, figures: Figures) -> None:
     """A model trained on history is published; every device fetches, verifies and runs it on live payments."""
     await stage.note("act 2: publish")
+    stage.tell("a device takes its factory version, 120 days ago")
+    factory, told = await stage.absent.leave(stage.client)
+    figures.update({f"absent_device_{key}": value for key, value in told.items()})
     stage.tell("training on history")
     features, fraud = stage.world.history()
-    stage.model = await asyncio.to_thread(fraud_model.train, features, fraud, seed=stage.seed)
+    stage.model = await asyncio.to_thread(
+        fraud_model.train, features, fraud, seed=stage.seed, start=factory, steps=400, learning_rate=1e-3
+    )
     source = graphs.mlp_model(stage.model.weights, stage.model.mean, stage.model.scale)
-    stage.tell("a device takes its factory version, 120 days ago")
-    figures.update({f"absent_device_{key}": value for key, value in (await stage.absent.leave(stage.client)).items()})
     stage.tell("publishing")
     release = await publish_version(stage, source, "historical", threshold=stage.model.decision_threshold)
     stage.versions["v1"] = release["manifest"]
@@ -399,8 +402,7 @@ async def canary(stage: Stage, figures: Figures) -> None:
     await apply_rollout(stage, _rollout_yaml("learned", target, canary=True))
     timeline, found = await _follow(stage, "learned", target, ("completed",), 90)
     await _all_run(stage, target)
-    outcomes = await _outcomes(stage, target)
-    adopted = [one for one in outcomes if one["event"] == "adopted"]
+    adopted = await _adopted_by_all(stage, target)
     release = await stage.call(lambda: stage.client.get(f"/v1/releases/{target}"))
     sent = sum(one["bytes_received"] for one in adopted)
     full = release["bytes_whole"] * len(adopted)
@@ -454,6 +456,19 @@ async def _all_run(stage: Stage, manifest: str, seconds: float = 40.0) -> Snapsh
         lambda found: running(stage, found, manifest) == everybody,
         lambda found: f"{running(stage, found, manifest)} of {everybody} devices run it",
     )
+
+
+async def _adopted_by_all(stage: Stage, manifest: str, seconds: float = 20.0) -> list[dict[str, Any]]:
+    """The outcome of every device of the fleet; reports of the last ones are waited for."""
+    deadline = time.monotonic() + seconds
+    while True:
+        adopted = [one for one in await _outcomes(stage, manifest) if one["event"] == "adopted"]
+        heard = {one["device_id"] for one in adopted}
+        if len(heard) >= stage.devices - 1:
+            return adopted
+        if time.monotonic() > deadline:
+            raise ActFailed(f"{len(heard)} of {stage.devices - 1} devices told how their update ended")
+        await asyncio.sleep(POLL_S)
 
 
 async def _outcomes(stage: Stage, manifest: str) -> list[dict[str, Any]]:

@@ -377,13 +377,14 @@ class Coordinator:
         key is sealed to the same device once more, and a device back after months may have a wrong clock."""
         number = 0
         try:
+            envelope = open_envelope(data)
+            number = unpack(envelope.payload, topics.KeyRequest).request  # so that a refusal reaches whoever asked
             record = self.ledger.device(device_id)
             name, verifying, sealing = device_keys_of(
                 record.certificate, self.keyring.ca_pem(), self._clock(), self.keyring.revoked()
             )
-            payload = verify_envelope(open_envelope(data), "key-request", {key_id(verifying): verifying})
+            payload = verify_envelope(envelope, "key-request", {key_id(verifying): verifying})
             request = unpack(payload, topics.KeyRequest)
-            number = request.request
             if request.device_id != device_id or name != device_id:
                 raise Untrusted(f"key request on the line of {device_id}: names {request.device_id[:64]!r}")
             release = self.ledger.release(request.manifest)

@@ -24,7 +24,7 @@ from fl_coordinator.ledger import Ledger, ReleaseRecord
 from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
-from model_delta.errors import Malformed, NotFound
+from model_delta.errors import AtollError, Malformed, NotFound
 from model_delta.keys.encryption import new_key, open_blob, seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.manifest import (
@@ -263,11 +263,16 @@ class Publisher:
     ) -> ReleaseRecord:
         manifest = release.manifest
         source_digest = digest_of(source)
-        for data in release.blobs.values():
-            self._store.put_blob(data)
-        source_blob = self._store.put_blob(seal_blob(key, release.digest, _SOURCE_LABEL, source))
-        self._store.put("delivery", release.digest, pack(release.delivery))
-        self._store.put("manifest", release.digest, release.envelope)
+        sealed_source = seal_blob(key, release.digest, _SOURCE_LABEL, source)
+        source_blob = digest_of(sealed_source)
+        self._store_all(
+            {
+                **{("blob", digest): data for digest, data in release.blobs.items()},
+                ("blob", source_blob): sealed_source,
+                ("delivery", release.digest): pack(release.delivery),
+                ("manifest", release.digest): release.envelope,
+            }
+        )
         record = ReleaseRecord(
             manifest=release.digest,
             model=model,
@@ -286,6 +291,17 @@ class Publisher:
         )
         self._ledger.add_release(record)
         return record
+
+    def _store_all(self, objects: Mapping[tuple[str, str], bytes]) -> None:
+        """Keep every object or, when the disk is full, none that was not there before."""
+        new = [place for place in objects if not self._store.has(*place)]
+        try:
+            for (kind, name), data in objects.items():
+                self._store.put(kind, name, data)
+        except AtollError:
+            for kind, name in new:
+                self._store.remove(kind, name)
+            raise
 
     def _context(self, manifest: str) -> str:
         return f"{self._tenant}/{manifest}"

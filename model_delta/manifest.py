@@ -1,9 +1,9 @@
 """What a model version is, as a value.
 
 A `Manifest` says everything about one version: whose it is, which version, what file it is (segments and their Merkle
-root), what goes in and comes out, what it needs, how to check that it runs here as it ran there (golden cases), where it
-came from, and until when it may be used. The SHA-256 of its packed bytes is the version's identity; nothing else names
-a version. It travels in an `Envelope` of type `manifest`.
+root), what goes in and comes out, what it needs, how to check that it runs here as it ran there (golden cases), where
+it came from, and until when it may be used. The SHA-256 of its packed bytes is the version's identity; nothing else
+names a version. It travels in an `Envelope` of type `manifest`.
 
 A `Delivery` says which sealed blobs carry a version: whole segments, and patches from earlier versions. It is not
 signed, because nothing in it is believed: what arrives is opened under the artifact's key, and the file that results is

@@ -46,6 +46,9 @@ class ArtifactStore(Protocol):
     def names(self, kind: str) -> tuple[str, ...]:
         """The names in a kind, sorted."""
 
+    def remove(self, kind: str, name: str) -> None:
+        """Forget an object; nothing happens when it is not there. The caller knows that nothing refers to it."""
+
 
 class DirectoryStore:
     """An `ArtifactStore` in a folder, which is made if it is not there. Any number of processes may share it."""
@@ -114,6 +117,10 @@ class DirectoryStore:
             return tuple(sorted(entry.name for entry in os.scandir(self._folder(kind)) if _NAME.fullmatch(entry.name)))
         except FileNotFoundError:
             return ()
+
+    def remove(self, kind: str, name: str) -> None:
+        """See `ArtifactStore.remove`."""
+        self._file(kind, name).unlink(missing_ok=True)
 
     def _folder(self, kind: str) -> Path:
         if not _KIND.fullmatch(kind):

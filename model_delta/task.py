@@ -1,8 +1,9 @@
 """What a device is asked to train: the announcement of one federated round.
 
 It is signed like a plan (`Envelope` of type `round`) and published retained, so that a device that was away hears of an
-open round when it returns. Weights do not travel: the task names the base version by digest, and a device that does not
-run that version sits the round out. The training step travels as data (an ONNX graph named by digest), never as code.
+open round when it returns. Weights do not travel with it: the task names the base version by digest, and a device that
+runs another version fetches the base as it would fetch an update, by a patch as a rule. The training step travels as
+data (an ONNX graph named by digest), never as code.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class AggregatorKey(msgspec.Struct, frozen=True):
 
 
 class Parameter(msgspec.Struct, frozen=True):
-    """One trainable tensor, in the order of the flat vector. It is read from the base file's stored tensors: `tensor` as
-    float32, or int8 times the float32 tensor `scale` (one per last-axis channel) when `scale` is set."""
+    """One trainable tensor, in the order of the flat vector. It is read from the base file's stored tensors: `tensor`
+    as float32, or int8 times the float32 tensor `scale` (one per last-axis channel) when `scale` is set."""
 
     tensor: str
     shape: tuple[int, ...]
