@@ -81,9 +81,20 @@ def line_chart(
             f"<title>{escape(line.name)}: {number(y)} at {number(x)}</title></circle>"
             for x, y in line.points
         )
-        x, y = line.points[-1]
-        parts.append(_text(frame.x(x), frame.y(y) - 8, number(y), "end", "value"))
+    parts.extend(_last_values(frame, series))
     return _figure(title, _told(series), parts, series)
+
+
+def _last_values(frame: _Frame, series: Sequence[Series]) -> list[str]:
+    """The last value of each line above its end, or below it where it would run into another."""
+    parts, taken = [], list[float]()
+    for line in sorted(series, key=lambda one: -one.points[-1][1]):
+        x, y = line.points[-1]
+        places = [frame.y(y) - 8, frame.y(y) + 18, frame.y(y) + 32]
+        at = next((place for place in places if all(abs(place - other) >= 13 for other in taken)), places[-1])
+        taken.append(at)
+        parts.append(_text(frame.x(x), at, number(y), "end", "value"))
+    return parts
 
 
 def stack_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str, marks: Sequence[Mark] = ()) -> str:

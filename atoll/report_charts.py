@@ -36,7 +36,7 @@ def act_charts(act: str, figures: Figures) -> list[str]:
         timeline = devices_by_version(figures, old="good", new="bad", new_colour=BAD, marks=marks)
         return [timeline, _bars("Honest payments declined", figures, _DECLINED)]
     if act == "region_loss":
-        return [_bars("Requests while a region was dead", figures, _REQUESTS)]
+        return [answers_by_region(figures)]
     if act == "long_absence":
         return [_bars("Bytes of the way back", figures, _WAY_BACK)]
     return []
@@ -52,11 +52,6 @@ _SENT: _Rows = (("bytes_full_downloads", "as full downloads", OLD), ("bytes_sent
 _DECLINED: _Rows = (
     ("false_positive_rate_good", "good version", OLD),
     ("false_positive_rate_bad", "bad version", BAD),
-)
-_REQUESTS: _Rows = (
-    ("requests_during", "all requests", OLD),
-    ("failovers", "answered by the next region", NEW),
-    ("requests_lost", "lost", BAD),
 )
 _WAY_BACK: _Rows = (
     ("catch_up_bytes_whole", "a full download", OLD),
@@ -143,6 +138,18 @@ def devices_by_version(figures: Figures, *, old: str, new: str, new_colour: int,
         for name in names
     ]
     return stack_chart(title, lines, x_label="seconds since it began", y_label="devices", marks=marks)
+
+
+def answers_by_region(figures: Figures) -> str:
+    """Who answered the terminal that asks the region which dies, and how many answers were lost."""
+    dead = figures.get("region")
+    bars = [
+        Bar(f"{region}, which died" if region == dead else region, count, f"{count:,}", OLD if region == dead else NEW)
+        for region, count in figures.get("answered_by", {}).items()
+    ]
+    if bars and "requests_lost" in figures:
+        bars.append(Bar("lost", figures["requests_lost"], f"{figures['requests_lost']:,}", BAD))
+    return row_chart("Who answered the terminal", bars)
 
 
 def _version(name: str) -> str:

@@ -23,6 +23,13 @@ def test_rounds_are_whole_numbers_on_the_axis() -> None:
     assert re.findall(r'y="234\.0" text-anchor="middle">([^<]*)<', svg) == ["0", "1", "2"]
 
 
+def test_last_values_that_are_close_stand_apart() -> None:
+    lines = [Series("a", ((0.0, 0.4), (1.0, 0.404))), Series("b", ((0.0, 0.4), (1.0, 0.407)))]
+    svg = line_chart("t", lines, x_label="x", y_label="y", y_range=(0.0, 1.0))
+    first, second = (float(y) for y in re.findall(r'y="([\d.]+)" text-anchor="end" class="value"', svg))
+    assert abs(first - second) >= 13
+
+
 def test_stacked_counts_fill_the_frame_and_hold_until_the_next_point() -> None:
     svg = stack_chart("t", STAIRS, x_label="x", y_label="y", marks=[Mark(1.5, "stopped")])
     lower, upper = re.findall(r'<path d="([^"]*)"', svg)

@@ -10,7 +10,7 @@ from tests.fakes.report_figures import sample_report
     [
         ("latency_p95_us", 84.1, "84.1 µs"),
         ("latency_p95_us", 1467.8, "1.47 ms"),
-        ("recovery_ms", 212.4, "212 ms"),
+        ("slowest_request_ms", 212.4, "212 ms"),
         ("seconds_until_undone", 6.55, "6.55 s"),
         ("radio_wall_seconds", 2586.1, "43.1 min"),
         ("bytes_sent", 574_129, "574 kB"),

@@ -156,11 +156,13 @@ def _region_loss() -> dict[str, Any]:
     return {
         "region": "eu-west",
         "seconds_dead": 7.41,
-        "requests_during": 164,
-        "requests_after": 61,
-        "failovers": 78,
+        "requests_of_terminal": 316,
+        "requests_of_fleet": 57,
+        "answered_by": {"eu-west": 97, "ap-south": 219},
+        "failovers": 3,
         "requests_lost": 0,
-        "recovery_ms": 212.4,
+        "recovery_ms": 5.3,
+        "slowest_request_ms": 176.0,
     }
 
 
