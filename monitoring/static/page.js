@@ -1,5 +1,5 @@
 // The live page: one event stream in, one redraw per event; what is on the screen is never older than it says.
-import {byId, count, micros, setText, span} from "./dom.js";
+import {byId, micros, setText, span} from "./dom.js";
 import {drawFleet, isSafe, isSilent, watchFleet} from "./fleet.js";
 import {drawNotes, drawReleases, drawRollouts, drawRounds} from "./panels.js";
 import {drawTrend} from "./trend.js";
@@ -18,17 +18,20 @@ function figure(id, text, more, kind = "") {
   byId(id).parentElement.className = kind;
 }
 
+const lostBy = (devices) => devices.reduce((sum, device) => sum + device.lost_requests, 0);
+
 function drawFigures(state) {
   const devices = state.devices;
   const silent = devices.filter((device) => isSilent(device, state.time)).length;
   const safe = devices.filter(isSafe).length;
-  const lost = devices.reduce((sum, device) => sum + device.lost_requests, 0);
-  const losing = devices.filter((device) => device.lost_requests).length;
+  const lost = lostBy(devices);
+  const before = trend.length ? trend[0].lost : lost;
+  const lately = Math.max(0, lost - before);
   figure("rate", `${state.decisions_per_second.toFixed(0)} / s`, `${state.decisions.toLocaleString("en")} in all`);
   figure("p95", micros(state.latency_p95_us), `p50 ${micros(state.latency_p50_us)} · p99 ${micros(state.latency_p99_us)}`);
   figure("heard", `${devices.length - silent} of ${devices.length}`, silent ? `${silent} silent` : "", silent ? "warn" : "");
   figure("safe", String(safe), safe ? "region or baseline answers" : "", safe ? "warn" : "");
-  figure("lost", String(lost), lost ? `on ${count(losing, "device")}` : "", lost ? "bad" : "");
+  figure("lost", lately.toLocaleString("en"), `${lost.toLocaleString("en")} since the start`, lately ? "bad" : "");
   const newest = state.rollouts[state.rollouts.length - 1];
   const kind = {stopped: "bad", aborted: "bad", paused: "bad", running: "busy", completed: "good"}[newest?.state] ?? "";
   const stage = newest && isLive(newest) ? `, stage ${newest.stage + 1} of ${newest.stages.length}` : "";
@@ -75,7 +78,8 @@ function connect() {
     shown = JSON.parse(event.data);
     heardAt = performance.now();
     const {time, decisions_per_second, latency_p50_us, latency_p95_us, latency_p99_us} = shown;
-    trend.push({time, decisions_per_second, latency_p50_us, latency_p95_us, latency_p99_us});
+    const lost = lostBy(shown.devices);
+    trend.push({time, decisions_per_second, latency_p50_us, latency_p95_us, latency_p99_us, lost});
     draw(shown);
     showLink();
   };

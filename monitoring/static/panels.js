@@ -45,7 +45,7 @@ function rolloutCard(rollout, versions) {
   route.append(versionName(versions, rollout.target), first ? " (first version)" : "");
   const parts = [route];
   if (rollout.state === "completed") {
-    parts.push(element("p", "soft", `${rollout.adopted} of ${count(rollout.in_stage, "device")} run it.`));
+    parts.push(element("p", "soft", `Now on ${rollout.adopted} of ${count(rollout.in_stage, "device")}.`));
   } else {
     const names = rollout.stages.map((stage) => stage === "1 devices" ? "1 device" : stage.replace(/^(\d+)%$/, "$1 %"));
     parts.push(steps(names, rollout.stage, kind));

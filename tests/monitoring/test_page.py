@@ -62,7 +62,7 @@ def test_everything_is_shown_and_nothing_goes_wrong(live: LivePage, page: Page) 
     assert [page.text(f"#{name}") for name in ("heard", "safe", "lost", "rollout")] == [
         "56 of 60",
         "1",
-        "2",
+        "0",
         "running",
     ]
     assert len(texts(page, ".device")) == 60
@@ -213,6 +213,16 @@ def test_an_open_stream_without_events_is_called_old(live: LivePage, page: Page)
     page.wait("document.querySelector('#link').innerText.startsWith('no news for')")
     live.silent = False
     page.wait(LIVE)
+
+
+def test_requests_lost_lately_are_an_alarm_and_old_ones_are_not(live: LivePage, page: Page) -> None:
+    opened(page, live)
+    assert page.text("#lost-more") == "2 since the start"
+    assert page.run("document.querySelectorAll('.figures .bad #lost').length") == 0
+    first, *others = live.snapshot.devices
+    live.snapshot = replace(live.snapshot, devices=(replace(first, lost_requests=3), *others))
+    page.wait("document.querySelector('.figures .bad #lost')?.innerText === '3'")
+    assert page.text("#lost-more") == "5 since the start"
 
 
 def test_a_lost_broker_is_said(live: LivePage, page: Page) -> None:
