@@ -191,7 +191,7 @@ class Teller:
         self._count, self._as_json, self._write = count, as_json, write
         self._decisions = self._declined = 0
         self._reached = self._said_safe = False
-        self.done: asyncio.Future[None] = asyncio.Future()
+        self.done: asyncio.Future[None]  # made when the loop runs
 
     async def first_connection(self, link: MqttLink, contact_s: float) -> None:
         """Wait for the broker at the start only: a device that has begun goes on without it."""

@@ -28,6 +28,7 @@ from atoll.processes import (
     tail,
     tree_memory_bytes,
 )
+from atoll.settings import ConfigurationError
 from model_delta.errors import Malformed, Unavailable
 
 SLEEP = "import time; time.sleep(600)"
@@ -179,10 +180,19 @@ def test_a_child_that_keeps_dying_is_reported_with_the_end_of_its_log(tmp_path: 
     assert (events[-1].kind, events[-1].exit_code) == ("gave up", 3)
 
 
+def test_a_child_that_needs_a_person_says_so_in_its_own_words(tmp_path: Path) -> None:
+    async def scene(supervisor: Supervisor, events: list[ProcessEvent]) -> None:
+        with pytest.raises(ConfigurationError, match=r"process slow: port taken$"):
+            await supervisor.start(python("slow", "print('port taken'); raise SystemExit(2)", tmp_path))
+        assert not supervisor.running("slow")
+
+    play(scene)
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("print('port taken'); raise SystemExit(2)", r"ended before it was ready \(exit code 2\)(.|\n)*port taken"),
+        ("print('no peer'); raise SystemExit(3)", r"ended before it was ready \(exit code 3\)(.|\n)*no peer"),
         ("print('loading', flush=True); " + SLEEP, r"not ready after 0\.5 s(.|\n)*loading"),
     ],
 )
