@@ -20,7 +20,7 @@ from edge_runtime.inference import LoadedModel, feature_row, score_of
 from edge_runtime.outbox import Outbox
 from edge_runtime.regions import AskRegion, RegionAnswer
 from edge_runtime.safe_mode import SafeMode
-from model_delta.errors import AtollError, Malformed, Unavailable
+from model_delta.errors import AtollError, Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
 from monitoring.telemetry import Decision, Feedback
 
@@ -133,6 +133,8 @@ class Answers:
         named = {name: float(features[name]) for name in self._names}
         try:
             return await self._regions.ask(named, self._device_id, self._region)
+        except NotFound:  # nothing was promised yet, so nothing was lost
+            pass
         except Unavailable:
             self._outbox.count_lost_request()
         except AtollError:  # refused: the region works, it will not answer this device

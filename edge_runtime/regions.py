@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from model_delta.errors import Malformed, Unavailable, Untrusted
+from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
 
 RESPONSE_BYTES_MAX = 65_536
 Clock = Callable[[], float]
@@ -67,6 +67,10 @@ class _Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class _NotServing(Unavailable):
+    """The region is there and says that it has not got this model (yet)."""
 
 
 class _Region:
@@ -132,12 +136,14 @@ class RegionClient:
 
     async def ask(self, features: Mapping[str, float], device_id: str, nearest: str) -> RegionAnswer:
         """One question, to `nearest` first. Raises Unavailable when no region answered (the request is counted lost),
-        Untrusted for a refused token, Malformed for a refused question or an answer that cannot be read."""
+        NotFound when all are there and none has ever served this model, Untrusted for a refused token, Malformed for a
+        refused question or an answer that cannot be read."""
         body = msgspec.json.encode({"features": dict(features), "device_id": device_id})
         deadline = self._clock() + self._total_deadline_s
         self.requests += 1
         loop = asyncio.get_running_loop()
         tried: list[str] = []
+        not_serving = 0
         while (left := deadline - self._clock()) > 0:
             region = self._choose(nearest, tried)
             if region is None:
@@ -152,13 +158,16 @@ class RegionClient:
                 self._works(region)
                 kind = Untrusted if refused.status in (401, 403) else Malformed
                 raise kind(f"region {region.name}: refused with status {refused.status}: {refused}") from None
-            except (OSError, http.client.HTTPException, Unavailable):
+            except (OSError, http.client.HTTPException, Unavailable) as error:
                 self._fails(region, begun)
+                not_serving += isinstance(error, _NotServing)
                 continue
             self._works(region)
             self.answered_by[region.name] += 1
             self._note_recovery(region.name)
             return answer
+        if not_serving == len(self._regions) and not any(self.answered_by.values()):
+            raise NotFound("prediction: no region serves this model yet")
         self.lost_requests += 1
         raise Unavailable(f"prediction: no region answered (tried {', '.join(tried) or 'none'})")
 
@@ -248,7 +257,9 @@ class RegionClient:
 
 
 def _read_answer(region: str, status: int, payload: bytes) -> RegionAnswer:
-    if status >= 500 or status in (404, 429):  # busy, or it has not got this version yet: another region may
+    if status in (404, 503):  # it has not got this version yet: another region may
+        raise _NotServing(f"region {region}: status {status}")
+    if status >= 500 or status == 429:
         raise Unavailable(f"region {region}: status {status}")
     if status != 200:
         raise _Refused(status, payload[:200].decode("utf-8", "replace"))

@@ -180,10 +180,13 @@ def test_a_child_that_keeps_dying_is_reported_with_the_end_of_its_log(tmp_path: 
     assert (events[-1].kind, events[-1].exit_code) == ("gave up", 3)
 
 
+PORT_TAKEN = "print('port taken'); raise SystemExit(2)"
+
+
 def test_a_child_that_needs_a_person_says_so_in_its_own_words(tmp_path: Path) -> None:
     async def scene(supervisor: Supervisor, events: list[ProcessEvent]) -> None:
         with pytest.raises(ConfigurationError, match=r"process slow: port taken$"):
-            await supervisor.start(python("slow", "print('port taken'); raise SystemExit(2)", tmp_path))
+            await supervisor.start(python("slow", PORT_TAKEN, tmp_path, ready=port_answers(1)))
         assert not supervisor.running("slow")
 
     play(scene)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.regions import RegionClient
-from model_delta.errors import Malformed, Unavailable, Untrusted
+from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
 
 FEATURES = {"amount": 12.5}
 
@@ -206,3 +206,19 @@ def test_a_connection_the_server_has_closed_is_replaced_silently(regions: tuple[
 def test_an_address_that_is_none_is_named() -> None:
     with pytest.raises(Malformed, match="region eu-west: expected an address like http://host:port, found 'nowhere'"):
         RegionClient({"eu-west": "nowhere"}, "token")
+
+
+def test_before_any_region_has_served_nothing_is_lost_and_afterwards_it_is(regions: tuple[Region, Region]) -> None:
+    async def story(client: RegionClient) -> None:
+        regions[0].status = regions[1].status = 503
+        with pytest.raises(NotFound, match="no region serves this model yet"):
+            await client.ask(FEATURES, "pos-0001", "eu-west")
+        assert client.lost_requests == 0
+        regions[0].status = 200
+        await client.ask(FEATURES, "pos-0001", "eu-west")
+        regions[0].status = 503
+        with pytest.raises(Unavailable, match="no region answered"):
+            await client.ask(FEATURES, "pos-0001", "eu-west")
+        assert client.lost_requests == 1
+
+    asking(regions, story, set_aside_s=0.0)
