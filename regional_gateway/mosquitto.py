@@ -125,16 +125,24 @@ def configuration(
 
 
 def access_file(platform: Sequence[str], rules: AccessRules = FLEET_RULES) -> str:
-    """The text of the ACL file. `platform` names every identity that may do everything: mosquitto knows no prefixes.
+    """The text of the ACL file. `platform` names every identity with more rights than a device's: mosquitto knows no
+    prefixes.
 
     Raises Malformed for a name that is not one of the platform's, or that cannot stand in a topic.
     """
     lines = []
     for name in platform:
-        if not valid_identity(name) or not (name in rules.platform or name.startswith(rules.platform_prefixes)):
-            expected = (*rules.platform, *(f"{prefix}…" for prefix in rules.platform_prefixes))
+        region = rules.region_of(name)
+        if not valid_identity(name) or not (name in rules.platform or region):
+            expected = (*rules.platform, f"{rules.region_prefix}…")
             raise Malformed(f"mosquitto access: expected a platform name ({', '.join(expected)}), found {name!r}")
-        lines += [f"user {name}", f"topic readwrite {rules.platform_filter}", ""]
+        lines.append(f"user {name}")
+        if region:
+            lines += [f"topic write {pattern.replace('%r', region)}" for pattern in rules.region_write]
+            lines += [f"topic read {pattern.replace('%r', region)}" for pattern in rules.region_read]
+        else:
+            lines.append(f"topic readwrite {rules.platform_filter}")
+        lines.append("")
     lines += [f"pattern write {pattern}" for pattern in rules.write]
     lines += [f"pattern read {pattern}" for pattern in rules.read]
     return "\n".join(lines) + "\n"

@@ -107,14 +107,22 @@ def covers(pattern: str, other: str) -> bool:
 
 
 class AccessRules(msgspec.Struct, frozen=True):
-    """Filters by role; `%u` stands for the identity. `platform` names (or name prefixes) may do everything below
-    `platform_filter`; every other identity may write and read only its own branch and read what is for all."""
+    """Filters by role; `%u` stands for the identity. `platform` names may do everything below `platform_filter`. Every
+    other identity may write and read only its own branch and read what is for all. A name that begins with
+    `region_prefix` is a region's (`%r`: the rest of the name): beside its own branch it hears what devices ask of this
+    region, and may answer; it can neither read nor forge a device's reports, keys, contributions, or a plan."""
 
     write: tuple[str, ...] = (f"{ROOT}/dev/%u/up/#",)
     read: tuple[str, ...] = (f"{ROOT}/dev/%u/down/#", f"{ROOT}/cfg/#")
     platform: tuple[str, ...] = ("coordinator",)
-    platform_prefixes: tuple[str, ...] = ("gateway-",)
     platform_filter: str = f"{ROOT}/#"
+    region_prefix: str = "gateway-"
+    region_write: tuple[str, ...] = (f"{ROOT}/dev/+/down/res",)
+    region_read: tuple[str, ...] = (f"{ROOT}/dev/+/up/req/%r",)
+
+    def region_of(self, identity: str) -> str:
+        """The region whose gateway `identity` is; "" when it is none."""
+        return identity.removeprefix(self.region_prefix) if identity.startswith(self.region_prefix) else ""
 
 
 FLEET_RULES = AccessRules()
@@ -131,9 +139,12 @@ def access(rules: AccessRules) -> Acl:
     def allowed(identity: str, action: Action, topic: str) -> bool:
         if not valid_identity(identity):
             return False
-        if identity in rules.platform or identity.startswith(rules.platform_prefixes):
+        if identity in rules.platform:
             return covers(rules.platform_filter, topic)
         patterns = rules.write if action == "publish" else rules.read
+        if region := rules.region_of(identity):
+            patterns += rules.region_write if action == "publish" else rules.region_read
+            return any(covers(pattern.replace("%u", identity).replace("%r", region), topic) for pattern in patterns)
         return any(covers(pattern.replace("%u", identity), topic) for pattern in patterns)
 
     return allowed
