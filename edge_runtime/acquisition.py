@@ -16,7 +16,7 @@ import msgspec
 from edge_runtime.fetching import Fetcher
 from edge_runtime.slots import Slots
 from model_delta.encoding import unpack
-from model_delta.errors import AtollError, NotFound, Unavailable, Untrusted
+from model_delta.errors import AtollError, NotFound, Unavailable
 from model_delta.manifest import Delivery, Manifest
 from model_delta.patch.route import Route, plan_update
 from model_delta.plan import RolloutPlan
@@ -78,25 +78,26 @@ class Acquisition:
         held = {**self._held_files(), **also_held}
         if target in held:
             return held[target]
-        envelope = await self._fetcher.object("manifest", target)
-        manifest = accept_manifest(envelope, target, self._anchors, self._clock())
-        return (await self._by_cheapest(target, manifest, held))[0]
+        return (await self._by_cheapest(target, await self._believed(target), held))[0]
 
     async def _by_cheapest(self, target: str, manifest: Manifest, held: Mapping[str, bytes]) -> tuple[bytes, str]:
-        manifests, deliveries = await self._ways_to(target, manifest, set(held))
+        deliveries = await self._ways_to(target, set(held))
         route = plan_update({digest: len(file) for digest, file in held.items()}, manifest, deliveries)
         try:
-            return await self._walk(manifest, route, held, manifests), route.kind
+            return await self._walk(manifest, route, held), route.kind
         except AtollError as error:
             whole = plan_update({}, manifest, {target: deliveries[target]})
             if (isinstance(error, Unavailable) and not isinstance(error, NotFound)) or whole == route:
                 raise
             _log.warning("%s route to %s failed (%s): taking the whole", route.kind, target[:12], error)
-            return await self._walk(manifest, whole, {}, manifests), whole.kind
+            return await self._walk(manifest, whole, {}), whole.kind
 
-    async def _walk(
-        self, manifest: Manifest, route: Route, held: Mapping[str, bytes], manifests: Mapping[str, Manifest]
-    ) -> bytes:
+    async def _walk(self, manifest: Manifest, route: Route, held: Mapping[str, bytes]) -> bytes:
+        manifests = {
+            step.target: await self._believed(step.target)
+            for step in route.steps
+            if step.target != route.steps[-1].target
+        }
         keys = {step.target: await self._fetcher.artifact_key(step.target) for step in route.steps}
         blobs = {}
         for step in route.steps:
@@ -115,29 +116,30 @@ class Acquisition:
                     held[version.digest] = self._slots.read_file(version)
         return held
 
-    async def _ways_to(
-        self, target: str, manifest: Manifest, held: set[str]
-    ) -> tuple[dict[str, Manifest], dict[str, Delivery]]:
+    async def _ways_to(self, target: str, held: set[str]) -> dict[str, Delivery]:
         """The target's delivery and, as long as no patch starts from a file at hand, those of the versions its patches
-        start from: stepping stones of a chain."""
-        manifests, deliveries = {target: manifest}, {target: await self._delivery(target)}
+        start from: stepping stones of a chain. Deliveries are small and believed by nobody; a stone's manifest is
+        fetched, and judged, only when the route goes over it."""
+        deliveries = {target: await self._delivery(target)}
         edge = [target]
         while edge and held:
             bases = [offer.base for offer in deliveries[edge.pop(0)].patches]
             if held & set(bases):
                 break
             for base in bases:
-                if base in manifests or len(manifests) >= CHAIN_VERSIONS_MAX:
+                if base in deliveries or len(deliveries) >= CHAIN_VERSIONS_MAX:
                     continue
                 try:
-                    envelope = await self._fetcher.object("manifest", base)
-                    stone = accept_manifest(envelope, base, self._anchors, self._clock())
                     deliveries[base] = await self._delivery(base)
-                except (NotFound, Untrusted):  # gone or expired: this way is closed, others are not
+                except NotFound:  # gone: this way is closed, others are not
                     continue
-                manifests[base] = stone
                 edge.append(base)
-        return manifests, deliveries
+        return deliveries
+
+    async def _believed(self, digest: str) -> Manifest:
+        """The manifest of a version on the way. Raises as `accept_manifest`."""
+        envelope = await self._fetcher.object("manifest", digest)
+        return accept_manifest(envelope, digest, self._anchors, self._clock())
 
     async def _delivery(self, digest: str) -> Delivery:
         return unpack(await self._fetcher.object("delivery", digest), Delivery)

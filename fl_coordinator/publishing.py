@@ -242,9 +242,14 @@ class Publisher:
         return next((r for r in reversed(self._ledger.releases(model)) if r.manifest not in withdrawn), None)
 
     def _patch_bases(self, model: str, parent: ReleaseRecord | None) -> list[tuple[Manifest, bytes]]:
-        # A withdrawn version counts too: devices that ran it have to come back from it.
+        """The versions that devices may be on: the stable one, and the newest (withdrawn ones too, since devices that
+        ran them have to come back)."""
         others = [record.manifest for record in self._ledger.releases(model) if record != parent]
-        return [(self.manifest(digest), self.file(digest)) for digest in others[-(PATCHES_FROM - 1) :]]
+        chosen = dict.fromkeys(others[-(PATCHES_FROM - 1) :])
+        stable = self._ledger.stable(model)
+        if stable and (parent is None or stable != parent.manifest):
+            chosen[stable] = None
+        return [(self.manifest(digest), self.file(digest)) for digest in chosen]
 
     def _golden(self, candidate: Candidate) -> tuple[GoldenCase, ...]:
         loaded = self._open_model(candidate.draft, candidate.file)
