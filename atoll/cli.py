@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -347,8 +348,15 @@ def fleet_run(
     )
 
 
+def _interrupted(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: run the command, turn our errors into one line and an exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # A command that has something to stop installs its own; the others just end, without a traceback.
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except AtollError as error:

@@ -6,6 +6,7 @@ retried; every other refusal is final and carries the coordinator's own words.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import time
@@ -96,6 +97,21 @@ def reach(seconds: float, call: Callable[[], T]) -> T:
         raise
     except Unavailable as error:
         raise Unavailable(f"{error}; tried for {seconds:g} s; is `atoll up` running on this data folder?") from None
+
+
+async def answered(call: Callable[[], T], seconds: float, *, pause_s: float = 0.3) -> T:
+    """`retry_until` for an event loop. Each try is a thread's, the pauses are not: whoever is cancelled leaves one try
+    behind, not a thread that goes on trying for `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return await asyncio.to_thread(call)
+        except NotFound:
+            raise
+        except Unavailable:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(pause_s)
 
 
 def retry_until(deadline: float, call: Callable[[], T], *, pause_s: float = 0.3) -> T:

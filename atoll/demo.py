@@ -1,8 +1,8 @@
 """`atoll demo`: the whole platform on this machine, in seven acts, and a report of what was measured.
 
 This module owns the run: folder, processes, progress, report. What happens in each act is in `demo_acts`. An act that
-fails is reported with its reason; acts that need it are not tried. Whatever happens, every process is stopped and the
-folder is removed (unless `keep`).
+fails is reported with its reason and with what died lately; acts that need it are not tried. Whatever happens, Ctrl-C
+included, every process is stopped and the folder is removed (unless `keep`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -23,26 +22,30 @@ from rich.console import Console
 from rich.status import Status
 
 from atoll.control_client import ControlClient
-from atoll.coordinator import prepare_flower
+from atoll.coordinator import prepare_flower, superlink_place
 from atoll.demo_acts import ACTS, Stage
+from atoll.endings import Endings
 from atoll.platform import Layout, prepare, programs
-from atoll.processes import ProcessEvent, Supervisor, free_ports
+from atoll.processes import ProcessEvent, Supervisor, held_ports
 from atoll.report import TITLES, ActResult, Report, commit_name, machine_facts, render_table, write_report
 from atoll.settings import DataFolder
+from fl_coordinator.flower_superlink import end_processes
 from model_delta.errors import AtollError
 
 REGIONS = ("eu-west", "ap-south")
 SHARDS = 2
 PORTS = 16
+FOLDER_SECONDS = 5.0
 
 
 def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path, as_json: bool, keep: bool) -> int:
     """Run every act and write the report. Returns the exit code: 0 when every act did what it promises, 1 when one did
-    not, 130 after Ctrl-C. Raises ConfigurationError before anything was started."""
+    not, 130 after Ctrl-C (128 and its number after any signal). Raises ConfigurationError before anything was
+    started."""
     report.mkdir(parents=True, exist_ok=True)
-    with _folder(keep=keep) as path:
+    with Endings() as endings, _folder(keep=keep) as path, held_ports(PORTS) as held:
         data = DataFolder.open(path, create=True)
-        ports = iter(free_ports(PORTS))
+        ports = iter(held)
         layout = Layout(regions=REGIONS, broker=broker, learning=True)
         endpoints = prepare(data, layout, lambda what: next(ports))
         prepare_flower(data)
@@ -59,9 +62,13 @@ def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path,
             tell=progress.tell,
         )
         progress.say(f"live page: {endpoints.coordinator}/" + (f"   data and logs: {path}" if keep else ""))
-        made = asyncio.run(_run(stage, progress))
+        try:
+            made = asyncio.run(_run(stage, progress, endings))
+        finally:
+            # Flower's processes end soon after the coordinator; when it had to be killed, they end here.
+            end_processes(superlink_place(data))
     if made is None:
-        return 130
+        return 128 + endings.received
     written, page = write_report(made, report)
     if as_json:
         typer.echo(written.read_text())
@@ -71,25 +78,26 @@ def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path,
     return 0 if made.ok else 1
 
 
-async def _run(stage: Stage, progress: Progress) -> Report | None:
+async def _run(stage: Stage, progress: Progress, endings: Endings) -> Report | None:
     """All acts under one supervisor; None after Ctrl-C."""
     started = time.monotonic()
-    me = asyncio.current_task()
-    assert me is not None
-    loop = asyncio.get_running_loop()
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(ending, me.cancel)
     results: list[ActResult] = []
+
+    def heard(event: ProcessEvent) -> None:
+        progress.process(event)
+        stage.deaths.hear(event)
+
     try:
-        async with Supervisor(lambda event: progress.process(event)) as supervisor:
-            stage.supervisor = supervisor
-            stage.programs = {program.name: program for program in programs(stage.data, stage.endpoints)}
-            for number, (name, _) in enumerate(ACTS, start=1):
-                progress.act(f"act {number} of {len(ACTS)}: {TITLES[name]}")
-                results.append(await _act(stage, name, results))
-                progress.ended(results[-1])
-            memory = supervisor.peak_memory_bytes / 1e6
-            progress.act("stopping")
+        with endings.cancelling():
+            async with Supervisor(heard) as supervisor:
+                stage.supervisor = supervisor
+                stage.programs = {program.name: program for program in programs(stage.data, stage.endpoints)}
+                for number, (name, _) in enumerate(ACTS, start=1):
+                    progress.act(f"act {number} of {len(ACTS)}: {TITLES[name]}")
+                    results.append(await _act(stage, name, results))
+                    progress.ended(results[-1])
+                memory = supervisor.peak_memory_bytes / 1e6
+                progress.act("stopping")
     except asyncio.CancelledError:
         progress.say("stopped by the user")
         return None
@@ -130,6 +138,9 @@ async def _act(stage: Stage, name: str, before: list[ActResult]) -> ActResult:
         for task in (work, gave_up):
             task.cancel()
         await asyncio.gather(work, gave_up, return_exceptions=True)
+    died = stage.deaths.told()
+    if problem and died:
+        problem = f"{problem} ({died})"
     return ActResult(name, not problem, round(time.monotonic() - started, 2), figures, problem)
 
 
@@ -193,4 +204,15 @@ def _folder(*, keep: bool) -> Iterator[Path]:
         if keep:
             print(f"kept: {path}", file=sys.stderr)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder; a file that a process of ours made while it ended may need a second look."""
+    deadline = time.monotonic() + FOLDER_SECONDS
+    shutil.rmtree(path, ignore_errors=True)
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        print(f"could not remove {path}", file=sys.stderr)

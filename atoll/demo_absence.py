@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from atoll.control_client import ControlClient, retry_until
+from atoll.control_client import ControlClient, answered
 from atoll.enrolment import enrolled_identity
 from atoll.fleet import open_device
 from atoll.platform import open_keyring, read_anchors
@@ -80,8 +80,8 @@ class AbsentDevice:
         """Enrol, install the factory version of 120 days ago, decide with it, and go offline. Returns that version's
         model, from which later ones descend."""
         features, fraud = self._world.history()
-        early = slice(0, len(features) // 3)
-        model = await asyncio.to_thread(fraud_model.train, features[early], fraud[early], seed=1, steps=300)
+        early = slice(0, len(features) // 2)
+        model = await asyncio.to_thread(fraud_model.train, features[early], fraud[early], seed=1, steps=600)
         source = graphs.mlp_model(model.weights, model.mean, model.scale)
         then = time.time() - DAYS_AWAY * DAY
         release = await self._ask(
@@ -251,7 +251,7 @@ class AbsentDevice:
         return [await device.decide(next(self._payments).features) for _ in range(count)]
 
     async def _ask(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.to_thread(retry_until, time.monotonic() + CALL_S, call)
+        return await answered(call, CALL_S)
 
 
 @contextlib.asynccontextmanager

@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from atoll.control_client import ControlClient, retry_until
+from atoll.control_client import ControlClient, answered
 from atoll.demo_absence import AbsentDevice
 from atoll.platform import COORDINATOR, atoll_argv, gateway_name
-from atoll.processes import Program, Supervisor, port_answers
+from atoll.processes import ProcessEvent, Program, Supervisor, port_answers
 from atoll.settings import MODEL, DataFolder, Endpoints, quiet_environment
 from device_sim import fraud_model
 from device_sim.faults import ObservedUpdates, plain_average
@@ -45,6 +45,7 @@ ROUND_DEADLINE_S = 40.0
 AGGREGATION_S = 45.0
 FAULT_SHIFT, FAULT_WORK = 8.0, 700
 WATCH_S = 11.0
+WATCH_DEADLINE_S = 90.0
 REGION_DOWN_S = 5.0
 TERMINAL_RATE = 25.0
 
@@ -55,6 +56,37 @@ T = TypeVar("T")
 
 class ActFailed(AtollError):
     """An act did not see what it promises."""
+
+
+class Deaths:
+    """Processes that died in this run without being told to."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._missing: set[str] = set()
+        self._last: dict[str, tuple[float, str]] = {}
+        self._changed = clock()
+
+    def hear(self, event: ProcessEvent) -> None:
+        """What the supervisor says."""
+        if event.kind == "died":
+            self._missing.add(event.name)
+            self._last[event.name] = (self._clock(), event.message)
+        elif event.kind == "ready":
+            self._missing.discard(event.name)
+        if event.kind in ("died", "ready"):
+            self._changed = self._clock()
+
+    def calm_s(self) -> float:
+        """Seconds since a process last died or came (back); 0 while one is missing."""
+        return 0.0 if self._missing else self._clock() - self._changed
+
+    def told(self, within_s: float = 90.0) -> str:
+        """Who died lately, in words; "" when nobody did."""
+        ages = {name: (self._clock() - at, why) for name, (at, why) in self._last.items()}
+        return ", ".join(
+            f"{name} died {age:.0f} s before: {why}" for name, (age, why) in ages.items() if age < within_s
+        )
 
 
 @dataclass
@@ -70,6 +102,7 @@ class Stage:
     shards: int
     metrics_ports: Sequence[int]
     tell: Callable[[str], None]
+    deaths: Deaths = field(default_factory=Deaths)
     supervisor: Supervisor = field(init=False)
     programs: dict[str, Program] = field(init=False)
     world: World = field(init=False)
@@ -79,8 +112,7 @@ class Stage:
 
     async def call(self, ask: Callable[[], T], seconds: float = 30.0) -> T:
         """An answer of the coordinator; tried again while it is away, for at most `seconds`."""
-        deadline = time.monotonic() + seconds
-        return await asyncio.to_thread(retry_until, deadline, ask)
+        return await answered(ask, seconds)
 
     async def snapshot(self) -> Snapshot:
         """The platform's state now."""
@@ -190,7 +222,7 @@ async def publish(stage: Stage, figures: Figures) -> None:
     stage.tell("training on history")
     features, fraud = stage.world.history()
     stage.model = await asyncio.to_thread(
-        fraud_model.train, features, fraud, seed=stage.seed, start=factory, steps=400, learning_rate=1e-3
+        fraud_model.train, features, fraud, seed=stage.seed, start=factory, steps=200, learning_rate=1e-4
     )
     source = graphs.mlp_model(stage.model.weights, stage.model.mean, stage.model.scale)
     stage.tell("publishing")
@@ -206,10 +238,7 @@ async def publish(stage: Stage, figures: Figures) -> None:
         lambda found: f"{running(stage, found, release['manifest'])} of {everybody} devices run it",
     )
     adopted = time.monotonic() - started
-    for second in range(int(WATCH_S)):  # one whole window of live figures without the adoption in it
-        stage.tell(f"live payments, {second} of {WATCH_S:.0f} s")
-        await asyncio.sleep(1.0)
-    last = await stage.snapshot()
+    last = await _watch(stage)
     held_features, held_fraud = stage.world.held_out()
     figures.update(
         parameters=sum(weight.size + bias.size for weight, bias in stage.model.weights),
@@ -225,6 +254,17 @@ async def publish(stage: Stage, figures: Figures) -> None:
         latency_p99_us=last.latency_p99_us,
         plot_latency={str(bucket): count for bucket, count in sorted(last.latency.items())},
     )
+
+
+async def _watch(stage: Stage) -> Snapshot:
+    """The state after one whole window of live figures, with neither the adoption nor a death in it."""
+    started = time.monotonic()
+    while (watched := min(time.monotonic() - started, stage.deaths.calm_s())) < WATCH_S:
+        if time.monotonic() - started > WATCH_DEADLINE_S:
+            raise ActFailed(f"live payments: no {WATCH_S:.0f} s without a death within {WATCH_DEADLINE_S:.0f} s")
+        stage.tell(f"live payments, {watched:.0f} of {WATCH_S:.0f} s")
+        await asyncio.sleep(1.0)
+    return await stage.snapshot()
 
 
 async def publish_version(stage: Stage, source: bytes, name: str, **options: Any) -> dict[str, Any]:
@@ -297,7 +337,8 @@ async def learn(stage: Stage, figures: Figures) -> None:
         outcome = dict(found["rejected"])
         rejected.update(outcome.keys())
         before = await _master(stage, base)
-        updates = [update for _, update, _ in ObservedUpdates(stage.data.child("observed")).read(found["round_id"])]
+        observed = ObservedUpdates(stage.data.child("observed")).read(found["round_id"])
+        updates = [update for device, update, _ in observed if device in found["admitted"]]
         fedavg = apply_mean(before, plain_average(updates))
         candidate = await _master(stage, found["candidate"])
         rows.append(
@@ -347,8 +388,9 @@ async def _round(stage: Stage, number: int, base: str, able: Sequence[VirtualDev
         **ROUND,
     }
     reason = ""
-    for _ in range(2):
-        opened = await stage.call(lambda: stage.client.post("/v1/rounds", spec))
+    for attempt in (1, 2):
+        named = {**spec, "name": f"demo-{number}-{attempt}"}
+        opened = await stage.call(lambda named=named: stage.client.post("/v1/rounds", named))  # type: ignore[misc]
         deadline = time.monotonic() + ROUND_DEADLINE_S + 4 * AGGREGATION_S
         while True:
             found = await _get(stage, f"/v1/rounds/{opened['round_id']}")
@@ -551,14 +593,16 @@ async def region_loss(stage: Stage, figures: Figures) -> None:
         back = time.monotonic() - killed
         await asyncio.sleep(3.0)
     after = await _region_metrics(stage)
-    lost = terminal.lost + int(after["requests_lost"] - before["requests_lost"])
+    fleet, restarted = increase(before, after)
+    lost = terminal.lost + fleet["requests_lost"]
     figures.update(
         region=dead,
         seconds_dead=round(back, 2),
         requests_of_terminal=terminal.asked,
-        requests_of_fleet=int(after["requests"] - before["requests"]),
+        requests_of_fleet=fleet["requests"],
+        fleet_processes_restarted=restarted,
         answered_by=dict(terminal.answered_by),
-        failovers=terminal.failovers + int(after["failovers"] - before["failovers"]),
+        failovers=terminal.failovers + fleet["failovers"],
         requests_lost=lost,
         recovery_ms=round(terminal.recovery_s * 1000, 1),
         slowest_request_ms=round(terminal.slowest_s * 1000, 1),
@@ -618,14 +662,25 @@ class AskingTerminal:
         return max((failover.recovery_s for failover in self._client.failovers), default=0.0)
 
 
-async def _region_metrics(stage: Stage) -> dict[str, float]:
-    """Sums over the fleet's processes."""
-    total = dict.fromkeys(("requests", "requests_lost", "failovers"), 0.0)
-    for port in stage.metrics_ports:
-        samples = await stage.call(lambda port=port: scrape(f"http://127.0.0.1:{port}/metrics"))  # type: ignore[misc]
+async def _region_metrics(stage: Stage) -> list[Mapping[str, float]]:
+    """The metrics of each of the fleet's processes."""
+    return [
+        await stage.call(lambda port=port: scrape(f"http://127.0.0.1:{port}/metrics"))  # type: ignore[misc]
+        for port in stage.metrics_ports
+    ]
+
+
+def increase(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> tuple[dict[str, int], int]:
+    """By how much the counts of requests grew over all processes, and how many processes were started anew meanwhile:
+    those count from zero again, and what they counted before they died is in nobody's figures."""
+    total, restarted = dict.fromkeys(("requests", "requests_lost", "failovers"), 0), 0
+    for first, last in zip(before, after, strict=True):
+        same = first["process_start_time_seconds"] == last["process_start_time_seconds"]
+        restarted += not same
         for key in total:
-            total[key] += samples[f"atoll_region_{key}"]
-    return total
+            name = f"atoll_region_{key}"
+            total[key] += int(last[name] - (first[name] if same else 0.0))
+    return total, restarted
 
 
 def scrape(url: str) -> Mapping[str, float]:

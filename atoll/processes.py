@@ -1,5 +1,7 @@
 """Child processes for `atoll demo` and `atoll up`: started in order, kept running, stopped in reverse, never left over.
 
+* Children whose starts overlap do not need each other: they are stopped together, before those that started earlier.
+
 * Every child leads a process group of its own, logs to a file of its own, and is signalled only by the ids that we
   got from starting it.
 * A child that dies unexpectedly is started again after a growing pause, until it used up its restarts of one minute;
@@ -19,14 +21,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from atoll import child as child_program
-from atoll.settings import ConfigurationError
+from atoll.settings import LOOPBACK, ConfigurationError
 from model_delta.errors import Malformed, Unavailable
 
 POLL_SECONDS = 0.05
@@ -112,6 +114,27 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
         return ports
 
 
+@contextlib.contextmanager
+def held_ports(count: int, host: str = LOOPBACK) -> Iterator[list[int]]:
+    """`count` different free ports that the system gives to nobody else while the block runs: neither to another demo
+    that asks for a free port, nor to an outgoing connection while a child that listens there is being restarted.
+
+    On Linux a bound socket with SO_REUSEADDR that does not listen does this, and lets children listen on the port (all
+    our servers set SO_REUSEADDR). Elsewhere nothing holds the ports once they are known.
+    """
+    with contextlib.ExitStack() as held:
+        ports = []
+        for _ in range(count):
+            holder = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            holder.bind((host, 0))
+            # Only now: with the option set before, two holders could be given the same port.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            ports.append(int(holder.getsockname()[1]))
+        if sys.platform != "linux":
+            held.close()
+        yield ports
+
+
 def port_answers(port: int, host: str = "127.0.0.1") -> Ready:
     """A readiness check: does somebody accept connections there?"""
 
@@ -149,6 +172,8 @@ class Supervisor:
     def __init__(self, on_event: Callable[[ProcessEvent], None] = lambda event: None) -> None:
         self._on_event = on_event
         self._children: dict[str, _Child] = {}
+        self._waves: list[list[str]] = []
+        self._starting = 0
         self._guard: subprocess.Popen[bytes] | None = None
         self._groups: set[int] = set()
         self._memory: asyncio.Task[None] | None = None
@@ -165,9 +190,13 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for name in reversed(list(self._children)):
-                await self.stop(name)
+            for wave in reversed(self._waves):
+                await asyncio.gather(*(self.stop(name) for name in wave))
         finally:
+            for child in self._children.values():  # somebody lost patience with the block above
+                child.stopping.set()
+                if child.process is not None and child.process.returncode is None:
+                    self._reap(child)
             if self._memory is not None:
                 self._memory.cancel()
             if self._gave_up is not None and not self._gave_up.done():
@@ -188,11 +217,22 @@ class Supervisor:
         if old is not None and old.watcher is not None and not old.watcher.done():
             raise Malformed(f"process {program.name}: expected a new name, found one that runs as pid {old.pid}")
         child = _Child(program)
-        self._children.pop(program.name, None)
         self._children[program.name] = child
-        self._spawn(child)
-        self._emit("started", child)
-        failure = await self._wait_ready(child)
+        for wave in self._waves:
+            if program.name in wave:
+                wave.remove(program.name)
+        if not self._starting:
+            self._waves.append([])
+        self._waves[-1].append(program.name)
+        self._starting += 1
+        try:
+            self._spawn(child)
+            self._emit("started", child)
+            failure = await self._wait_ready(child)
+            while failure and await self._was_killed(child):
+                failure = await self._wait_ready(child)
+        finally:
+            self._starting -= 1
         if failure:
             # A program that never worked is not restarted: the same start would fail the same way.
             child.stopping.set()
@@ -291,6 +331,28 @@ class Supervisor:
                 pass
             await asyncio.sleep(POLL_SECONDS)
         return "ended before it was ready"
+
+    async def _was_killed(self, child: _Child) -> bool:
+        """Whether somebody killed a child on its way up, which says nothing about the program: then it is spawned
+        again, as long as it has restarts."""
+        process, program = child.process, child.program
+        if process is None or child.stopping.is_set() or not program.restart or not _has_exited(process):
+            return False
+        code = self._reap(child)
+        if code != -signal.SIGKILL:
+            return False
+        self._emit("died", child, code, _exit_text(code))
+        now = time.monotonic()
+        child.deaths.append(now)
+        delay = restart_delay(child.deaths, now, program.restarts_per_minute_max)
+        if delay is None:
+            return False
+        await asyncio.sleep(delay)
+        if child.stopping.is_set():
+            return False
+        self._spawn(child)
+        self._emit("restarted", child)
+        return True
 
     async def _watch(self, child: _Child) -> None:
         while True:

@@ -21,6 +21,7 @@ from atoll.processes import (
     Supervisor,
     free_port,
     free_ports,
+    held_ports,
     members,
     port_answers,
     process_table,
@@ -119,6 +120,107 @@ def test_children_start_in_order_and_stop_in_reverse(tmp_path: Path) -> None:
         ("stopped", "coordinator"),
         ("stopped", "broker"),
     ]
+
+
+FAREWELL = """
+import pathlib, signal, sys, time
+me, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+def leave(*_):
+    (folder / f"{me}.told").touch()
+    for _ in range(500):
+        if len(list(folder.glob("*.told"))) == 3:
+            sys.exit()
+        time.sleep(0.01)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, leave)
+(folder / f"{me}.up").touch()
+time.sleep(600)
+"""
+
+
+def test_children_that_start_together_are_told_together_to_stop(tmp_path: Path) -> None:
+    def ready(name: str) -> Callable[[], Awaitable[bool]]:
+        async def is_up() -> bool:
+            return (tmp_path / f"{name}.up").exists()
+
+        return is_up
+
+    async def scene(supervisor: Supervisor, events: list[ProcessEvent]) -> None:
+        await supervisor.start(python("broker", SLEEP, tmp_path))
+        await asyncio.gather(
+            *(
+                supervisor.start(
+                    Program(
+                        name,
+                        (sys.executable, "-S", "-c", FAREWELL, name, str(tmp_path)),
+                        tmp_path / f"{name}.log",
+                        ready=ready(name),
+                        stop_seconds=10.0,
+                    )
+                )
+                for name in ("fleet-0", "fleet-1", "fleet-2")
+            )
+        )
+
+    stopped = [(event.name, event.exit_code) for event in play(scene) if event.kind == "stopped"]
+    assert sorted(stopped[:3]) == [("fleet-0", 0), ("fleet-1", 0), ("fleet-2", 0)]  # 1: it saw nobody else told
+    assert [name for name, _ in stopped[3:]] == ["broker"]
+
+
+def test_a_child_killed_on_its_way_up_is_started_again(tmp_path: Path) -> None:
+    port = free_port()
+    listen = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    lost = f"import pathlib, time; mark = pathlib.Path({str(tmp_path / 'mark')!r}); first = not mark.exists()\n"
+    lost += f"mark.touch()\nif first: time.sleep(600)\n{listen}"
+
+    async def scene(supervisor: Supervisor, events: list[ProcessEvent]) -> None:
+        start = asyncio.create_task(supervisor.start(python("fleet", lost, tmp_path, ready=port_answers(port))))
+        await until((tmp_path / "mark").exists)
+        await supervisor.kill("fleet", restart=True)
+        assert await start == supervisor.pid("fleet")
+
+    kinds = [event.kind for event in play(scene)]
+    assert kinds == ["started", "died", "restarted", "ready", "stopped"]
+
+
+def test_whoever_loses_patience_with_the_stop_still_leaves_nothing_behind(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    async def run() -> None:
+        async with Supervisor() as supervisor:
+            for name in ("broker", "coordinator", "gateway"):
+                ready = (tmp_path / f"{name}.log").exists
+                child = python(name, STUBBORN, tmp_path, stop_seconds=60.0)
+                pids.append(await supervisor.start(child))
+                await until(lambda ready=ready: ready())  # type: ignore[misc]
+            asyncio.get_running_loop().call_later(0.2, task_of_run[0].cancel)
+
+    task_of_run: list[asyncio.Task[None]] = []
+
+    async def twice() -> None:
+        task_of_run.append(asyncio.create_task(run()))
+        with pytest.raises(asyncio.CancelledError):
+            await task_of_run[0]
+
+    started = time.monotonic()
+    asyncio.run(twice())
+    assert time.monotonic() - started < 15
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_held_ports_are_given_to_nobody_else_and_children_can_listen_on_them() -> None:
+    with held_ports(20) as ports:
+        assert len(set(ports)) == 20
+        assert not set(ports) & set(free_ports(200))
+        for _ in range(2):  # a child, and the one that replaces it
+            with (
+                socket.create_server(("127.0.0.1", ports[0])) as listener,
+                socket.create_connection(("127.0.0.1", ports[0]), timeout=5) as caller,
+            ):
+                listener.accept()[0].close()
+                assert caller.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", ports[1]), timeout=5)
 
 
 def test_a_killed_child_is_started_again_and_asked_whether_it_is_ready(tmp_path: Path) -> None:
