@@ -617,12 +617,18 @@ class Coordinator:
     # Rounds
 
     async def open_round(self, spec: RoundSpec) -> Round:
-        """Announce a federated round. Raises Malformed for a spec that cannot work, Unavailable while one is open."""
+        """Announce a federated round, or find the one of this name. Raises Malformed for a spec that cannot work,
+        Unavailable while another one is open."""
         opened = await asyncio.to_thread(self._open_round, spec.checked())
         self._rounds_due.put_nowait(opened.round_id)
         return opened
 
     def _open_round(self, spec: RoundSpec) -> Round:
+        if spec.name:
+            every = (unpack(packed, Round) for packed in self.ledger.rounds())
+            named = next((one for one in every if (one.task.model, one.spec.name) == (spec.model, spec.name)), None)
+            if named is not None:
+                return named
         open_now = self._newest_round(spec.model)
         if open_now is not None and open_now.live:
             raise Unavailable(f"round {open_now.round_id} of {spec.model} is {open_now.state}; wait for its end")

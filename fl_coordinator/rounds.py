@@ -121,9 +121,11 @@ def step(state: State, event: Event) -> tuple[State, Command]:
 class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator asks for. `base` is a manifest digest, by default the stable version. The round closes after
     `deadline_s` seconds, or as soon as `contributions_max` devices are in (by default all enrolled devices that run the
-    base); with fewer than `quorum` it fails."""
+    base); with fewer than `quorum` it fails. Asked twice under the same `name` it is one round, so that a request whose
+    answer was lost can be repeated."""
 
     model: str
+    name: str = ""
     base: str = ""
     quorum: int = 8
     contributions_max: int = 0

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -279,6 +280,28 @@ def test_a_candidate_that_is_worse_is_not_released(tmp_path: Path) -> None:
             assert ended.state == "REFUSED"
             assert "precision: average precision 0.2000, stable 0.6000" in ended.reason
             assert len(platform.ledger.releases("fraud")) == 1
+
+    asyncio.run(story())
+
+
+def test_a_round_that_is_asked_for_twice_under_one_name_is_one_round(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+    named = msgspec.structs.replace(SPEC, name="monday")
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            first = await coordinator.open_round(named)
+            assert (await coordinator.open_round(named)).round_id == first.round_id
+            with pytest.raises(Unavailable, match="wait for its end"):
+                await coordinator.open_round(msgspec.structs.replace(SPEC, name="tuesday"))
+            await contribute_all(devices, first.round_id)
+            await until(lambda: not coordinator.round(first.round_id).live, 15)
+            again = await coordinator.open_round(named)
+            assert (again.round_id, again.state) == (first.round_id, "PUBLISHED")
+            assert len(platform.ledger.rounds()) == 1
 
     asyncio.run(story())
 
