@@ -8,7 +8,7 @@ from fl_coordinator.coordinator import Enrolment
 from fl_coordinator.publishing import Publisher
 from model_delta import topics
 from model_delta.encoding import pack
-from model_delta.errors import Malformed, NotFound, Untrusted
+from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
 from model_delta.keys.certificates import make_request
 from model_delta.trust.updater import accept_manifest
 from monitoring.telemetry import Report
@@ -275,6 +275,39 @@ def test_the_same_bytes_on_the_same_parent_are_the_same_version(tmp_path: Path) 
     with pytest.raises(Malformed):
         publisher.publish(b"not a model", model="fraud", now=START)
     assert len(platform.ledger.releases("fraud")) == 2
+
+
+def test_however_many_candidates_came_between_there_is_a_patch_from_what_the_fleet_runs(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = [platform.device(f"pos-{number:04}") for number in range(3)]
+
+    async def story() -> None:
+        async with platform.running() as coordinator:
+            stable = await adopt_first(platform, devices)
+            newest = stable
+            for seed in range(2, 8):
+                newest = (await coordinator.publish(fraud_model(seed), model="fraud", parent=newest)).manifest
+            assert stable in platform.ledger.release(newest).bytes_patch
+
+    asyncio.run(story())
+
+
+def test_a_full_disk_leaves_nothing_of_a_publication_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = Platform(tmp_path)
+    put, room = platform.store.put, iter(range(2))
+
+    def filling(kind: str, name: str, data: bytes) -> None:
+        if next(room, None) is None:
+            raise StorageFull("no room")
+        put(kind, name, data)
+
+    monkeypatch.setattr(platform.store, "put", filling)
+    with pytest.raises(StorageFull):
+        platform.publisher.publish(fraud_model(1), model="fraud", now=START)
+    assert platform.store.names("blob") == ()
+    assert platform.ledger.releases("fraud") == []
+    monkeypatch.undo()
+    assert platform.publisher.publish(fraud_model(1), model="fraud", now=START).release == 1
 
 
 def test_one_rollout_of_a_model_at_a_time(tmp_path: Path) -> None:
