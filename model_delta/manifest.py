@@ -9,7 +9,9 @@ A `Delivery` says which sealed blobs carry a version: whole segments, and patche
 signed, because nothing in it is believed: what arrives is opened under the artifact's key, and the file that results is
 checked against the signed manifest.
 
-Compatibility promise: see `encoding`. `format` is raised only when an old reader must refuse.
+Compatibility promise: see `encoding`; `format` is raised only when an old reader must refuse. One rule more, because
+the identity is recomputed from the record: a field that is added later is left out of the packed form while it has its
+default, so that older versions keep their digests; a version that uses it is refused by readers that do not know it.
 """
 
 from __future__ import annotations
@@ -142,10 +144,13 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def parse_manifest(payload: bytes) -> Manifest:
-    """Parse verified payload bytes. Raises Malformed; a `format` newer than this reader's is refused by name."""
+    """Parse verified payload bytes. Raises Malformed; a `format` newer than this reader's is refused by name, and so is
+    a field that it does not know: without it the record would have another identity."""
     manifest = unpack(payload, Manifest)
     if manifest.format > FORMAT:
         raise Malformed(f"manifest of {manifest.model}: format {manifest.format}, this reader knows up to {FORMAT}")
+    if pack(manifest) != payload:
+        raise Malformed(f"manifest of {manifest.model}: it holds fields that this program does not know; upgrade atoll")
     if sum(segment.size for segment in manifest.segments) != manifest.size:
         raise Malformed(f"manifest of {manifest.model}: segment sizes do not add up to {manifest.size} bytes")
     return manifest
