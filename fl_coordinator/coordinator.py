@@ -5,7 +5,7 @@ updates log) has made durable what the answer promises: a report's acknowledgeme
 that is published. So a `kill -9` at any point is followed by a start that continues: plans and announcements are
 published again, rounds go on in the state in which they were, devices repeat what was not acknowledged.
 
-Handlers of the link only put messages into bounded queues; a full queue drops the newest, which its device sends again.
+Handlers of the link only put messages into bounded inboxes; what does not fit is dropped, and devices send it again.
 Blocking work (SQLite, the log, signatures, quantization, evaluation) runs in threads, from here and nowhere else.
 
     reports        -> fold (one transaction for many) -> acknowledge
@@ -34,6 +34,7 @@ from fl_coordinator import rollout as rollouts
 from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, refuse
 from fl_coordinator.aggregation import Opening, combine_openings
 from fl_coordinator.cohorts import RolloutSpec, read_rollout
+from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import (
     AdmittedContribution,
     AggregatorRecord,
@@ -71,7 +72,7 @@ from model_delta.task import TASK_TYPE, RoundTask
 from model_delta.trust.signing import key_id, open_envelope, seal_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.version import show
-from monitoring.collector import LiveWindow
+from monitoring.collector import REPORT_BYTES_MAX, LiveWindow, require_plausible
 from monitoring.health import CohortHealth, DeviceStanding, cohort_health
 from monitoring.metrics import Metrics
 from monitoring.snapshot import (
@@ -90,6 +91,8 @@ TICK_S = 1.0
 REPUBLISH_S = 60.0
 QUEUE_MAX = 4_096
 CONTRIBUTION_QUEUE_MAX = 128
+REQUEST_BYTES_MAX = 16_384
+CONTRIBUTION_BYTES_MAX = 64 << 20
 BATCH_MAX = 256
 SNAPSHOT_KEPT_S = 0.25
 RENEW_DAYS = 60
@@ -197,9 +200,18 @@ class Coordinator:
         self._published: dict[str, bytes] = {}
         self._was_connected = False
         self._republish_at = 0.0
-        self._reports: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(QUEUE_MAX)
-        self._requests: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(QUEUE_MAX)
-        self._contributions: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(CONTRIBUTION_QUEUE_MAX)
+        self._reports = Inbox(
+            messages_max=QUEUE_MAX, per_device_max=32, message_bytes_max=REPORT_BYTES_MAX, bytes_max=64 << 20
+        )
+        self._requests = Inbox(
+            messages_max=QUEUE_MAX, per_device_max=64, message_bytes_max=REQUEST_BYTES_MAX, bytes_max=16 << 20
+        )
+        self._contributions = Inbox(
+            messages_max=CONTRIBUTION_QUEUE_MAX,
+            per_device_max=2,
+            message_bytes_max=CONTRIBUTION_BYTES_MAX,
+            bytes_max=256 << 20,
+        )
         self._deciding = asyncio.Lock()
         self._publishing = asyncio.Lock()
         self._admitting = asyncio.Lock()
@@ -259,10 +271,8 @@ class Coordinator:
                 await asyncio.sleep(self._tick_s)
 
     def _enqueue(self, queue: str, topic: str, data: bytes) -> None:
-        queues = {"reports": self._reports, "requests": self._requests, "contributions": self._contributions}
-        try:
-            queues[queue].put_nowait((topic, data))
-        except asyncio.QueueFull:
+        inboxes = {"reports": self._reports, "requests": self._requests, "contributions": self._contributions}
+        if not inboxes[queue].put(topic, data):
             self._count_dropped.add(1, queue)
 
     async def _tick(self) -> None:
@@ -325,7 +335,8 @@ class Coordinator:
             try:
                 report = unpack(data, Report)
                 if report.device_id != topics.device_of(topic):
-                    raise Malformed(f"report on {topic}: names {report.device_id!r}")
+                    raise Malformed(f"report on {topic}: names {report.device_id[:64]!r}")
+                require_plausible(report)
                 reports.append(report)
             except Malformed as error:
                 self._count_reports.add(1, "malformed")

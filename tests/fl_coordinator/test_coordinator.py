@@ -1,6 +1,7 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -220,6 +221,9 @@ def test_strangers_and_impostors_do_not_move_the_totals(tmp_path: Path) -> None:
             forged = other.next_report(1000)
             await device.link.publish(topics.up("pos-0001", "report"), pack(forged))
             await device.link.publish(topics.up("pos-0001", "report"), b"\xff\x00")
+            # One report that cannot be written down must not hold up the others of its batch.
+            absurd = msgspec.structs.replace(forged, device_id="pos-0001", last_sequence=2**63)
+            await device.link.publish(topics.up("pos-0001", "report"), pack(absurd))
             stranger = platform.broker.link("pos-0099")
             report = Report(
                 device_id="pos-0099", epoch=1, first_sequence=1, last_sequence=2, time=0.0, state="IDLE", running=""

@@ -1,9 +1,11 @@
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitoring.collector import Fold, LiveWindow, judge_range
-from monitoring.telemetry import ModelSummary, latency_bucket
+from model_delta.errors import Malformed
+from monitoring.collector import PARTS_MAX, Fold, LiveWindow, judge_range, require_plausible
+from monitoring.telemetry import LATENCY_BOUNDS_US, ModelSummary, Report, UpdateOutcome, latency_bucket
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,86 @@ def test_memory_is_bounded_by_the_window() -> None:
     for second in range(1000):
         window.add(float(second), [summary(1)])
     assert len(window._slots) <= 6
+
+
+HONEST = ModelSummary(
+    manifest="m",
+    where="device",
+    decisions=10,
+    declined=2,
+    errors=1,
+    fallbacks=1,
+    latency={30: 9, len(LATENCY_BOUNDS_US): 1},
+    labelled_legitimate=6,
+    labelled_fraud=4,
+    false_positives=1,
+    true_positives=3,
+)
+REPORT = Report(
+    device_id="pos-1",
+    epoch=2**64 - 1,
+    first_sequence=1,
+    last_sequence=20,
+    time=0.0,
+    state="IDLE",
+    running="m",
+    summaries=(HONEST,),
+    outcomes=(UpdateOutcome(manifest="m", event="rolled_back"),),
+)
+
+
+def test_an_honest_report_is_plausible() -> None:
+    require_plausible(REPORT)
+    require_plausible(msgspec.structs.replace(REPORT, last_sequence=0, summaries=(), outcomes=()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decisions": -1, "latency": {}},
+        {"decisions": 21, "latency": {}},
+        {"declined": 11},
+        {"errors": -1},
+        {"errors": 11},
+        {"fallbacks": 11},
+        {"false_positives": 7},
+        {"true_positives": -3},
+        {"labelled_legitimate": 10**30},
+        {"latency": {30: 11}},
+        {"latency": {30: -1, 31: 2}},
+        {"latency": {-1: 1}},
+        {"latency": {10**6: 1}},
+        {"manifest": "m" * 65},
+    ],
+)
+def test_counts_that_no_outbox_folds_to_are_refused(changes: dict[str, object]) -> None:
+    forged = msgspec.structs.replace(HONEST, **changes)
+    with pytest.raises(Malformed, match="not folded"):
+        require_plausible(msgspec.structs.replace(REPORT, summaries=(forged,)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"last_sequence": 2**64 - 1},
+        {"first_sequence": -5},
+        {"first_sequence": 2**60, "last_sequence": 2**60 + 20},
+        {"epoch": -1},
+        {"dropped": 2**63},
+        {"lost_requests": -1},
+        {"plan_serial": 2**63},
+        {"time": float("nan")},
+        {"state": "I" * 65},
+        {"running": "m" * 65},
+        {"summaries": (HONEST, HONEST, HONEST)},
+        {"summaries": (ModelSummary(manifest="m", where="device"),) * (PARTS_MAX + 1)},
+        {"outcomes": (UpdateOutcome(manifest="m", event="rolled_back"),) * 21},
+        {"outcomes": (UpdateOutcome(manifest="m", event="exploded"),)},
+        {"outcomes": (UpdateOutcome(manifest="m", event="adopted", seconds=float("inf")),)},
+        {"outcomes": (UpdateOutcome(manifest="m", event="adopted", bytes_received=-1),)},
+        {"outcomes": (UpdateOutcome(manifest="m", event="adopted", reason="x" * 501),)},
+    ],
+)
+def test_reports_beyond_every_bound_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(Malformed, match="not folded"):
+        require_plausible(msgspec.structs.replace(REPORT, **changes))
