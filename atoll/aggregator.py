@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ def _mailbox(own: Aggregator, token: str, metrics: Metrics) -> Starlette:
     """Takes messages of the other two. They are authenticated by their own sealing; the token keeps strangers out."""
 
     async def deliver(request: Request) -> Response:
-        if request.headers.get("authorization") != f"Bearer {token}":
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return JSONResponse({"error": "expected the aggregators' token"}, status_code=401)
         content = bytearray()
         async for chunk in request.stream():

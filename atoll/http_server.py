@@ -45,6 +45,8 @@ async def serving(
         log_level="warning",
         access_log=False,
         lifespan="off",
+        proxy_headers=False,  # who asks is whoever holds the socket; a header could claim loopback
+        server_header=False,
         timeout_graceful_shutdown=DRAIN_DEADLINE_S,
         ssl_certfile=str(certificate) if certificate else None,
         ssl_keyfile=str(key) if key else None,

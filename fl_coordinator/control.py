@@ -13,8 +13,9 @@
 
 Every call carries `Authorization: Bearer TOKEN`, with a token per role, compared in constant time; a role may call only
 what is listed beside the route. The page, its event stream, the metrics and the health check are open on the loopback
-interface only, since the page cannot hold a token. Bodies are bounded per route and read no further than the bound.
-Refusals are `{"error": "..."}`.
+interface only, since the page cannot hold a token; and there only to whoever asked for this machine by name, so that a
+web page whose name was made to point here (DNS rebinding) and a proxy in front of us get nothing. Bodies are bounded
+per route and read no further than the bound. Refusals are `{"error": "..."}`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import json
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
@@ -62,6 +64,7 @@ STATUS: tuple[tuple[type[AtollError], int], ...] = (
 """Our errors as HTTP, the first match counts."""
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost", "testclient"})
+_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _FRAME = struct.Struct(">I")
 _STORE_KINDS = frozenset({"manifest", "delivery", "blob", "artifact"})
 
@@ -161,7 +164,7 @@ class _Control:
         role = self._role(request)
         if role in roles:
             return
-        if loopback and role is None and request.client is not None and request.client.host in _LOOPBACK:
+        if loopback and role is None and _from_this_machine(request):
             return
         if role is None:
             raise Denied(401, "expected `Authorization: Bearer TOKEN` with a token of this platform, found none")
@@ -378,7 +381,8 @@ class _Control:
         body = await _object(request)
         key = AggregatorKey(_text(body, "name"), _bytes(body, "sealing"), _bytes(body, "verifying"))
         record = AggregatorRecord(key, _text(body, "url"))
-        await asyncio.to_thread(self._coordinator.register_aggregator, record)
+        replace = self._role(request) == "admin"
+        await asyncio.to_thread(self._coordinator.register_aggregator, record, replace=replace)
         return JSONResponse({})
 
     async def _aggregators(self, request: Request) -> Response:
@@ -408,6 +412,19 @@ class _Control:
     async def _flower_reply(self, request: Request) -> Response:
         data = await _body(request, REPLY_BYTES_MAX)
         return JSONResponse(self._flower.reply(_decoded(data)))
+
+
+def _from_this_machine(request: Request) -> bool:
+    """Whether a browser or program of this machine asked for it under this machine's own name, with nobody between."""
+    if request.client is None or request.client.host not in _LOOPBACK:
+        return False
+    if any(name in request.headers for name in _FORWARDED):
+        return False
+    try:
+        asked_for = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return False
+    return asked_for in _LOOPBACK
 
 
 def _release_view(record: ReleaseRecord) -> dict[str, Any]:

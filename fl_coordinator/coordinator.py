@@ -96,6 +96,7 @@ CONTRIBUTION_BYTES_MAX = 64 << 20
 BATCH_MAX = 256
 SNAPSHOT_KEPT_S = 0.25
 RENEW_DAYS = 60
+AGGREGATORS = 3
 CONTRIBUTIONS_MAX = 1_024
 """The most that the aggregators take in one round."""
 AWAKE_S = 30.0
@@ -456,9 +457,26 @@ class Coordinator:
         self.ledger.enrol(record)
         return Enrolled(certificate, self.keyring.ca_pem(), pack(self.keyring.anchors()))
 
-    def register_aggregator(self, record: AggregatorRecord) -> None:
-        """Remember an aggregator's keys and address; rounds take the first three by name."""
+    def register_aggregator(self, record: AggregatorRecord, *, replace: bool = False) -> None:
+        """Remember an aggregator's keys and address; rounds take the first three by name.
+
+        The first keys of a name stay, and three names are enough: all three aggregators hold the same token, and one
+        that could register keys in another's name would be sent the shares of both. `replace` (an operator's token)
+        overrides. Raises Malformed and Untrusted.
+        """
         require_identity(record.key.name)
+        known = {one.key.name: one.key for one in self.ledger.aggregators()}
+        before = known.get(record.key.name)
+        if not replace and before is None and len(known) >= AGGREGATORS:
+            raise Untrusted(
+                f"aggregator {record.key.name}: expected one of {', '.join(sorted(known))}; "
+                "let an operator register another one with the admin token"
+            )
+        if not replace and before is not None and before != record.key:
+            raise Untrusted(
+                f"aggregator {record.key.name}: registered already with other keys; restore its folder, or let an "
+                "operator register the new keys with the admin token"
+            )
         self.ledger.save_aggregator(record)
 
     # Publishing and rollouts
@@ -651,7 +669,7 @@ class Coordinator:
         graph = masters.training_graph(source, spec.positive_weight)
         self.store.put("artifact", digest_of(graph), graph)
         now = self._clock()
-        aggregators = tuple(record.key for record in self.ledger.aggregators()[:3])
+        aggregators = tuple(record.key for record in self.ledger.aggregators()[:AGGREGATORS])
         issued = int(now)
         if open_now is not None:
             issued = max(issued, open_now.task.issued + 1)

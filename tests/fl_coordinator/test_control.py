@@ -29,7 +29,8 @@ def calling(platform: Platform, story: Callable[[Call], Awaitable[None]], *, cli
 
     async def call(method: str, path: str, role: str | None = "admin", **options: Any) -> httpx.Response:
         headers = {b"Authorization": f"Bearer {TOKENS.get(role, role)}".encode("latin-1")} if role is not None else {}
-        async with httpx.AsyncClient(transport=transport, base_url="http://coordinator") as http:
+        headers |= options.pop("headers", {})
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as http:
             return await http.request(method, path, headers=headers, **options)
 
     async def run() -> None:
@@ -94,6 +95,46 @@ def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
                 assert (await call(method, path, nobody)).status_code == 401, (method, path)
 
     calling(platform, story)
+
+
+def test_no_web_page_and_no_proxy_borrows_the_loopback(tmp_path: Path) -> None:
+    async def story(call: Call) -> None:
+        for host in (b"localhost:8080", b"127.0.0.1:8080", b"[::1]:8080"):
+            assert (await call("GET", "/v1/state", None, headers={b"Host": host})).status_code == 200, host
+        for headers in (
+            {b"Host": b"rebound.example:8080"},  # a page whose name was made to point at this machine
+            {b"Host": b"127.0.0.1.rebound.example"},
+            {b"Host": b""},
+            {b"X-Forwarded-For": b"127.0.0.1"},
+            {b"Forwarded": b"for=127.0.0.1"},
+        ):
+            for path in ("/v1/state", "/v1/events", "/metrics", "/v1/health"):
+                assert (await call("GET", path, None, headers=headers)).status_code == 401, (headers, path)
+            assert (await call("GET", "/v1/state", headers=headers)).status_code == 200, "a token is enough anywhere"
+
+    calling(Platform(tmp_path), story)
+
+
+def test_an_aggregator_cannot_register_keys_in_the_name_of_another(tmp_path: Path) -> None:
+    def keys(name: str, letter: bytes) -> dict[str, str]:
+        key = base64.b64encode(letter * 32).decode()
+        return {"name": name, "sealing": key, "verifying": key, "url": f"http://{name}"}
+
+    async def story(call: Call) -> None:
+        for name in ("a0", "a1", "a2"):
+            assert (await call("POST", "/v1/aggregators", "aggregator", json=keys(name, b"h"))).status_code == 200
+        assert (await call("POST", "/v1/aggregators", "aggregator", json=keys("a1", b"h"))).status_code == 200, (
+            "restart"
+        )
+        taken = await call("POST", "/v1/aggregators", "aggregator", json=keys("a1", b"x"))
+        assert (taken.status_code, "other keys" in taken.text) == (403, True)
+        fourth = await call("POST", "/v1/aggregators", "aggregator", json=keys("a", b"x"))  # would sort before a0
+        assert fourth.status_code == 403
+        known = {one["name"]: one["sealing"] for one in (await call("GET", "/v1/aggregators", "aggregator")).json()}
+        assert known == {name: keys(name, b"h")["sealing"] for name in ("a0", "a1", "a2")}
+        assert (await call("POST", "/v1/aggregators", "admin", json=keys("a1", b"x"))).status_code == 200
+
+    calling(Platform(tmp_path), story)
 
 
 def test_the_page_needs_no_token_on_loopback_and_one_from_elsewhere(tmp_path: Path) -> None:
@@ -236,7 +277,7 @@ def test_the_event_stream_carries_snapshots(tmp_path: Path) -> None:
                 "method": "GET",
                 "path": "/v1/events",
                 "query_string": b"",
-                "headers": [],
+                "headers": [(b"host", b"127.0.0.1:8080")],
                 "client": ("127.0.0.1", 1),
                 "asgi": {"version": "3.0", "spec_version": "2.3"},
             }
