@@ -20,9 +20,12 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # many small products in many processes: threads only spin
 
 import typer
+import typer.core
 
 from atoll import __version__
 from model_delta.errors import AtollError
+
+typer.core.HAS_RICH = False  # with rich installed, typer puts backslashes even into plain help
 
 app = typer.Typer(
     name="atoll",
@@ -128,7 +131,7 @@ def up(
 
 @app.command()
 def publish(
-    model: Annotated[Path, typer.Argument(help="An ONNX model file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model file.")],
     name: Annotated[str, typer.Option("--model", help="The model's name on the platform.")] = "fraud",
     label: Annotated[
         str, typer.Option("--name", help="A name for this version, to be used as a rollout's target.")
@@ -157,12 +160,14 @@ def publish(
 
 @rollout.command("apply")
 def rollout_apply(
-    file: Annotated[Path, typer.Argument(help="A rollout YAML file: cohorts, stages, guardrails.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="ROLLOUT.yaml", help="A rollout YAML file: cohorts, stages, guardrails.")
+    ],
     data: DataOption = DEFAULT_DATA,
     contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Start (or replace) the rollout that FILE describes.
+    """Start the rollout that a YAML file describes: its cohorts, stages and guardrails.
 
     Example: atoll rollout apply atoll/examples/canary.yaml
     """
@@ -178,7 +183,7 @@ def rollout_status(
     contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Show stages, health and decisions of rollouts.
+    """Show the stage, health and history of one rollout, or a line for each.
 
     Example: atoll rollout status fraud-canary
     """
@@ -231,7 +236,7 @@ def round_status(
     contact: ContactOption = DEFAULT_CONTACT,
     json: JsonOption = False,
 ) -> None:
-    """Show who took part in rounds, who was refused and why, and what came out.
+    """Show who took part in one round, who was refused and why, and what came out; or a line for each round.
 
     Example: atoll round status
     """

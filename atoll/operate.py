@@ -13,6 +13,7 @@ from atoll.output import columns, show
 from atoll.settings import MODEL, MODEL_OF_CSV, ConfigurationError, DataFolder
 from device_sim.payments import FEATURE_SET
 from device_sim.payments_csv import CSV_FEATURE_SET
+from fl_coordinator.rounds import ENDED, State
 from model_delta.errors import Malformed
 
 PUBLISH_TIMEOUT_S = 300.0
@@ -21,8 +22,6 @@ POLL_S = 0.5
 FEATURE_SET_OF = {MODEL: FEATURE_SET, MODEL_OF_CSV: CSV_FEATURE_SET}
 FILE_BYTES_MAX = 4 << 30
 """Larger files are not even read; what the platform takes is less, and its own refusal says how much."""
-
-ENDED = ("PUBLISHED", "FAILED", "REFUSED")
 
 
 def operator(data: Path, contact_s: float) -> ControlClient:
@@ -112,9 +111,9 @@ def run_round(
     """Open a round and, unless told otherwise, follow it to its end. Raises SystemExit(1) when it failed."""
     client = operator(data, contact_s)
     spec = {"model": model, "quorum": quorum, "hostile_max": hostile, "deadline_s": deadline_s, "steps": steps}
-    found = client.post("/v1/rounds", spec)
-    if wait:
-        found = follow_round(client, found["round_id"], deadline_s + ROUND_MARGIN_S, quiet=as_json)
+    opened = client.post("/v1/rounds", spec)
+    patience_s = deadline_s + ROUND_MARGIN_S if wait else 0.0
+    found = follow_round(client, opened["round_id"], patience_s, quiet=as_json or not wait)
     show(found, _round_text(found), as_json=as_json)
     if wait and found["state"] != "PUBLISHED":
         raise typer.Exit(1)
@@ -129,7 +128,7 @@ def follow_round(client: ControlClient, round_id: str, seconds: float, *, quiet:
         if line != told and not quiet:
             typer.echo(line, err=True)
             told = line
-        if found["state"] in ENDED or time.monotonic() >= end:
+        if State[found["state"]] in ENDED or time.monotonic() >= end:
             return found
         time.sleep(POLL_S)
 

@@ -1,8 +1,8 @@
 """One platform on one machine: which processes it has, who they are, where they listen.
 
 `prepare` makes what every process expects to find in the data folder (keyring, tokens, identities, addresses) and may
-be called again and again; `processes` names what runs, in the order in which it starts. `atoll up`
-and `atoll demo` differ only in how many regions they ask for and in what they do next.
+be called again and again; `programs` names what runs, in the order in which it starts. `atoll up` and `atoll demo`
+differ only in how many regions they ask for and in what they do next.
 """
 
 from __future__ import annotations

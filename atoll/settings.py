@@ -93,6 +93,7 @@ class DataFolder:
                 )
             try:
                 folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                folder.path.chmod(0o700)  # also when an empty folder was there, open to others
                 write_private(marker, f"{FORMAT}\n".encode())
             except OSError as error:
                 raise StorageFull(f"{path}: cannot create the data folder: {error.strerror}") from None
@@ -222,8 +223,6 @@ def quiet_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "PYTHONDONTWRITEBYTECODE": os.environ.get("PYTHONDONTWRITEBYTECODE", ""),
     }

@@ -85,18 +85,6 @@ def apply_mean(base: NDArray[np.float32], mean: NDArray[np.float32], rate: float
     return (base.astype(np.float64) + rate * mean.astype(np.float64)).astype(np.float32)
 
 
-def plain_fedavg(updates: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """The unweighted mean of updates float32[d] in clear: the yardstick, and what an attacker would have reached.
-
-    Uses no clipping and refuses nothing; values that are not finite stay so.
-    """
-    if not updates:
-        raise Malformed("plain mean: expected at least 1 update, found none")
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean: NDArray[np.float32] = np.mean(np.stack(updates).astype(np.float64), axis=0).astype(np.float32)
-    return mean
-
-
 def _verified(reply: Mapping[str, Any], task: RoundTask) -> tuple[Opening, bytes, bytes]:
     try:
         envelope = open_envelope(bytes(reply["opening"]))

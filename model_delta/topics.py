@@ -37,7 +37,7 @@ def up(device: str, channel: str) -> str:
 
 
 def down(device: str, channel: str) -> str:
-    """A topic the device reads. Channels: res (chunks and keys), ack (reports), receipt (contributions)."""
+    """A topic the device reads. Channels: res (chunks), key, ack (reports), receipt (contributions)."""
     return f"{ROOT}/dev/{device}/down/{channel}"
 
 

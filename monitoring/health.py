@@ -44,12 +44,6 @@ class ArmHealth(msgspec.Struct, frozen=True, kw_only=True):
         """Share of the arm's devices not heard lately; 0.0 for an empty arm."""
         return self.silent / self.devices if self.devices else 0.0
 
-    @property
-    def adopted_share(self) -> float:
-        """Share of the devices heard lately that run the arm's version; 0.0 when none was heard."""
-        heard = self.devices - self.silent
-        return self.adopted / heard if heard else 0.0
-
 
 class CohortHealth(msgspec.Struct, frozen=True):
     """The two arms of one rollout at one moment."""

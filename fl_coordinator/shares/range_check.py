@@ -26,8 +26,6 @@ from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Step
 from model_delta.errors import Malformed
 from model_delta.task import RoundTask
 
-PROJECTIONS = 64
-NORM_FACTOR = 16
 EXPONENT_MAX = 27
 FRACTION_BITS_MAX = 40
 _WORD_BITS = 64

@@ -37,6 +37,12 @@ def test_every_command_and_option_explains_itself(name: str) -> None:
     assert ("Example: atoll " + name in str(command.help)) == (name in EXAMPLES) or name.endswith("status")
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_help_is_plain_text(name: str) -> None:
+    text = EVERY[name].get_help(click.Context(EVERY[name], info_name=f"atoll {name}"))
+    assert "\\" not in text
+
+
 def test_help_loads_nothing_heavy() -> None:
     heavy = ("numpy", "onnxruntime", "onnx", "flwr", "fastapi", "paho", "cryptography")
     program = (

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fl_coordinator.aggregation import OPENING_TYPE, Opening, apply_mean, combine_openings, plain_fedavg
+from device_sim.faults import plain_average
+from fl_coordinator.aggregation import OPENING_TYPE, Opening, apply_mean, combine_openings
 from fl_coordinator.aggregator import KEPT_S, Aggregator
 from fl_coordinator.channel import Channel, ChannelMessage
 from fl_coordinator.shares.party import Decision
@@ -115,7 +116,7 @@ def test_a_round_from_contributions_to_the_mean(tmp_path: Path) -> None:
     assert {verdict.device_id for verdict in aggregate.decision.devices if verdict.reason} == {"pos-0008", "pos-0009"}
     assert aggregate.mean is not None
     assert np.abs(aggregate.mean - np.mean(honest, axis=0)).max() < 2.0**-16
-    attacked = plain_fedavg([*honest, -4 * honest[0], -4 * honest[1]])
+    attacked = plain_average([*honest, -4 * honest[0], -4 * honest[1]])
     assert np.linalg.norm(attacked - np.mean(honest, axis=0)) > 0.5 * np.linalg.norm(np.mean(honest, axis=0))
     base = np.ones(LENGTH, dtype=np.float32)
     assert np.allclose(apply_mean(base, aggregate.mean), base + aggregate.mean)

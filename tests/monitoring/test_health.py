@@ -49,7 +49,7 @@ def test_arms_add_up_and_leave_out_whoever_is_not_in_a_cohort() -> None:
     seen = health([*FLEET, *(standing(number, "mcu") for number in range(9))])
     assert seen.target.devices == len(TARGET)
     assert seen.target.devices + seen.control.devices == 40
-    assert seen.target.adopted_share == seen.control.adopted_share == 1.0
+    assert (seen.target.adopted, seen.control.adopted) == (seen.target.devices, seen.control.devices)
 
 
 def test_decisions_count_by_the_version_that_made_them() -> None:
@@ -95,5 +95,5 @@ def test_outcomes_count_devices_and_only_those_of_the_target() -> None:
 
 def test_an_empty_arm_has_no_shares() -> None:
     seen = health([], plan=msgspec.structs.replace(PLAN, stable=NEW))
-    assert (seen.target.silent_share, seen.target.adopted_share) == (0.0, 0.0)
+    assert (seen.target.silent_share, seen.target.adopted) == (0.0, 0)
     assert seen.control.decided.decisions == 0
