@@ -360,7 +360,7 @@ def _checked(data: bytes, what: str) -> onnx.ModelProto:
         raise Malformed(f"{what}: expected an ONNX model, found {_guess(data)}; {_EXPORT_HINT}") from None
     if not model.HasField("graph") or not model.graph.node or not model.ir_version:
         raise Malformed(f"{what}: expected an ONNX model, found {_guess(data)}; {_EXPORT_HINT}")
-    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    outside = _kept_elsewhere(model)
     if outside:
         raise Malformed(
             f"{what}: expected an ONNX model in one file, found weights kept in another file ({outside[0]!r}); "
@@ -374,6 +374,25 @@ def _checked(data: bytes, what: str) -> onnx.ModelProto:
             f"{what}: expected an ONNX model, found an invalid one ({reason[:160]}); {_EXPORT_HINT}"
         ) from None
     return model
+
+
+def _kept_elsewhere(message: Any) -> list[str]:
+    """Names of all tensors, however deep (branches, functions, attributes, sparse values), whose numbers are in another
+    file. A runtime would read that file, whichever it is, from the machine that opens the model."""
+    import onnx
+
+    found: list[str] = []
+    waiting = [message]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, onnx.TensorProto):
+            if one.data_location == onnx.TensorProto.EXTERNAL or one.external_data:
+                found.append(one.name)
+            continue
+        for field, value in one.ListFields():
+            if field.message_type is not None:
+                waiting.extend([value] if hasattr(value, "ListFields") else value)
+    return found
 
 
 def _guess(data: bytes) -> str:

@@ -359,6 +359,34 @@ def test_an_invalid_graph_is_one_line() -> None:
     assert "\n" not in str(failure.value)
 
 
+def _elsewhere(name: str) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "secret.bin"), ("offset", "0"), ("length", "16")):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+@pytest.mark.parametrize("place", ["constant", "branch", "function"])
+def test_no_corner_of_a_model_reads_a_file_of_the_machine_that_opens_it(place: str) -> None:
+    vector = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])]
+    constant = helper.make_node("Constant", [], ["y"], value=_elsewhere("hidden"))
+    functions = []
+    if place == "constant":
+        graph = helper.make_graph([constant], "g", [], vector)
+    elif place == "branch":
+        same = helper.make_node("Identity", ["hidden"], ["y"])
+        branch = helper.make_graph([same], "b", [], vector, [_elsewhere("hidden")])
+        choose = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+        graph = helper.make_graph([choose], "g", [], vector, [numpy_helper.from_array(np.array(True), "c")])
+    else:
+        functions = [helper.make_function("own", "F", [], ["y"], [constant], [helper.make_opsetid("", 17)])]
+        graph = helper.make_graph([helper.make_node("F", [], ["y"], domain="own")], "g", [], vector)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions)
+    with pytest.raises(Malformed, match=r"weights kept in another file \('hidden'\)"):
+        graphs.inspect(proto.SerializeToString(), "m.onnx")
+
+
 def test_external_weights_are_refused(tmp_path: Path) -> None:
     onnx.save(matmul_model(), str(tmp_path / "m.onnx"), save_as_external_data=True, size_threshold=0, location="w.bin")
     with pytest.raises(Malformed, match=r"weights kept in another file \('w'\); export it with external_data=False"):
