@@ -20,7 +20,10 @@ from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Una
 
 
 def run_process(main: Coroutine[Any, Any, None], name: str, default_level: str = "INFO") -> None:
-    """Run `main` until it ends or a signal cancels it; exit with the code its error stands for."""
+    """Run `main` until it ends or a signal cancels it; exit with the code its error stands for.
+
+    What the process writes is for its own user alone, whatever the caller's umask."""
+    os.umask(0o077)
     logging.basicConfig(
         level=os.environ.get("ATOLL_LOG", default_level),
         format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s",

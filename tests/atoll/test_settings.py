@@ -1,6 +1,8 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,12 @@ def test_a_folder_is_created_once_and_opened_again(tmp_path: Path) -> None:
     again = DataFolder.open(tmp_path / "data")
     assert again.tokens() == tokens
     assert len(set(tokens.values())) == len(tokens)
+
+
+def test_an_empty_folder_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    DataFolder.open(tmp_path, create=True)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
 
 
 def test_a_folder_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -100,3 +108,16 @@ def test_the_environment_of_children_is_quiet() -> None:
     assert environment["ORT_DISABLE_TELEMETRY"] == "1"
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_what_a_process_writes_is_its_own_whatever_the_umask(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; os.umask(0)\n"
+        "from pathlib import Path\n"
+        "from atoll.entry import run_process\n"
+        "async def main(): Path(sys.argv[1]).write_text('figures')\n"
+        "run_process(main(), 'test')\n"
+    )
+    written = tmp_path / "ledger"
+    subprocess.run([sys.executable, "-c", program, str(written)], check=True, timeout=30)
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
