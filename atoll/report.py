@@ -240,11 +240,12 @@ def machine_facts() -> dict[str, Any]:
 
 def commit_name(folder: Path) -> str:
     """The checked-out commit, with `+` when files differ from it; `unknown` outside a checkout."""
+    git = ["git", "--no-optional-locks"]  # looking at a checkout must not write into it
     try:
         name = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5
+            [*git, "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5
         )
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain"], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     if name.returncode != 0:
