@@ -65,21 +65,29 @@ def cohort_health(
 
     `summaries` and `outcomes` are (device id, record) pairs since the rollout began; only decisions made on the device
     count, by the version that made them. A device is silent when it was not heard for `silent_after` seconds before
-    `now`. Outcomes count a device once per kind, and only those of the target.
+    `now`. Outcomes count a device once per kind, and only those of the target. What is said about the target counts
+    only from devices that the plan gives it to: the others cannot stop a rollout, or praise it, by what they claim.
     """
     arms = {device.traits.device_id: assign(plan, device.traits).arm for device in devices}
+
+    def may_tell(device_id: str, manifest: str) -> bool:
+        arm = arms.get(device_id, "excluded")
+        return arm == "target" if manifest == plan.target != plan.stable else arm != "excluded"
+
     totals = {
         plan.target: ModelSummary(manifest=plan.target, where="device"),
         plan.stable: ModelSummary(manifest=plan.stable, where="device"),
     }
     for device_id, summary in summaries:
-        if summary.where == "device" and summary.manifest in totals and arms.get(device_id, "excluded") != "excluded":
+        if summary.where == "device" and summary.manifest in totals and may_tell(device_id, summary.manifest):
             totals[summary.manifest] = merge_summaries(totals[summary.manifest], summary)
     rolled_back, unsafe = set(), set()
     for device_id, outcome in outcomes:
-        if outcome.manifest == plan.target and outcome.event == "rolled_back":
+        if outcome.manifest != plan.target or not may_tell(device_id, plan.target):
+            continue
+        if outcome.event == "rolled_back":
             rolled_back.add(device_id)
-        elif outcome.manifest == plan.target and outcome.event == "safe_mode":
+        elif outcome.event == "safe_mode":
             unsafe.add(device_id)
     target = [device for device in devices if arms[device.traits.device_id] == "target"]
     control = [device for device in devices if arms[device.traits.device_id] in ("control", "stable")]

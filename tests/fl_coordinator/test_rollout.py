@@ -115,7 +115,8 @@ def health_of(
         wanted = assign(plan, device).manifest
         seen = 0.0 if device.device_id in silent else now
         standings.append(DeviceStanding(device, seen, wanted if adopted else OLD))
-    rows = [(devices[0].device_id, one) for one in (target, control) if one is not None]
+    teller = min(arm(plan, devices, "target"), default=devices[0].device_id)
+    rows = [(teller, one) for one in (target, control) if one is not None]
     return cohort_health(plan, standings, rows, outcomes, now=now, silent_after=30)
 
 

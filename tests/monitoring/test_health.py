@@ -82,15 +82,32 @@ def test_a_silent_device_is_neither_adopted_nor_healthy() -> None:
 
 
 def test_outcomes_count_devices_and_only_those_of_the_target() -> None:
+    first, second, third, fourth = (device.traits.device_id for device in TARGET[:4])
     outcomes = [
-        ("pos-1", UpdateOutcome(manifest=NEW, event="rolled_back")),
-        ("pos-1", UpdateOutcome(manifest=NEW, event="rolled_back")),
-        ("pos-2", UpdateOutcome(manifest=NEW, event="adopted")),
-        ("pos-3", UpdateOutcome(manifest=OLD, event="rolled_back")),
-        ("pos-4", UpdateOutcome(manifest=NEW, event="safe_mode")),
+        (first, UpdateOutcome(manifest=NEW, event="rolled_back")),
+        (first, UpdateOutcome(manifest=NEW, event="rolled_back")),
+        (second, UpdateOutcome(manifest=NEW, event="adopted")),
+        (third, UpdateOutcome(manifest=OLD, event="rolled_back")),
+        (fourth, UpdateOutcome(manifest=NEW, event="safe_mode")),
     ]
     seen = health(FLEET, outcomes=outcomes)
     assert (seen.target.rolled_back, seen.target.safe_mode) == (1, 1)
+
+
+def test_devices_that_were_not_given_the_target_cannot_speak_about_it() -> None:
+    outsider = next(device.traits.device_id for device in FLEET if device.running == OLD)
+    seen = health(
+        [*FLEET, standing(1, "mcu")],
+        [(outsider, summary(NEW, 1000, errors=1000)), ("mcu-1", summary(NEW, 1000, errors=1000))],
+        [
+            (outsider, UpdateOutcome(manifest=NEW, event="rolled_back")),
+            ("mcu-1", UpdateOutcome(manifest=NEW, event="safe_mode")),
+            ("nobody", UpdateOutcome(manifest=NEW, event="rolled_back")),
+        ],
+    )
+    assert (seen.target.decided.decisions, seen.target.rolled_back, seen.target.safe_mode) == (0, 0, 0)
+    alone = msgspec.structs.replace(PLAN, stable=NEW)  # a first version: everybody in a cohort has it
+    assert health(FLEET, [(outsider, summary(NEW, 5))], plan=alone).target.decided.decisions == 5
 
 
 def test_an_empty_arm_has_no_shares() -> None:
