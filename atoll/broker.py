@@ -1,29 +1,49 @@
-"""Wiring of the embedded broker: a process of ours for machines without mosquitto."""
+"""Wiring of the embedded broker: a process of ours for machines without mosquitto, with its metrics."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from atoll.entry import run_process
-from atoll.platform import BROKER
+from atoll.http_server import serving
+from atoll.metrics_page import metrics_app
+from atoll.platform import BROKER, BROKER_METRICS, port_of
 from atoll.settings import DataFolder
+from monitoring.metrics import Metrics
+from regional_gateway.mqtt_broker import BrokerMetrics, MqttBroker, serve, server_tls
+from regional_gateway.mqtt_sessions import FLEET_RULES, access
 
 
 def run_broker(path: Path) -> None:
     """Run the embedded broker of the platform in the data folder `path` until it is told to stop."""
-    from regional_gateway.mqtt_broker import serve, server_tls
-    from regional_gateway.mqtt_sessions import FLEET_RULES, access
+    run_process(_broker(DataFolder.open(path)), BROKER)
 
-    data = DataFolder.open(path)
-    address = data.endpoints().broker
+
+async def _broker(data: DataFolder) -> None:
+    endpoints = data.endpoints()
     identity = data.identity(BROKER)
-    run_process(
+    metrics = Metrics()
+    running = asyncio.create_task(
         serve(
-            host=address.host,
-            port=address.port,
+            host=endpoints.broker.host,
+            port=endpoints.broker.port,
             tls=server_tls(identity / "ca.pem", identity / "certificate.pem", identity / "key.pem"),
             folder=data.child("broker"),
             acl=access(FLEET_RULES),
+            ready=lambda broker: _measure(metrics, broker),
         ),
-        "broker",
+        name=BROKER,
     )
+    if not endpoints.broker_metrics:
+        await running
+        return
+    async with serving(metrics_app(metrics), port_of(endpoints.broker_metrics), BROKER_METRICS):
+        await running
+
+
+def _measure(metrics: Metrics, broker: MqttBroker) -> None:
+    """Publish what the broker counts anyway."""
+    for name in BrokerMetrics.__dataclass_fields__:
+        gauge = metrics.gauge(f"broker_{name}", f"{name.replace('_', ' ')}, as the broker counts them.")
+        gauge.read_from(lambda name=name: float(getattr(broker.metrics, name)))  # type: ignore[misc]

@@ -34,6 +34,7 @@ from regional_gateway import mosquitto
 AGGREGATORS = ("a0", "a1", "a2")
 COORDINATOR = "coordinator"
 BROKER = "broker"
+BROKER_METRICS = "broker metrics"
 SUPERLINK = "superlink"
 CERTIFICATE_DAYS = 400
 ANCHORS = "anchors.cbor"
@@ -65,14 +66,16 @@ def check(layout: Layout, next_port: Callable[[str], int]) -> Endpoints:
     """
     for region in layout.regions:
         require_identity(gateway_name(region))
+    kind = broker_kind(layout.broker)
     return Endpoints(
         coordinator=f"http://{LOOPBACK}:{next_port(COORDINATOR)}",
-        broker=Broker(LOOPBACK, next_port(BROKER), broker_kind(layout.broker)),
+        broker=Broker(LOOPBACK, next_port(BROKER), kind),
         gateways={region: f"http://{LOOPBACK}:{next_port(f'gateway {region}')}" for region in layout.regions},
         aggregators={name: f"http://{LOOPBACK}:{next_port(f'aggregator {name}')}" for name in AGGREGATORS}
         if layout.learning
         else {},
         flower_port=next_port("Flower SuperLink") if layout.learning else 0,
+        broker_metrics=f"http://{LOOPBACK}:{next_port(BROKER_METRICS)}" if kind == "embedded" else "",
     )
 
 
@@ -81,6 +84,8 @@ def ports_of(endpoints: Endpoints) -> dict[str, int]:
     found = {COORDINATOR: port_of(endpoints.coordinator), BROKER: endpoints.broker.port}
     found.update({f"gateway {region}": port_of(url) for region, url in endpoints.gateways.items()})
     found.update({f"aggregator {name}": port_of(url) for name, url in endpoints.aggregators.items()})
+    if endpoints.broker_metrics:
+        found[BROKER_METRICS] = port_of(endpoints.broker_metrics)
     return found | ({"Flower SuperLink": endpoints.flower_port} if endpoints.flower_port else {})
 
 
@@ -200,6 +205,8 @@ def urls(endpoints: Endpoints) -> Mapping[str, str]:
     named = {COORDINATOR: endpoints.coordinator}
     named.update({gateway_name(region): url for region, url in endpoints.gateways.items()})
     named.update({f"aggregator {name}": url for name, url in endpoints.aggregators.items()})
+    if endpoints.broker_metrics:
+        named[BROKER_METRICS] = f"{endpoints.broker_metrics}/metrics"
     return named
 
 

@@ -52,13 +52,15 @@ class Broker(msgspec.Struct, frozen=True):
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """Addresses of a running platform. `gateways` maps region to base URL, `aggregators` name to base URL."""
+    """Addresses of a running platform. `gateways` maps region to base URL, `aggregators` name to base URL;
+    `broker_metrics` is the base URL of the embedded broker's metrics ("" for mosquitto, which has none)."""
 
     coordinator: str
     broker: Broker
     gateways: dict[str, str]
     aggregators: dict[str, str] = {}
     flower_port: int = 0
+    broker_metrics: str = ""
 
 
 class DataFolder:

@@ -59,7 +59,8 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
         assert 0.0 <= json.loads(body)["score"] <= 1.0
         status, body = http(f"{region}/v2/models/fraud", None, first.token("tenant"))
         assert (status, json.loads(body)["inputs"][0]["name"]) == (200, "features"), body
-        for url in (first.endpoints["coordinator"], region):
+        assert bool(first.endpoints["broker_metrics"]) == (broker == "embedded")
+        for url in filter(None, (first.endpoints["coordinator"], region, first.endpoints["broker_metrics"])):
             status, body = http(f"{url}/metrics")
             assert status == 200
             assert b"# TYPE " in body
