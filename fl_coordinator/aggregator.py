@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.channel import Channel, ChannelMessage
-from fl_coordinator.shares.contribution import Holding, hold
+from fl_coordinator.shares.contribution import CONTRIBUTIONS_MAX, Holding, hold
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
 from fl_coordinator.shares.range_check import require_announceable
@@ -42,7 +42,6 @@ from model_delta.trust.signing import open_envelope, public_bytes, seal_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.trust.updater import TrustAnchors, role_keys
 
-CONTRIBUTIONS_MAX = 1024
 MAILBOX_BYTES_MAX = 64 << 20
 KEPT_S = 30 * 86_400
 """How long after its deadline a round is remembered; an older one is refused."""

@@ -47,7 +47,7 @@ from fl_coordinator.promotion import Evaluate, Limits, failed, judge
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.rollout import Advance, Rollout
 from fl_coordinator.rounds import ATTEMPTS_MAX, Command, Event, Round, RoundSpec, State, step
-from fl_coordinator.shares.contribution import Claim, mismatch, parse, size_max, verify
+from fl_coordinator.shares.contribution import CONTRIBUTIONS_MAX, Claim, mismatch, parse, size_max, verify
 from fl_coordinator.shares.party import Decision
 from fl_coordinator.shares.range_check import require_announceable
 from model_delta import merkle, topics
@@ -97,8 +97,6 @@ BATCH_MAX = 256
 SNAPSHOT_KEPT_S = 0.25
 RENEW_DAYS = 60
 AGGREGATORS = 3
-CONTRIBUTIONS_MAX = 1_024
-"""The most that the aggregators take in one round."""
 AWAKE_S = 30.0
 """A device heard within this time may be chosen for a stage of a few devices."""
 ROLE_PLAN, ROLE_ROUND = "plan", "round"
@@ -231,6 +229,8 @@ class Coordinator:
         )
         self._count_failures = self.metrics.counter("failures", "Failures of a background task.", ("task",))
         self._gauge_devices = self.metrics.gauge("devices", "Enrolled devices.")
+        missing = self.metrics.gauge("records_missing", "Outbox records that no report will ever cover.")
+        missing.read_from(lambda: float(self.ledger.missing_records()))
 
     # The process's life
 

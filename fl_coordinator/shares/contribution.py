@@ -37,6 +37,9 @@ from model_delta.trust.signing import pre_authentication_encoding
 
 CONTRIBUTION_TYPE = "contribution"
 FORMAT = 1
+CONTRIBUTIONS_MAX = 1_024
+"""The most that one round takes: the aggregators hold all of them in memory at once."""
+
 OVERHEAD_BYTES = 16_384
 """A contribution is at most this much longer than its vector (certificate, seals, signature, header)."""
 

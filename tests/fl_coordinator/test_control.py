@@ -142,6 +142,7 @@ def test_the_page_needs_no_token_on_loopback_and_one_from_elsewhere(tmp_path: Pa
         assert (await call("GET", "/v1/health", None)).json() == {"status": "ok"}
         metrics = await call("GET", "/metrics", None)
         assert b"atoll_devices" in metrics.content
+        assert "atoll_records_missing 0.0" in metrics.text
 
     async def far(call: Call) -> None:
         for path in ("/v1/health", "/v1/state", "/v1/events", "/metrics"):
