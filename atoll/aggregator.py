@@ -21,6 +21,7 @@ from atoll.entry import run_process
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_route
 from atoll.platform import COORDINATOR, port_of, read_anchors
+from atoll.revocation import keep_informed
 from atoll.settings import ConfigurationError, DataFolder
 from fl_coordinator.aggregator import MAILBOX_BYTES_MAX, Aggregator
 from fl_coordinator.flower import FlowerNode
@@ -28,7 +29,6 @@ from model_delta.errors import AtollError, Malformed, Unavailable
 from monitoring.metrics import Metrics
 
 REGISTER_PAUSE_S = 0.5
-REVOKED_EVERY_S = 10.0
 PEER_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 10.0
 COMMAND_DEADLINE_S = 600.0
@@ -48,7 +48,7 @@ def run_aggregator(path: Path, name: str) -> None:
 
 async def _aggregator(data: DataFolder, name: str) -> None:
     endpoints, tokens = data.endpoints(), data.tokens()
-    revoked: frozenset[int] = frozenset()
+    revoked: set[int] = set()
     headers = {"Authorization": f"Bearer {tokens['aggregator']}"}
     metrics = Metrics()
     rounds = metrics.counter("aggregator_commands", "Round commands, by result.", ("result",))
@@ -65,7 +65,7 @@ async def _aggregator(data: DataFolder, name: str) -> None:
             data.child("aggregators", name),
             anchors=read_anchors(data.identity(COORDINATOR)),
             ca_pem=(data.identity(COORDINATOR) / "ca.pem").read_bytes(),
-            revoked=lambda: revoked,
+            revoked=lambda: frozenset(revoked),
             fetch_contributions=fetch,
             send=send,
             step_timeout_s=STEP_TIMEOUT_S,
@@ -94,9 +94,7 @@ async def _aggregator(data: DataFolder, name: str) -> None:
             await _register(client, endpoints.coordinator, own, endpoints.aggregators[name])
             node.start()
             try:
-                while True:
-                    revoked = await _revoked(client, endpoints.coordinator, revoked)
-                    await asyncio.sleep(REVOKED_EVERY_S)
+                await keep_informed(revoked, endpoints.coordinator, tokens["aggregator"])
             finally:
                 await asyncio.to_thread(node.stop)
 
@@ -145,16 +143,6 @@ async def _register(client: httpx.AsyncClient, coordinator: str, own: Aggregator
                 raise Malformed(f"aggregator {own.name}: the coordinator refused its keys: {response.text[:200]}")
             return
         await asyncio.sleep(REGISTER_PAUSE_S)
-
-
-async def _revoked(client: httpx.AsyncClient, coordinator: str, known: frozenset[int]) -> frozenset[int]:
-    """Serials of revoked certificates; those known already while the coordinator is away."""
-    try:
-        response = await client.get(f"{coordinator}/v1/revoked")
-        response.raise_for_status()
-        return known | frozenset(int(serial) for serial in response.json()["serials"])
-    except (httpx.HTTPError, ValueError, KeyError):
-        return known
 
 
 async def _fetch_contributions(client: httpx.AsyncClient, coordinator: str, round_id: str) -> list[bytes]:

@@ -9,6 +9,7 @@ from atoll.entry import run_process
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_app
 from atoll.platform import BROKER, BROKER_METRICS, port_of
+from atoll.revocation import keep_informed
 from atoll.settings import DataFolder
 from monitoring.metrics import Metrics
 from regional_gateway.mqtt_broker import BrokerMetrics, MqttBroker, serve, server_tls
@@ -24,6 +25,7 @@ async def _broker(data: DataFolder) -> None:
     endpoints = data.endpoints()
     identity = data.identity(BROKER)
     metrics = Metrics()
+    revoked: set[int] = set()
     running = asyncio.create_task(
         serve(
             host=endpoints.broker.host,
@@ -31,15 +33,20 @@ async def _broker(data: DataFolder) -> None:
             tls=server_tls(identity / "ca.pem", identity / "certificate.pem", identity / "key.pem"),
             folder=data.child("broker"),
             acl=access(FLEET_RULES),
+            revoked=revoked.__contains__,
             ready=lambda broker: _measure(metrics, broker),
         ),
         name=BROKER,
     )
-    if not endpoints.broker_metrics:
-        await running
-        return
-    async with serving(metrics_app(metrics), port_of(endpoints.broker_metrics), BROKER_METRICS):
-        await running
+    informed = asyncio.create_task(keep_informed(revoked, endpoints.coordinator, data.tokens()["gateway"]))
+    try:
+        if not endpoints.broker_metrics:
+            await running
+            return
+        async with serving(metrics_app(metrics), port_of(endpoints.broker_metrics), BROKER_METRICS):
+            await running
+    finally:
+        informed.cancel()
 
 
 def _measure(metrics: Metrics, broker: MqttBroker) -> None:

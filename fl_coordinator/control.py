@@ -7,7 +7,8 @@
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
     GET  /v1/rounds/{id}/contributions            each: length (4 bytes, big-endian), then its bytes; the frozen order
     GET  /v1/rounds/{id}/transcript               canonical CBOR: the three signed openings
-    POST /v1/enroll   /v1/aggregators   /v1/notes
+    POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
+    GET  /v1/revoked
     GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}
     GET  /v1/flower/commands?wait=                POST /v1/flower/replies
 
@@ -135,6 +136,7 @@ class _Control:
             Route("/v1/enroll", self._guard(self._enrol, "join", "gateway"), methods=["POST"]),
             Route("/v1/aggregators", self._guard(self._aggregators, "aggregator"), methods=["GET"]),
             Route("/v1/aggregators", self._guard(self._register, "aggregator"), methods=["POST"]),
+            Route("/v1/identities/{name}/revoke", self._guard(self._revoke), methods=["POST"]),
             Route("/v1/revoked", self._guard(self._revoked, "aggregator", "gateway")),
             Route("/v1/notes", self._guard(self._note), methods=["POST"]),
             Route("/v1/store/{kind}/{name}", self._guard(self._stored, "gateway"), methods=["GET"]),
@@ -398,6 +400,10 @@ class _Control:
                 for record in records
             ]
         )
+
+    async def _revoke(self, request: Request) -> Response:
+        await asyncio.to_thread(self._coordinator.revoke, request.path_params["name"])
+        return JSONResponse({})
 
     async def _revoked(self, request: Request) -> Response:
         return JSONResponse({"serials": [str(serial) for serial in sorted(self._coordinator.keyring.revoked())]})

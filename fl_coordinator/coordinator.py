@@ -358,19 +358,27 @@ class Coordinator:
 
     def _fold(self, reports: Sequence[Report], now: float) -> list[tuple[Report, str, int]]:
         newest = max((self._next_serial(model) - 1 for model in self.ledger.planned_models()), default=0)
-        known = {record.device_id for record in self.ledger.devices()}
+        known = self._valid_devices()
         enrolled = [report for report in reports if report.device_id in known]
         for report in reports:
             if report.device_id not in known:
-                _log.warning("report of %s: not enrolled here; not folded", report.device_id)
+                _log.warning("report of %s: not enrolled here, or revoked; not folded", report.device_id)
         folded = self.ledger.fold(enrolled, now, newest)
         return [(report, fold.kind, sequence) for report, fold, sequence in folded]
+
+    def _valid_devices(self) -> set[str]:
+        """Everybody enrolled whose certificate is not revoked."""
+        revoked = {str(serial) for serial in self.keyring.revoked()}
+        return {record.device_id for record in self.ledger.devices() if record.certificate_serial not in revoked}
 
     async def _answer_request(self) -> None:
         topic, data = await self._requests.get()
         device_id = topics.device_of(topic)
         if topic.endswith("/hello"):
-            await asyncio.to_thread(self._hear, device_id, data)
+            try:
+                await asyncio.to_thread(self._hear, device_id, data)
+            except (Malformed, Untrusted) as error:  # one bad hello must not hold up the requests behind it
+                _log.warning("%s", error)
             return
         response = await asyncio.to_thread(self._key_response, device_id, data)
         self._count_keys.add(1, "refused" if response.error else "sealed")
@@ -381,6 +389,8 @@ class Coordinator:
         hello = unpack(data, dict[str, Any])
         if hello.get("device_id") != device_id:
             raise Malformed(f"hello of {device_id}: names {str(hello.get('device_id'))[:64]!r}")
+        if device_id not in self._valid_devices():
+            raise Untrusted(f"hello of {device_id}: not enrolled here, or revoked")
         running, state = str(hello.get("running", ""))[:64], str(hello.get("state", ""))[:32]
         self.ledger.heard(device_id, self._clock(), running=running, state=state)
 
@@ -432,8 +442,14 @@ class Coordinator:
             server=wanted.kind in ("server", "gateway"),
         )
         if before is not None:
+            if not replace and int(before.certificate_serial) in self.keyring.revoked():
+                raise Untrusted(
+                    f"identity {wanted.common_name}: its certificate was revoked; "
+                    "use another name, or let an operator enrol it again with the admin token"
+                )
             if same_keys(before.certificate, certificate) and before.kind == wanted.kind:
-                if days_left(before.certificate, self._clock()) > RENEW_DAYS:
+                revoked = int(before.certificate_serial) in self.keyring.revoked()
+                if days_left(before.certificate, self._clock()) > RENEW_DAYS and not revoked:
                     certificate = before.certificate  # the answer was lost on its way: give it again
             elif replace:
                 self.keyring.revoke(int(before.certificate_serial))
@@ -456,6 +472,14 @@ class Coordinator:
         )
         self.ledger.enrol(record)
         return Enrolled(certificate, self.keyring.ca_pem(), pack(self.keyring.anchors()))
+
+    def revoke(self, name: str) -> None:
+        """End an identity's certificate: it gets no keys, and what it says or contributes no longer counts.
+
+        Durable when it returns; the embedded broker and the aggregators hear of it within seconds. Raises NotFound."""
+        record = self.ledger.device(name)
+        self.keyring.revoke(int(record.certificate_serial))
+        self.note("alert", f"{name}: its certificate was revoked")
 
     def register_aggregator(self, record: AggregatorRecord, *, replace: bool = False) -> None:
         """Remember an aggregator's keys and address; rounds take the first three by name.

@@ -13,7 +13,7 @@ from fl_coordinator.control import STATUS, control_app
 from model_delta.digest import digest_of
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
-from model_delta.keys.certificates import make_request
+from model_delta.keys.certificates import make_request, serial_of
 from model_delta.trust.updater import TrustAnchors
 from tests.fl_coordinator.platform_in_memory import Platform, fraud_model, until
 from tests.fl_coordinator.test_coordinator import CANARY, FIRST
@@ -83,6 +83,7 @@ def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
         ("GET", "/v1/flower/commands?wait=0"): {"admin", "flower"},
         ("POST", "/v1/flower/replies"): {"admin", "flower"},
         ("POST", "/v1/notes"): {"admin"},
+        ("POST", "/v1/identities/pos-0001/revoke"): {"admin"},
         ("POST", "/v1/rounds"): {"admin"},
     }
 
@@ -93,6 +94,32 @@ def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
                 assert (status == 403) == (role not in roles), (method, path, role, status)
             for nobody in (None, "wrong", "", "é"):
                 assert (await call(method, path, nobody)).status_code == 401, (method, path)
+
+    calling(platform, story)
+
+
+def test_a_revoked_device_gets_no_key_counts_no_more_and_cannot_come_back_by_itself(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    lost, kept = platform.device("pos-0001"), platform.device("pos-0002")
+
+    async def story(call: Call) -> None:
+        version = await platform.coordinator.publish(fraud_model(1), model="fraud", name="v1")
+        assert (await call("POST", "/v1/identities/pos-0001/revoke")).status_code == 200
+        assert (await call("POST", "/v1/identities/pos-0009/revoke")).status_code == 404
+        serials = (await call("GET", "/v1/revoked", "aggregator")).json()["serials"]
+        assert serials == [str(serial_of(lost.certificate))]
+        await lost.ask_key(version.manifest)
+        await until(lambda: bool(lost.answers))
+        assert "revoked" in lost.answers[0].error
+        await lost.hello()
+        await lost.report(50)
+        await kept.report(5)
+        await until(lambda: platform.coordinator.snapshot().decisions == 5)
+        assert platform.ledger.device("pos-0001").last_seen == 0.0
+        with pytest.raises(Untrusted, match="was revoked"):
+            lost.enrol()
+        lost.enrol(replace=True)
+        assert str(serial_of(lost.certificate)) not in serials
 
     calling(platform, story)
 

@@ -290,21 +290,23 @@ def test_completing_for_some_cohorts_leaves_the_others_on_the_stable_version() -
 
 def test_a_breach_withdraws_the_target_with_a_higher_serial() -> None:
     found = begun(simple(rails="{metric: rolled_back, max: 0}"), FLEET).rollout
-    outcomes = [("pos-0001", UpdateOutcome(manifest=NEW, event="rolled_back"))]
+    canary = min(arm(plan_of(found, {}, 0.0), FLEET, "target"))
+    outcomes = [(canary, UpdateOutcome(manifest=NEW, event="rolled_back"))]
     stopped = look(found, health_of(found, FLEET, outcomes=outcomes))
     assert stopped.plan is not None
     assert (stopped.rollout.state, stopped.plan.serial) == ("stopped", 5)
     assert (stopped.plan.withdrawn, stopped.plan.target_buckets) == ((NEW,), 0)
     assert {assign(stopped.plan, device).manifest for device in FLEET} == {OLD}
     assert look(stopped.rollout, health_of(stopped.rollout, FLEET)).event == ""
-    other = [("pos-0001", UpdateOutcome(manifest=OLD, event="rolled_back"))]
+    other = [(canary, UpdateOutcome(manifest=OLD, event="rolled_back"))]
     assert look(found, health_of(found, FLEET, outcomes=other)).rollout.state != "stopped"
 
 
 def test_without_automatic_rollback_a_breach_waits_for_an_operator() -> None:
     spec = msgspec.structs.replace(simple(rails="{metric: rolled_back, max: 0}"), rollback_auto=False)
     found = begun(spec, FLEET).rollout
-    outcomes = [("pos-0001", UpdateOutcome(manifest=NEW, event="rolled_back"))]
+    canary = min(arm(plan_of(found, {}, 0.0), FLEET, "target"))
+    outcomes = [(canary, UpdateOutcome(manifest=NEW, event="rolled_back"))]
     paused = look(found, health_of(found, FLEET, outcomes=outcomes))
     assert (paused.rollout.state, paused.plan) == ("paused", None)
     aborted = stop(paused.rollout, "aborted", "operator", now=0.0, serial=9, withdrawn={})
