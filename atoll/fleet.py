@@ -67,6 +67,10 @@ def run_fleet(
     world = generated_world(scenario, only={number for number in range(devices) if number % count == index})
     mine = [d for d in world.devices if d.index % count == index and d.device_id not in left_out]
     watch = ObservedUpdates(data.child("observed")).write if observe else None
+    if observe:
+        print(
+            f"fleet: --observe: raw updates of these simulated devices are kept in {data.path / 'observed'}", flush=True
+        )
     run_process(_fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port), f"fleet-{index}")
 
 
