@@ -45,7 +45,7 @@ def _group(name: str, text: str) -> typer.Typer:
 
 rollout = _group("rollout", "Send a published version out to the fleet in stages, watch it, stop it.")
 round_ = _group("round", "Let the fleet learn: federated rounds that no server can read.")
-device = _group("device", "Run one device, as a device team would embed it.")
+device = _group("device", "Run one device, as a device team would embed it; revoke a lost one.")
 gateway = _group("gateway", "Run the program of one region.")
 coordinator = _group("coordinator", "Run the program in the middle.")
 aggregator = _group("aggregator", "Run one of the three aggregators of a federated round.")
@@ -243,6 +243,22 @@ def round_status(
     from atoll.operate import show_rounds
 
     show_rounds(data, round_id, contact_s=contact, as_json=json)
+
+
+@device.command("revoke")
+def device_revoke(
+    name: Annotated[str, typer.Argument(help="The device's or gateway's name.")],
+    data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
+    json: JsonOption = False,
+) -> None:
+    """End a lost or hostile device's certificate: no keys, no reports, no rounds from now on.
+
+    Example: atoll device revoke pos-0002
+    """
+    from atoll.operate import revoke_identity
+
+    revoke_identity(data, name, contact_s=contact, as_json=json)
 
 
 @device.command("run")

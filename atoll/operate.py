@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def abort_rollout(data: Path, name: str, *, contact_s: float, as_json: bool) -> 
     """Send every device back to the stable version."""
     found = operator(data, contact_s).post(f"/v1/rollouts/{name}/abort", {"reason": "aborted by an operator"})
     show(found, _rollout_text(found), as_json=as_json)
+
+
+def revoke_identity(data: Path, name: str, *, contact_s: float, as_json: bool) -> None:
+    """End the certificate of a device or gateway."""
+    operator(data, contact_s).post(f"/v1/identities/{urllib.parse.quote(name, safe='')}/revoke")
+    show(
+        {"revoked": name},
+        f"{name}: its certificate was revoked; it gets no more keys and counts no more",
+        as_json=as_json,
+    )
 
 
 def run_round(

@@ -10,7 +10,17 @@ import typer
 
 from atoll.cli import app
 
-EXAMPLES = ("demo", "up", "publish", "rollout apply", "rollout abort", "round run", "device run", "fleet run")
+EXAMPLES = (
+    "demo",
+    "up",
+    "publish",
+    "rollout apply",
+    "rollout abort",
+    "round run",
+    "device run",
+    "device revoke",
+    "fleet run",
+)
 
 
 def commands(group: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:

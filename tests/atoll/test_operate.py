@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from atoll.operate import run_round
+from atoll.operate import revoke_identity, run_round
 from atoll.settings import Broker, DataFolder, Endpoints
 
 OPENED = {"round_id": "fraud-1", "state": "ANNOUNCED", "chosen": [], "rejected": {}, "candidate": "", "reason": ""}
@@ -23,10 +23,12 @@ class Coordinator:
 
     def __init__(self) -> None:
         self.views: list[dict[str, Any]] = []
+        self.posted: list[str] = []
         owner = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                owner.posted.append(self.path)
                 self.rfile.read(int(self.headers["Content-Length"]))
                 self.answer(OPENED)
 
@@ -88,3 +90,11 @@ def test_a_round_that_fails_is_followed_to_its_end_and_fails_the_command(
     out, err = capsys.readouterr()
     assert "reason: quorum: expected 8, found 3" in out
     assert err.splitlines() == ["round fraud-1: collecting, 3 contributions", "round fraud-1: failed, 3 contributions"]
+
+
+def test_a_name_cannot_lead_to_another_route(
+    coordinator: Coordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    revoke_identity(tmp_path / "data", "pos-1/../x?y", contact_s=5.0, as_json=False)
+    assert coordinator.posted == ["/v1/identities/pos-1%2F..%2Fx%3Fy/revoke"]
+    assert "its certificate was revoked" in capsys.readouterr().out
