@@ -58,6 +58,8 @@ POLL_IDLE_S = 1.0
 """A node that had no command for `BUSY_S` seconds polls this often: each poll costs the SuperLink about 10 ms."""
 BUSY_S = 20.0
 SERVER_POLL_WAIT_S = 2.0
+AFTER_FAILURE_S = 3.0
+"""How long the other nodes may still take when one has failed: long enough for their reasons to be heard."""
 REQUEST_TIMEOUT_S = 10.0
 NODE_LIFE_S = 10.0
 """Flower's shortest heartbeat interval; it counts a node as gone after twice this."""
@@ -642,10 +644,17 @@ class _Coordinator:
 class CommandCarrier:
     """The ServerApp's loop, on Flower's Grid: one message per node and command, its own polling, its own deadline."""
 
-    def __init__(self, grid: Any, coordinator: _Coordinator, poll_s: float = POLL_S / 2) -> None:
+    def __init__(
+        self,
+        grid: Any,
+        coordinator: _Coordinator,
+        poll_s: float = POLL_S / 2,
+        after_failure_s: float = AFTER_FAILURE_S,
+    ) -> None:
         self._grid = grid
         self._coordinator = coordinator
         self._poll_s = poll_s
+        self._after_failure_s = after_failure_s
 
     def run(self) -> None:
         """Carry commands until the process ends. A coordinator that is away is asked again with backoff."""
@@ -662,9 +671,13 @@ class CommandCarrier:
                 pause_s = min(2.0, pause_s * 2)
 
     def carry(self, command: Any) -> None:
-        """Send one command, collect the answers until its deadline, deliver them."""
+        """Send one command, collect the answers until its deadline, deliver them.
+
+        One node that fails fails the command, so the others are waited for only a little longer: the next attempt is
+        what helps, and it should not wait for a node that died with this one in hand.
+        """
         command_id, nodes, payload, left_s = read_command(command)
-        deadline = time.monotonic() + left_s - REPLY_MARGIN_S
+        ends = deadline = time.monotonic() + left_s - REPLY_MARGIN_S
         replies: dict[str, bytes] = {}
         failures: dict[str, str] = {}
         sent: dict[str, tuple[str, str]] = {}  # node name: message id, the activation it was sent to
@@ -682,12 +695,14 @@ class CommandCarrier:
                         return
                 report_at = now + 1.0
             self._collect(sent, replies, failures)
+            if failures and deadline == ends:
+                deadline = min(ends, time.monotonic() + self._after_failure_s)
             if len(replies) + len(failures) < len(nodes):
                 time.sleep(self._poll_s)
         for node in nodes:
             if node not in replies and node not in failures:
                 failures[node] = "did not answer in time" if node in sent else "is not online"
-        self._deliver(write_reply(command_id, replies, failures), deadline + REPLY_MARGIN_S)
+        self._deliver(write_reply(command_id, replies, failures), ends + REPLY_MARGIN_S)
 
     def _send(
         self,

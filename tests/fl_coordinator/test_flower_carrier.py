@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import time
 from typing import Any
 
 import pytest
@@ -48,6 +49,23 @@ def test_one_message_per_named_node_and_one_delivery() -> None:
     assert [body.get("progress") for body in coordinator.bodies] == [True, None]
     assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}, "b": {"from": "b"}}
     assert coordinator.bodies[-1]["failures"] == {}
+
+
+def test_a_node_that_failed_ends_the_wait_for_one_that_died() -> None:
+    grid = FakeGrid(
+        [
+            FakeNode("failing", 1, lambda command_id, payload: {"id": command_id, "error": "Unavailable: peer b"}),
+            FakeNode("dead", 2, lambda command_id, payload: None),
+        ]
+    )
+    coordinator = FakeCoordinator()
+    started = time.monotonic()
+    CommandCarrier(grid, coordinator, 0.01, after_failure_s=0.1).carry(  # type: ignore[arg-type]
+        command(["failing", "dead"], deadline_s=30.0)
+    )
+    assert time.monotonic() - started < 10.0
+    failures = coordinator.bodies[-1]["failures"]
+    assert failures == {"failing": "Unavailable: peer b", "dead": "did not answer in time"}
 
 
 def test_silent_absent_and_failing_nodes_are_told_apart() -> None:
