@@ -343,11 +343,12 @@ def gauntlet(rng: random.Random) -> list[Kill]:
 
 
 def survive(folder: Path, kills: Sequence[Kill], *, deadline_s: float = DEADLINE_S, **options: Any) -> Outcome:
-    """Run a demo with these deaths in it, to its end or to the deadline. `options` are those of `Demo`."""
-    with demo(folder, **options) as running:
+    """Run a demo with these deaths in it, to its end or to the deadline; its folder and logs stay in `folder`.
+    `options` are those of `Demo`."""
+    with demo(folder, options=("--keep",), **options) as running:
         killed = []
         for kill in kills:
-            if not running.wait_for(kill.at, deadline_s):
+            if not running.wait_for(kill.at, running.started + deadline_s - time.monotonic()):
                 break
             time.sleep(kill.after)
             pid = running.find(kill.victim)
@@ -366,7 +367,7 @@ def survive(folder: Path, kills: Sequence[Kill], *, deadline_s: float = DEADLINE
             report=json.loads(path.read_text()) if path.exists() else {},
             output="\n".join(line for _, line in running.lines),
             killed=killed,
-            leftovers=running.leftovers(),
+            leftovers=[what for what in running.leftovers() if not what.startswith("folder ")],
         )
 
 
