@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from atoll.control_client import ControlClient, answered
 from atoll.demo_absence import AbsentDevice
-from atoll.platform import COORDINATOR, atoll_argv, gateway_name
+from atoll.platform import COORDINATOR, READY_SECONDS, atoll_argv, gateway_name
 from atoll.processes import ProcessEvent, Program, Supervisor, port_answers
 from atoll.settings import MODEL, DataFolder, Endpoints, quiet_environment
 from device_sim import fraud_model
@@ -199,7 +199,15 @@ def _fleet_program(stage: Stage, index: int) -> Program:
     }
     argv = atoll_argv("fleet", "run", "--observe", *(str(part) for pair in options.items() for part in pair))
     log = stage.data.child("logs") / f"{name}.log"
-    return Program(name, argv, log, env=quiet_environment(), ready=port_answers(port), stop_seconds=10.0)
+    return Program(
+        name,
+        argv,
+        log,
+        env=quiet_environment(),
+        ready=port_answers(port),
+        ready_seconds=READY_SECONDS,
+        stop_seconds=10.0,
+    )
 
 
 def _write_held_out(stage: Stage) -> None:

@@ -37,6 +37,8 @@ BROKER = "broker"
 BROKER_METRICS = "broker metrics"
 SUPERLINK = "superlink"
 CERTIFICATE_DAYS = 400
+READY_SECONDS = 90.0
+"""A dozen processes that start together on two busy cores take their time; one that ends is noticed at once."""
 ANCHORS = "anchors.cbor"
 
 
@@ -190,6 +192,7 @@ def _program(data: DataFolder, name: str, command: Sequence[str], url: str) -> P
         data.child("logs") / f"{name}.log",
         env=quiet_environment(),
         ready=port_answers(port_of(url)),
+        ready_seconds=READY_SECONDS,
         stop_seconds=10.0,
         restarts_per_minute_max=8,
     )
