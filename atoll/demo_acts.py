@@ -82,10 +82,12 @@ class Deaths:
         return 0.0 if self._missing else self._clock() - self._changed
 
     def told(self, within_s: float = 90.0) -> str:
-        """Who died lately, in words; "" when nobody did."""
+        """Who died lately, the last one first, in words; "" when nobody did."""
         ages = {name: (self._clock() - at, why) for name, (at, why) in self._last.items()}
         return ", ".join(
-            f"{name} died {age:.0f} s before: {why}" for name, (age, why) in ages.items() if age < within_s
+            f"{name} died {age:.0f} s before: {why}"
+            for name, (age, why) in sorted(ages.items(), key=lambda item: item[1][0])
+            if age < within_s
         )
 
 
