@@ -37,8 +37,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
     """The data folder of a platform that is not running."""
-    first = free_run(3)
-    ports = iter(range(first, first + 3))
+    first = free_run(4)
+    ports = iter(range(first, first + 4))
     folder = DataFolder.open(tmp_path / "data", create=True)
     prepare(folder, Layout(regions=("eu-west",), broker="embedded"), lambda what: next(ports))
     return folder.path
@@ -170,7 +170,7 @@ def test_a_platform_that_is_away_is_tried_and_then_said(run, stopped: Path, tmp_
 def test_a_full_disk_under_a_new_platform(tmp_path: Path, bytes_left: int) -> None:
     """RLIMIT_FSIZE is the kernel's own refusal of a write; Python gets it as an OSError as from a full disk."""
     done = subprocess.run(
-        [sys.executable, "-m", "atoll", "up", "--data", str(tmp_path / "d"), "--port", str(free_run(3))],
+        [sys.executable, "-m", "atoll", "up", "--data", str(tmp_path / "d"), "--port", str(free_run(4))],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left)),
         capture_output=True,
         text=True,
@@ -199,7 +199,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_under_a_running_platform(run, small_disk: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     large = tmp_path / "large.onnx"
     large.write_bytes(write_gemm(tmp_path / "m.onnx").read_bytes())
-    with platform(small_disk / "data", port=free_run(3)) as running:
+    with platform(small_disk / "data", port=free_run(4)) as running:
         (small_disk / "ballast").write_bytes(b"x" * 1_000)
         free = os.statvfs(small_disk)
         (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - 8_192))
@@ -211,7 +211,7 @@ def test_a_full_disk_under_a_running_platform(run, small_disk: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with platform(tmp_path_factory.mktemp("bad") / "data", port=free_run(3)) as found:
+    with platform(tmp_path_factory.mktemp("bad") / "data", port=free_run(4)) as found:
         yield found
 
 

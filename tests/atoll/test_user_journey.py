@@ -41,7 +41,7 @@ def decisions(printed: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize("broker", BROKERS)
 def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
     data = tmp_path / "data"
-    with platform(data, broker, port=free_run(3)) as first:
+    with platform(data, broker, port=free_run(4)) as first:
         version = answer(data, "publish", str(write_mlp(tmp_path / "m.onnx", 1)), "--name", "first")["manifest"]
         begun = answer(data, "rollout", "apply", str(write_rollout(tmp_path / "one.yaml", "one")))
         assert begun["target"] == version
@@ -90,7 +90,7 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
 @pytest.mark.slow
 def test_any_process_may_die_while_a_device_decides(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    with platform(data, "embedded", port=free_run(3)) as running:
+    with platform(data, "embedded", port=free_run(4)) as running:
         version = answer(data, "publish", str(write_gemm(tmp_path / "own.onnx")))["manifest"]
         answer(data, "rollout", "apply", str(write_rollout(tmp_path / "one.yaml", "one")))
         device = subprocess.Popen(
