@@ -1,16 +1,24 @@
 """BSDIFF40 patches: write them, and apply them from a sender that is not believed. The only importer of bsdiff4.
 
 The format is Colin Percival's bsdiff 4 (Naive differences of executable code, 2003): magic, three lengths, then
-bz2-compressed control triples, differences and extra bytes; stock `bspatch` applies what is written here. Applying
-checks the header before anything is allocated, unpacks each stream to at most what the header and the caller allow, and
+bz2-compressed control triples, differences and extra bytes; stock `bspatch` applies what is written here.
+
+bsdiff's search wants runs of equal bytes to align two files by. When training moved most weights by a step, there are
+few, and its patch grows to the size of the file; yet two versions of equal length hold the same tensors in the same
+places. So a second patch with one control triple, old and new byte by byte, is written too, and the smaller one taken.
+
+Applying checks the header before anything is allocated, unpacks each stream to at most what the header and the caller allow, and
 checks every control triple against the three streams and the old file before a byte is written.
 """
 
 from __future__ import annotations
 
 import bz2
+import io
+import struct
 
 import bsdiff4
+import bsdiff4.format
 import numpy as np
 
 from model_delta.errors import Malformed
@@ -22,7 +30,19 @@ _TRIPLE_BYTES = 24
 
 def make_patch(old: bytes, new: bytes) -> bytes:
     """A BSDIFF40 patch that turns `old` into `new`. Takes about 17 times the old file's size in memory."""
-    return bytes(bsdiff4.diff(old, new))
+    searched = bytes(bsdiff4.diff(old, new))
+    if not new or len(old) != len(new):
+        return searched
+    return min(searched, _aligned_patch(old, new), key=len)
+
+
+def _aligned_patch(old: bytes, new: bytes) -> bytes:
+    """The patch of one control triple: all bytes differ from those in the same place."""
+    difference = np.frombuffer(new, np.uint8) - np.frombuffer(old, np.uint8)
+    written = io.BytesIO()
+    control = struct.pack("<qqq", len(new), 0, 0)
+    bsdiff4.format.write_patch(written, len(new), control, difference.tobytes(), b"")
+    return written.getvalue()
 
 
 def apply_patch(old: bytes, patch: bytes, size_max: int) -> bytes:
