@@ -23,7 +23,8 @@ from rich.status import Status
 
 from atoll.control_client import ControlClient
 from atoll.coordinator import prepare_flower, superlink_place
-from atoll.demo_acts import ACTS, Stage
+from atoll.demo_acts import ACTS
+from atoll.demo_stage import Stage
 from atoll.endings import Endings
 from atoll.platform import Layout, prepare, programs
 from atoll.processes import ProcessEvent, Supervisor, held_ports

@@ -1,6 +1,7 @@
 """What the demo makes of deaths in the middle of an act."""
 
-from atoll.demo_acts import Deaths, increase
+from atoll.demo_regions import increase
+from atoll.demo_stage import Deaths
 from atoll.processes import ProcessEvent
 
 
