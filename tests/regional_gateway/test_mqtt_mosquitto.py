@@ -96,4 +96,5 @@ def test_a_real_one_starts_from_a_folder_with_a_space(tmp_path: Path) -> None:
         assert client.publish("atoll/1/cfg/acme/plan/fraud", b"plan", retain=True) == 0
     assert broker.stop() == 0
     assert {"sessions.db", "acl", "mosquitto.conf"} <= {path.name for path in (tmp_path / "my data").iterdir()}
-    assert "Error" not in broker.log.read_text()
+    said = [line for line in broker.log.read_text().splitlines() if "unexpected eof" not in line]  # a client that left
+    assert not any("Error" in line for line in said)
