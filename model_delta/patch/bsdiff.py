@@ -7,8 +7,8 @@ bsdiff's search wants runs of equal bytes to align two files by. When training m
 few, and its patch grows to the size of the file; yet two versions of equal length hold the same tensors in the same
 places. So a second patch with one control triple, old and new byte by byte, is written too, and the smaller one taken.
 
-Applying checks the header before anything is allocated, unpacks each stream to at most what the header and the caller allow, and
-checks every control triple against the three streams and the old file before a byte is written.
+Applying checks the header before anything is allocated, unpacks each stream to at most what the header and the caller
+allow, and checks every control triple against the three streams and the old file before a byte is written.
 """
 
 from __future__ import annotations
