@@ -36,7 +36,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from fl_coordinator.coordinator import Coordinator, Enrolment
+from fl_coordinator.coordinator import Coordinator
+from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.ledger import AggregatorRecord, ReleaseRecord
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import Round, RoundSpec

@@ -17,7 +17,7 @@ like afterwards: the state's command is done again, so each command is idempoten
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -202,3 +202,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     def live(self) -> bool:
         """Whether there is still something to do."""
         return self.at not in ENDED
+
+
+def newest_of(every: Sequence[Round], model: str) -> Round | None:
+    """The round of `model` that was announced last, of rounds in the order of their announcement."""
+    return next((found for found in reversed(every) if found.task.model == model), None)

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fl_coordinator.coordinator import Coordinator, Enrolment
+from fl_coordinator.coordinator import Coordinator
+from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.promotion import Evaluate

@@ -5,7 +5,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_coordinator.coordinator import Enrolment
+from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.publishing import Publisher
 from model_delta import topics
 from model_delta.encoding import pack

@@ -1,0 +1,165 @@
+"""How contributions come in: verify, admit, append and flush, record; only then is there a receipt.
+
+A crash at any point costs a device at most a repetition. What a contribution claims is looked at only after its
+signature and certificate hold; every reason to refuse, in order, is in `admission`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, refuse
+from fl_coordinator.inbox import Inbox
+from fl_coordinator.ledger import AdmittedContribution, Ledger
+from fl_coordinator.ports import Clock, Link, UpdatesLog
+from fl_coordinator.rounds import Round, State, newest_of
+from fl_coordinator.shares.contribution import CONTRIBUTIONS_MAX, Claim, mismatch, parse, size_max, verify
+from model_delta import topics
+from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack
+from model_delta.errors import Expired, Malformed, NotFound, SignatureInvalid, Unavailable, Untrusted
+from model_delta.keys.certificates import serial_of
+from model_delta.keys.keyring import Keyring
+from monitoring.metrics import Metrics
+
+CONTRIBUTION_QUEUE_MAX = 128
+CONTRIBUTION_BYTES_MAX = 64 << 20
+BATCH_MAX = 16
+
+_log = logging.getLogger("atoll.coordinator")
+
+
+class Intake:
+    """The inbox of contributions and its way into the updates log. For one event loop.
+
+    `admitting` is held while a batch is written, so that a freeze does not cut through it; `admitted` is notified after
+    each batch, and by whoever wants a waiting round to look again.
+    """
+
+    def __init__(
+        self, *, ledger: Ledger, log: UpdatesLog, keyring: Keyring, link: Link, metrics: Metrics, clock: Clock
+    ) -> None:
+        self.inbox = Inbox(
+            messages_max=CONTRIBUTION_QUEUE_MAX,
+            per_device_max=2,
+            message_bytes_max=CONTRIBUTION_BYTES_MAX,
+            bytes_max=256 << 20,
+        )
+        self.admitting = asyncio.Lock()
+        self.admitted = asyncio.Condition()
+        self._ledger = ledger
+        self._log = log
+        self._keyring = keyring
+        self._link = link
+        self._clock = clock
+        self._count_refused = metrics.counter("contributions_refused", "Refused contributions.", ("reason",))
+        self._count_admitted = metrics.counter("contributions_admitted", "Admitted contributions.")
+
+    async def take(self) -> None:
+        batch = [await self.inbox.get()]
+        while len(batch) < BATCH_MAX and not self.inbox.empty():
+            batch.append(self.inbox.get_nowait())
+        async with self.admitting:
+            receipts = await asyncio.to_thread(self._admit, batch)
+        async with self.admitted:
+            self.admitted.notify_all()
+        for device_id, receipt in receipts:
+            with contextlib.suppress(Unavailable):
+                await self._link.publish(topics.down(device_id, "receipt"), pack(receipt))
+
+    def _admit(self, batch: Sequence[tuple[str, bytes]]) -> list[tuple[str, topics.ContributionReceipt]]:
+        """Verify, ask every question, append with one flush, record; only then are there receipts.
+
+        A crash between the log and the ledger leaves records in the log that nothing names; their devices have no
+        receipt and send again.
+        """
+        now = self._clock()
+        receipts: list[tuple[str, topics.ContributionReceipt]] = []
+        fresh: dict[str, list[tuple[Offered, bytes]]] = {}
+        for topic, data in batch:
+            device_id = topics.device_of(topic)
+            offered, round_ = self._offered(device_id, data, now)
+            if round_ is not None:
+                pending = {entry.device_id: entry.digest for entry, _ in fresh.get(round_.round_id, [])}
+                round_ = msgspec.structs.replace(round_, admitted={**pending, **round_.admitted})
+            refusal = refuse(offered, round_, now)
+            if refusal is not None:
+                receipts.append((device_id, self._refused(offered, refusal)))
+                continue
+            if round_ is not None and not already_in(offered, round_):
+                fresh.setdefault(round_.round_id, []).append((offered, data))
+            receipts.append((device_id, topics.ContributionReceipt(offered.round_id, True)))
+        for round_id, entries in fresh.items():
+            offsets = self._log.append([data for _, data in entries])
+            self._ledger.admit(
+                round_id,
+                [
+                    AdmittedContribution(offered.device_id, offered.digest, offset, len(data), now)
+                    for (offered, data), offset in zip(entries, offsets, strict=True)
+                ],
+            )
+            self._count_admitted.add(len(entries))
+        return receipts
+
+    def _refused(self, offered: Offered, refusal: Refusal) -> topics.ContributionReceipt:
+        self._count_refused.add(1, refusal.reason)
+        with contextlib.suppress(NotFound):
+            self._ledger.round(offered.round_id)
+            self._ledger.count_refusal(offered.round_id, refusal.reason)
+        _log.info("contribution of %s refused: %s: %s", offered.device_id, refusal.reason, refusal.text)
+        return topics.ContributionReceipt(offered.round_id, False, f"{refusal.reason}: {refusal.text}"[:500])
+
+    def _offered(self, device_id: str, data: bytes, now: float) -> tuple[Offered, OpenRound | None]:
+        """What the bytes turn out to be, and the round that they claim to be for."""
+        digest = digest_of(data)
+        try:
+            claim = unpack(parse(data).claim, Claim)
+            newest = newest_of([unpack(packed, Round) for packed in self._ledger.rounds()], claim.model)
+            if newest is not None and len(data) > size_max(newest.task):
+                raise Malformed(f"expected at most {size_max(newest.task)} bytes, found {len(data)}")
+        except Malformed as error:
+            return Offered(device_id=device_id, digest=digest, flaw="malformed", flaw_text=str(error)), None
+        claimed = Offered(
+            device_id=device_id, digest=digest, round_id=claim.round_id, base=claim.base, length=claim.length
+        )
+        round_ = None
+        if newest is not None:
+            entries = self._ledger.contributions(newest.round_id)
+            round_ = OpenRound(
+                round_id=newest.round_id,
+                base=newest.task.base,
+                length=newest.task.length,
+                collecting=newest.at in (State.ANNOUNCED, State.COLLECTING),
+                deadline=float(newest.task.deadline),
+                contributions_max=newest.spec.contributions_max or CONTRIBUTIONS_MAX,
+                admitted={entry.device_id: entry.digest for entry in entries},
+            )
+        try:
+            record = self._ledger.device(device_id)
+            revoked = self._keyring.revoked()
+            if serial_of(claim.certificate) in revoked:
+                return _flawed(claimed, "revoked certificate", f"certificate of {device_id}: revoked"), round_
+            verified = verify(data, self._keyring.ca_pem(), revoked, now)
+            if verified.device_id != device_id or record.kind != "device":
+                text = f"sent on the line of {device_id}, signed by {verified.device_id}"
+                return _flawed(claimed, "unknown certificate", text), round_
+        except SignatureInvalid as error:
+            return _flawed(claimed, "bad signature", str(error)), round_
+        except Expired as error:
+            return _flawed(claimed, "expired certificate", str(error)), round_
+        except (NotFound, Untrusted) as error:
+            return _flawed(claimed, "unknown certificate", str(error)), round_
+        except Malformed as error:
+            return _flawed(claimed, "malformed", str(error)), round_
+        if newest is not None and claim.round_id == newest.round_id:
+            claimed = msgspec.structs.replace(claimed, mismatch=mismatch(verified, newest.task))
+        return claimed, round_
+
+
+def _flawed(offered: Offered, flaw: str, text: str) -> Offered:
+    return msgspec.structs.replace(offered, flaw=flaw, flaw_text=text)

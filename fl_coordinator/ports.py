@@ -1,0 +1,48 @@
+"""What the coordinator needs from outside: a line to the broker, a way to the aggregators, the updates log, the time.
+
+`atoll` hands in the objects; tests hand in fakes that behave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+Clock = Callable[[], float]
+"""Unix seconds."""
+
+Note = Callable[[str, str], None]
+"""note(kind, text): a line in the history that the page shows; kind is `info`, `alert` or `act`. Blocking."""
+
+
+class Link(Protocol):
+    """The line to the broker; see `edge_runtime.link`."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker can be reached now."""
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Returns after the broker's acknowledgement; raises Unavailable after its own deadline."""
+
+    def subscribe(self, topic_filter: str, handler: Callable[[str, bytes], None]) -> None:
+        """`handler(topic, payload)` runs in the event loop; renewed on every reconnect."""
+
+
+class Bridge(Protocol):
+    """How commands reach the aggregators; see `flower_bridge`."""
+
+    async def command(
+        self, payload: Mapping[str, Any], nodes: Sequence[str], deadline_s: float
+    ) -> dict[str, dict[str, Any]]:
+        """Every node's answer by name. Raises Unavailable naming the nodes that did not answer."""
+
+
+class UpdatesLog(Protocol):
+    """See `updates_log`."""
+
+    def append(self, records: Sequence[bytes]) -> list[int]:
+        """Make records durable; their offsets."""
+
+    def read(self, offset: int) -> bytes:
+        """The record at an offset."""

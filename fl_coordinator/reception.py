@@ -1,0 +1,172 @@
+"""What devices say, but for contributions: reports, greetings and requests for keys.
+
+    reports       -> fold (one transaction for many) -> acknowledge
+    greetings     -> what the device runs, and that it is awake
+    key requests  -> verify the device's signature -> seal the artifact key to the device
+
+Handlers of the link only put messages into bounded inboxes. A report is acknowledged after the ledger has it; whatever
+is lost on the way, devices send again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from fl_coordinator.inbox import Inbox
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.ports import Clock, Link
+from fl_coordinator.publishing import Publisher
+from model_delta import topics
+from model_delta.encoding import pack, unpack
+from model_delta.errors import AtollError, Malformed, Unavailable, Untrusted
+from model_delta.keys.certificates import device_keys_of
+from model_delta.keys.encryption import seal_to
+from model_delta.keys.keyring import Keyring
+from model_delta.trust.signing import key_id, open_envelope
+from model_delta.trust.signing import verify as verify_envelope
+from monitoring.collector import REPORT_BYTES_MAX, LiveWindow, require_plausible
+from monitoring.metrics import Metrics
+from monitoring.telemetry import Report
+
+QUEUE_MAX = 4_096
+REQUEST_BYTES_MAX = 16_384
+BATCH_MAX = 256
+
+_log = logging.getLogger("atoll.coordinator")
+
+
+class Reception:
+    """Two inboxes and what is done with each message. For one event loop; blocking work runs in threads.
+
+    `window` has the last seconds' figures, `decided` the decisions of each device since its enrolment.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        keyring: Keyring,
+        link: Link,
+        publisher: Publisher,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self.window = LiveWindow()
+        self.decided: Counter[str] = Counter()
+        self.reports = Inbox(
+            messages_max=QUEUE_MAX, per_device_max=32, message_bytes_max=REPORT_BYTES_MAX, bytes_max=64 << 20
+        )
+        self.requests = Inbox(
+            messages_max=QUEUE_MAX, per_device_max=64, message_bytes_max=REQUEST_BYTES_MAX, bytes_max=16 << 20
+        )
+        self._ledger = ledger
+        self._keyring = keyring
+        self._link = link
+        self._publisher = publisher
+        self._clock = clock
+        self._count_reports = metrics.counter("reports", "Reports folded, by verdict.", ("verdict",))
+        self._count_keys = metrics.counter("key_requests", "Key requests, by answer.", ("answer",))
+
+    def recall(self) -> None:
+        """Take up the devices' decisions from the ledger, once, at the start. Blocking."""
+        for row in self._ledger.summaries():
+            self.decided[row.device_id] += row.summary.decisions
+
+    async def fold_reports(self) -> None:
+        batch = [await self.reports.get()]
+        while len(batch) < BATCH_MAX and not self.reports.empty():
+            batch.append(self.reports.get_nowait())
+        reports = []
+        for topic, data in batch:
+            try:
+                report = unpack(data, Report)
+                if report.device_id != topics.device_of(topic):
+                    raise Malformed(f"report on {topic}: names {report.device_id[:64]!r}")
+                require_plausible(report)
+                reports.append(report)
+            except Malformed as error:
+                self._count_reports.add(1, "malformed")
+                _log.warning("%s", error)
+        if not reports:
+            return
+        now = self._clock()
+        folded = await asyncio.to_thread(self._fold, reports, now)
+        for report, verdict, sequence in folded:
+            self._count_reports.add(1, verdict)
+            if verdict in ("new", "gap"):
+                self.window.add(now, report.summaries)
+                self.decided[report.device_id] += sum(summary.decisions for summary in report.summaries)
+            ack = topics.ReportAck(report.epoch, sequence)
+            # A lost acknowledgement is repeated when the device repeats the report.
+            with contextlib.suppress(Unavailable):
+                await self._link.publish(topics.down(report.device_id, "ack"), pack(ack))
+
+    def _fold(self, reports: Sequence[Report], now: float) -> list[tuple[Report, str, int]]:
+        plans = [self._ledger.plan(model) for model in self._ledger.planned_models()]
+        newest = max((plan[0] for plan in plans if plan is not None), default=0)
+        known = self._valid_devices()
+        enrolled = [report for report in reports if report.device_id in known]
+        for report in reports:
+            if report.device_id not in known:
+                _log.warning("report of %s: not enrolled here, or revoked; not folded", report.device_id)
+        folded = self._ledger.fold(enrolled, now, newest)
+        return [(report, fold.kind, sequence) for report, fold, sequence in folded]
+
+    def _valid_devices(self) -> set[str]:
+        """Everybody enrolled whose certificate is not revoked."""
+        revoked = {str(serial) for serial in self._keyring.revoked()}
+        return {record.device_id for record in self._ledger.devices() if record.certificate_serial not in revoked}
+
+    async def answer_request(self) -> None:
+        topic, data = await self.requests.get()
+        device_id = topics.device_of(topic)
+        if topic.endswith("/hello"):
+            try:
+                await asyncio.to_thread(self._hear, device_id, data)
+            except (Malformed, Untrusted) as error:  # one bad hello must not hold up the requests behind it
+                _log.warning("%s", error)
+            return
+        response = await asyncio.to_thread(self._key_response, device_id, data)
+        self._count_keys.add(1, "refused" if response.error else "sealed")
+        with contextlib.suppress(Unavailable):
+            await self._link.publish(topics.down(device_id, "key"), pack(response))
+
+    def _hear(self, device_id: str, data: bytes) -> None:
+        hello = unpack(data, dict[str, Any])
+        if hello.get("device_id") != device_id:
+            raise Malformed(f"hello of {device_id}: names {str(hello.get('device_id'))[:64]!r}")
+        if device_id not in self._valid_devices():
+            raise Untrusted(f"hello of {device_id}: not enrolled here, or revoked")
+        running, state = str(hello.get("running", ""))[:64], str(hello.get("state", ""))[:32]
+        self._ledger.heard(device_id, self._clock(), running=running, state=state)
+
+    def _key_response(self, device_id: str, data: bytes) -> topics.KeyResponse:
+        """The answer to a key request. Its `time` is not checked: whoever repeats a request causes only that the same
+        key is sealed to the same device once more, and a device back after months may have a wrong clock."""
+        number = 0
+        try:
+            envelope = open_envelope(data)
+            number = unpack(envelope.payload, topics.KeyRequest).request  # so that a refusal reaches whoever asked
+            record = self._ledger.device(device_id)
+            name, verifying, sealing = device_keys_of(
+                record.certificate, self._keyring.ca_pem(), self._clock(), self._keyring.revoked()
+            )
+            payload = verify_envelope(envelope, "key-request", {key_id(verifying): verifying})
+            request = unpack(payload, topics.KeyRequest)
+            if request.device_id != device_id or name != device_id:
+                raise Untrusted(f"key request on the line of {device_id}: names {request.device_id[:64]!r}")
+            release = self._ledger.release(request.manifest)
+            reason = self._ledger.withdrawn(release.model).get(request.manifest)
+            if reason is not None:
+                raise Untrusted(f"version {request.manifest[:16]}…: withdrawn ({reason})")
+            key = self._publisher.key(request.manifest)
+            sealed = seal_to(sealing, key, topics.artifact_key_info(device_id, request.manifest))
+            return topics.KeyResponse(number, sealed)
+        except AtollError as error:
+            _log.warning("key request of %s refused: %s", device_id, error)
+            return topics.KeyResponse(number, error=str(error)[:500])
