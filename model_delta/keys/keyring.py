@@ -30,12 +30,14 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
 from model_delta.keys.certificates import make_authority, make_leaf, require_identity
-from model_delta.trust.signing import Envelope, public_bytes
+from model_delta.trust.signing import Envelope, key_id, public_bytes
 from model_delta.trust.signing import sign as sign_envelope
 from model_delta.trust.updater import RoleKeys, TrustAnchors
 
 FORMAT = 1
 ROLES = ("release", "plan", "round", "baseline")
+SIGNED_BYTES_MAX = 8 << 20
+"""What `sign_bytes` takes: far above any metadata file, far below what a key service accepts in one request."""
 
 
 class Keyring(Protocol):
@@ -53,6 +55,13 @@ class Keyring(Protocol):
 
     def sign(self, role: str, kind: str, payload: bytes) -> Envelope:
         """Sign `payload` as a `kind` with the keys of `role`. Raises NotFound for a role without keys."""
+
+    def sign_bytes(self, role: str, data: bytes) -> tuple[str, bytes]:
+        """Sign exactly `data`, at most SIGNED_BYTES_MAX, with the newest key of `role`: (key id, Ed25519 signature of
+        64 bytes). For forms that bring their own framing, such as TUF metadata. Raises NotFound, Malformed."""
+
+    def public_key(self, role: str) -> bytes:
+        """DER SubjectPublicKeyInfo of the key by which `sign_bytes` signs now. Raises NotFound."""
 
     def anchors(self) -> TrustAnchors:
         """The public half: what devices are provisioned with."""
@@ -160,10 +169,18 @@ class EmbeddedKeyring:
 
     def sign(self, role: str, kind: str, payload: bytes) -> Envelope:
         """Sign with every key of `role`. Raises NotFound for a role without keys."""
-        keys = self._roles.get(role)
-        if not keys:
-            raise NotFound(f"role {role!r}: this keyring has keys for {', '.join(sorted(self._roles))}")
-        return sign_envelope(kind, payload, keys)
+        return sign_envelope(kind, payload, self._keys_of(role))
+
+    def sign_bytes(self, role: str, data: bytes) -> tuple[str, bytes]:
+        """Sign exactly `data` with the newest key of `role`: (key id, Ed25519 signature). Raises NotFound, Malformed."""
+        if len(data) > SIGNED_BYTES_MAX:
+            raise Malformed(f"role {role!r}: expected at most {SIGNED_BYTES_MAX} bytes to sign, found {len(data)}")
+        key = self._keys_of(role)[-1]
+        return key_id(key.public_key()), key.sign(data)
+
+    def public_key(self, role: str) -> bytes:
+        """DER SubjectPublicKeyInfo of the newest key of `role`. Raises NotFound."""
+        return public_bytes(self._keys_of(role)[-1].public_key())
 
     def anchors(self) -> TrustAnchors:
         """The public half: what devices are provisioned with."""
@@ -219,6 +236,12 @@ class EmbeddedKeyring:
     def revoked(self) -> frozenset[int]:
         """Serial numbers of revoked certificates."""
         return self._revoked
+
+    def _keys_of(self, role: str) -> tuple[ed25519.Ed25519PrivateKey, ...]:
+        keys = self._roles.get(role)
+        if not keys:
+            raise NotFound(f"role {role!r}: this keyring has keys for {', '.join(sorted(self._roles))}")
+        return keys
 
     def _wrapping(self, context: str) -> AESGCM:
         info = b"atoll wrap|" + context.encode()
