@@ -21,6 +21,11 @@ from model_delta.errors import Malformed
 from model_delta.manifest import StoredTensor
 
 CUT_BYTES = 65_536
+ALONE_BYTES = 65_536
+"""From this size on a tensor shares its segment with nothing: a fresh scale beside it must not mark it as changed."""
+SPLIT_BYTES = 1 << 20
+PART_BYTES = 256 << 10
+"""Tensors above SPLIT_BYTES are cut every PART_BYTES, so that little is fetched again for one spoilt byte."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 7, 5, 1, 2, 8, 9
 _NODE, _OP_TYPE = 1, 4
@@ -71,8 +76,10 @@ class _NotOnnx(ValueError):
 def cut(file: bytes, minimum: int = 4096) -> tuple[tuple[str, bytes], ...]:
     """The file's segments as (name, bytes); names are unique, and the bytes joined in order are the file.
 
-    A segment ends at a tensor's end as soon as it has `minimum` bytes, and is named after the largest tensor in it; the
-    bytes around the tensors are called `graph`. What is not ONNX is cut into 64 KiB parts. An empty file has none.
+    A tensor of ALONE_BYTES or more is a segment, and one above SPLIT_BYTES is several of PART_BYTES, called `tensor`,
+    `tensor#2`, ...; what stands before it does not change its digest. Everything else is put together: a segment then
+    ends at a tensor's end as soon as it has `minimum` bytes, and is named after the largest tensor in it; the bytes
+    around the tensors are called `graph`. What is not ONNX is cut into 64 KiB parts. An empty file has none.
     """
     try:
         tensors = tuple(_initializers(file))
@@ -143,15 +150,24 @@ def _merged(file: bytes, pieces: Sequence[tuple[str, int]], minimum: int) -> tup
     ranges: list[tuple[str, int, int]] = []
     start = position = largest = 0
     name = ""
+    alone = True  # whether the segment before must stay as it is
     for piece, end in pieces:
-        if end - position > largest or not name:
-            name, largest = piece, end - position
+        size = end - position
+        if piece != "graph" and size >= max(ALONE_BYTES, minimum):
+            if start < position:
+                ranges.append((name, start, position))
+            part = PART_BYTES if size > SPLIT_BYTES else size
+            ranges.extend((piece, at, min(at + part, end)) for at in range(position, end, part))
+            start, position, name, largest, alone = end, end, "", 0, True
+            continue
+        if size > largest or not name:
+            name, largest = piece, size
         position = end
         if end - start >= minimum:
             ranges.append((name, start, end))
-            start, name, largest = end, "", 0
+            start, name, largest, alone = end, "", 0, False
     if start < len(file):  # a short tail joins the segment before it
-        if ranges:
+        if not alone:
             name, start, _ = ranges.pop()
         ranges.append((name, start, len(file)))
     seen: dict[str, int] = {}

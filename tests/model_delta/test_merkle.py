@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model_delta import merkle
-from model_delta.errors import Malformed
+from model_delta.errors import DigestMismatch, Malformed
 
 LEAVES = [
     bytes.fromhex(text)
@@ -89,3 +90,85 @@ def test_an_index_outside_the_tree(index: int, size: int) -> None:
 def test_a_proof_of_malformed_digests_is_malformed() -> None:
     with pytest.raises(Malformed):
         merkle.verify_inclusion(ROOTS[1], LEAVES[0], 0, 2, ("zz",))
+
+
+# The walk from the roots down.
+
+
+@given(leaves)
+def test_a_tree_holds_every_level(entries: list[bytes]) -> None:
+    tree = merkle.Tree(entries)
+    assert tree.root == merkle.root(entries)
+    level = [merkle.Node(0, len(entries))]
+    while level:
+        for node, digest in zip(level, tree.digests(level), strict=True):
+            assert digest == merkle.root(entries[node.start : node.start + node.size])
+        level = [child for node in level if node.size > 1 for child in merkle.children(node)]
+
+
+class Remote:
+    """A tree at the other end of a link; counts trips and nodes."""
+
+    def __init__(self, entries: list[bytes]) -> None:
+        self.tree, self.trips, self.nodes = merkle.Tree(entries), 0, 0
+
+    def __call__(self, nodes: Sequence[merkle.Node]) -> tuple[str, ...]:
+        self.trips, self.nodes = self.trips + 1, self.nodes + len(nodes)
+        return self.tree.digests(nodes)
+
+
+@given(leaves, st.data())
+def test_the_walk_finds_exactly_what_differs(entries: list[bytes], data: st.DataObject) -> None:
+    changed = data.draw(st.sets(st.integers(0, len(entries) - 1)))
+    mine = [leaf + b"!" if index in changed else leaf for index, leaf in enumerate(entries)]
+    remote = Remote(entries)
+    assert merkle.differences(merkle.Tree(mine), remote.tree.root, remote) == tuple(sorted(changed))
+    depth = (len(entries) - 1).bit_length()
+    assert remote.trips <= depth
+    assert remote.nodes <= 2 * depth * len(changed)
+
+
+def test_the_walk_enters_only_what_differs() -> None:
+    entries = [b"%d" % index for index in range(1000)]
+    remote = Remote(entries)
+    mine = merkle.Tree([*entries[:700], b"other", *entries[701:]])
+    assert merkle.differences(mine, remote.tree.root, remote) == (700,)
+    assert (remote.trips, remote.nodes) == (10, 20)
+
+
+@given(leaves.filter(lambda entries: len(entries) > 1), st.data())
+def test_a_liar_is_recognised(entries: list[bytes], data: st.DataObject) -> None:
+    """Answers that are not under the believed root are refused, at whatever level they stand."""
+    honest, mine = merkle.Tree(entries), merkle.Tree([leaf + b"!" for leaf in entries])
+    lie_at = data.draw(st.integers(0, (len(entries) - 1).bit_length() - 1))
+    trips = 0
+
+    def ask(nodes: Sequence[merkle.Node]) -> tuple[str, ...]:
+        nonlocal trips
+        trips += 1
+        answers = list(honest.digests(nodes))
+        if trips - 1 == min(lie_at, 0 if len(entries) == 2 else lie_at):
+            answers[data.draw(st.integers(0, len(answers) - 1))] = hashlib.sha256(b"lie").hexdigest()
+        return tuple(answers)
+
+    try:
+        found = merkle.differences(mine, honest.root, ask)
+    except DigestMismatch as error:
+        assert "not under the root" in str(error)
+    else:
+        assert trips <= lie_at
+        assert found == tuple(range(len(entries)))
+
+
+@pytest.mark.parametrize("answers", [(), ("0" * 64,), ("0" * 64, "x"), ("0" * 64,) * 3])
+def test_answers_of_the_wrong_form_are_malformed(answers: tuple[str, ...]) -> None:
+    with pytest.raises(Malformed):
+        merkle.differences(merkle.Tree([b"a", b"b"]), merkle.root([b"a", b"c"]), lambda nodes: answers)
+
+
+def test_trees_of_other_shapes() -> None:
+    with pytest.raises(Malformed, match="no node over 2 leaves from 1"):
+        merkle.Tree([b"a", b"b", b"c"]).digests([merkle.Node(1, 2)])
+    with pytest.raises(Malformed, match="fetch the whole"):
+        merkle.differences(merkle.Tree([]), merkle.root([b"a"]), lambda nodes: ())
+    assert merkle.Tree([]).root == merkle.root([])

@@ -13,9 +13,20 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from model_delta import graphs
+from model_delta.digest import digest_of
+from model_delta.encoding import pack
 from model_delta.errors import Malformed
-from model_delta.manifest import StoredTensor
-from model_delta.segments import CUT_BYTES, cut, operators, read_tensor, stored_tensors
+from model_delta.manifest import Segment, StoredTensor
+from model_delta.segments import (
+    ALONE_BYTES,
+    CUT_BYTES,
+    PART_BYTES,
+    SPLIT_BYTES,
+    cut,
+    operators,
+    read_tensor,
+    stored_tensors,
+)
 from tests.model_delta.models import layers, model
 
 
@@ -64,6 +75,57 @@ def test_a_change_in_one_layer_changes_one_segment() -> None:
     changed[0, 0] += 1
     after = cut(model([weights[0], (changed, weights[1][1]), weights[2]]), 1024)
     assert [name for (name, a), (_, b) in zip(before, after, strict=True) if a != b] == ["layer1.weight"]
+
+
+def with_tensors(sizes: dict[str, int], fill: int = 1) -> bytes:
+    """An ONNX file with byte tensors of these sizes, in this order."""
+    graph = onnx.GraphProto(name="g")
+    graph.node.append(helper.make_node("Identity", ["a"], ["out"]))
+    graph.initializer.extend(
+        numpy_helper.from_array(np.full(size, fill + number % 100, np.uint8), name)
+        for number, (name, size) in enumerate(sizes.items())
+    )
+    return onnx.ModelProto(ir_version=9, graph=graph).SerializeToString()
+
+
+def test_large_tensors_stand_alone_and_the_largest_in_parts() -> None:
+    sizes = {"scale": 4, "big": ALONE_BYTES, "zero": 1, "huge": SPLIT_BYTES + 1, "small": 5000, "tiny": 10}
+    file = with_tensors(sizes)
+    segments = cut(file)
+    assert b"".join(data for _, data in segments) == file
+    names = [name for name, _ in segments]
+    assert names == ["graph", "big", "zero", "huge", *(f"huge#{part}" for part in range(2, 6)), "small"]
+    found = {name: len(data) for name, data in segments}
+    assert [found[name] for name in names[3:7]] == [PART_BYTES] * 4
+    assert sizes["big"] < found["big"] < sizes["big"] + 32
+    assert 0 < found["huge#5"] < 32 + 1
+    assert found["small"] > sizes["small"] + sizes["tiny"]
+
+
+def test_a_fresh_scale_does_not_mark_the_tensor_beside_it() -> None:
+    before = cut(with_tensors({"a_scale": 4, "a": 2 * ALONE_BYTES, "b_scale": 4, "b": SPLIT_BYTES + 5}))
+    file = with_tensors({"a_scale": 4, "a": 2 * ALONE_BYTES, "b_scale": 4, "b": SPLIT_BYTES + 5})
+    tensors = {tensor.name: tensor for tensor in stored_tensors(file)}
+    changed = bytearray(file)
+    changed[tensors["b_scale"].offset] ^= 1
+    changed[tensors["b"].offset + PART_BYTES] ^= 1
+    marked = [name for (name, a), (_, b) in zip(before, cut(bytes(changed)), strict=True) if a != b]
+    assert marked == ["b_scale", "b#2"]
+
+
+def test_the_manifest_of_a_large_model_stays_small() -> None:
+    """The shape of MiniLM at int8: 22.6 M parameters in six layers. Segments as they stand in a packed manifest."""
+    sizes = {"embeddings.word.weight": 30522 * 384, "embeddings.position.weight": 512 * 384}
+    for layer in range(6):
+        for part in ("query", "key", "value", "dense"):
+            sizes |= {f"layer{layer}.{part}.weight_scale": 1536, f"layer{layer}.{part}.weight": 384 * 384}
+        for part in ("intermediate", "output"):
+            sizes |= {f"layer{layer}.{part}.weight_scale": 1536, f"layer{layer}.{part}.weight": 384 * 1536}
+    segments = tuple(Segment(name, len(data), digest_of(data)) for name, data in cut(with_tensors(sizes)))
+    assert sum(segment.size for segment in segments) > 22_500_000
+    assert max(segment.size for segment in segments) <= SPLIT_BYTES
+    assert len(segments) == 119
+    assert len(pack(segments)) < 20_000
 
 
 def test_what_is_not_onnx_is_cut_at_fixed_places() -> None:

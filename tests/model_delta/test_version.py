@@ -6,7 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_delta.version import concurrent, dominates, increment, merge, show
+from model_delta.errors import Malformed
+from model_delta.version import (
+    Dot,
+    concurrent,
+    contains,
+    dominates,
+    dot_of,
+    increment,
+    is_private,
+    joined,
+    merge,
+    parse_dot,
+    private_branch,
+    show,
+    siblings,
+    winner,
+)
 
 REGIONS = ("eu-west", "ap-south", "us-east")
 vectors = st.dictionaries(st.sampled_from(REGIONS), st.integers(0, 4))
@@ -69,3 +85,91 @@ def test_two_regions_that_release_apart_are_concurrent_until_merged(a: dict[str,
 )
 def test_shown(vector: dict[str, int], text: str) -> None:
     assert show(vector) == text
+
+
+# Dots, siblings and their join.
+
+named = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), vectors, max_size=6)
+
+
+def heads(*known: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """What somebody who heard of all these versions still has to join."""
+    every = {name: vector for versions in known for name, vector in versions.items()}
+    return {name: every[name] for name in siblings(every)}
+
+
+@st.composite
+def histories(draw: st.DrawFn, count: int = 3) -> list[dict[str, dict[str, int]]]:
+    """What `count` people have heard of the same releases: a name is one release everywhere."""
+    every = draw(named)
+    return [{name: every[name] for name in every if draw(st.booleans())} for _ in range(count)]
+
+
+@given(histories())
+def test_hearing_of_versions_is_commutative_associative_and_idempotent(known: list[dict[str, dict[str, int]]]) -> None:
+    a, b, c = known
+    assert heads(a, b) == heads(b, a)
+    assert heads(heads(a, b), c) == heads(a, heads(b, c)) == heads(a, b, c)
+    assert heads(a, a) == heads(a) == heads(heads(a))
+
+
+@given(histories(2))
+def test_hearing_of_more_never_goes_back(known: list[dict[str, dict[str, int]]]) -> None:
+    """Monotone: every version that was ever heard of is contained in a sibling."""
+    a, b = known
+    together = heads(a, b)
+    for version in (*a.values(), *b.values()):
+        assert any(dominates(head, version) for head in together.values())
+    assert all(concurrent(x, y) for n, x in together.items() for m, y in together.items() if n != m)
+
+
+@given(named.filter(bool), st.sampled_from(REGIONS), st.integers(0, 5))
+def test_a_join_ends_all_siblings_and_is_named_by_a_new_dot(
+    versions: dict[str, dict[str, int]], region: str, counter: int
+) -> None:
+    vector = joined(versions.values(), region, counter)
+    assert siblings({**versions, "join": vector}) == ("join",)
+    dot = dot_of(vector, versions.values())
+    assert dot.region == region
+    assert dot.counter > counter
+    assert contains(vector, dot)
+    assert not any(contains(other, dot) for other in versions.values())
+
+
+@given(st.permutations(["x", "y", "z"]))
+def test_the_winner_is_the_same_whoever_asks(order: list[str]) -> None:
+    dots = {"x": Dot("eu-west", 2), "y": Dot("ap-south", 3), "z": Dot("us-east", 3)}
+    assert winner({name: dots[name] for name in order}) == "z"
+    assert winner({name: dots[name] for name in order if name != "z"}) == "y"
+    with pytest.raises(Malformed, match="at least one"):
+        winner({})
+
+
+@given(st.sampled_from([*REGIONS, "device:a"]), st.integers(1, 10**9))
+def test_a_dot_reads_as_it_is_written(region: str, counter: int) -> None:
+    assert parse_dot(str(Dot(region, counter))) == Dot(region, counter)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "eu-west", "eu-west:", ":3", "eu-west:0", "eu-west:-1", "eu-west:03", "eu:\u0663"]
+)
+def test_what_is_no_dot(text: str) -> None:
+    with pytest.raises(Malformed, match="dot: expected region:counter"):
+        parse_dot(text)
+
+
+def test_a_release_is_one_event_of_one_region() -> None:
+    assert dot_of({"eu-west": 1}, []) == Dot("eu-west", 1)
+    assert dot_of({"eu-west": 2, "ap-south": 1}, [{"eu-west": 2}]) == Dot("ap-south", 1)
+    for vector in ({"eu-west": 1}, {"eu-west": 2, "ap-south": 1}, {"ap-south": 1}):
+        with pytest.raises(Malformed, match="one region's count to grow"):
+            dot_of(vector, [{"eu-west": 1}])
+
+
+@given(vectors.filter(any), st.sampled_from(REGIONS))
+def test_a_device_s_own_branch_is_private_and_contained_in_no_release(base: dict[str, int], region: str) -> None:
+    own = private_branch(base, "pos-0001")
+    assert is_private(own)
+    assert not is_private(base)
+    assert dominates(own, base)
+    assert concurrent(own, increment(base, region))
