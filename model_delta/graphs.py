@@ -7,8 +7,8 @@ the same bytes and two versions of a model have the same layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from model_delta.errors import Malformed
 from model_delta.manifest import TensorSpec
-from model_delta.patch import quantization
-from model_delta.segments import DTYPES, read_tensor, stored_tensors
+from model_delta.patch import fidelity, quantization
+from model_delta.segments import DTYPES, operators, read_tensor, stored_tensors
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +32,7 @@ _SLOW_WIDTH = 512
 _EXPORT_HINT = "export it with torch.onnx.export, skl2onnx or tf2onnx"
 
 Floats = npt.NDArray[np.float32]
+Form = Literal["weights", "dynamic"]
 
 
 class GraphInfo(msgspec.Struct, frozen=True):
@@ -76,66 +77,128 @@ def require_features(info: GraphInfo, feature_count: int, what: str) -> None:
         )
 
 
-def quantize_weights(data: bytes, parent: bytes | None = None) -> bytes:
-    """Weight-only int8: each constant float32 matrix of a MatMul or Gemm becomes an int8 initializer of the same name,
-    a float32 `NAME_scale` per output channel and a DequantizeLinear; biases and everything else stay float32.
+class Quantized(msgspec.Struct, frozen=True):
+    """A quantized file and how it relates to its parent: how many tensors and weights became int8, how many scales
+    there are, how many of those the parent had otherwise, and the share of integers that moved (None without a parent
+    that fits)."""
 
-    Open such a model (`segments.operators` tells) with onnxruntime's `session.disable_quant_qdq` set to 1: the weights
-    are then restored once, at load, and it answers as fast as its float32 twin. Without it onnxruntime 1.31 restores
-    them on every run (five times slower for the fraud model) and rounds the activations of some layers to int8, which
-    moved scores by up to 4e-3.
+    file: bytes
+    tensors: int
+    weights: int
+    scales: int
+    rescaled: int
+    moved: float | None
 
-    Scales are locked to `parent`'s where it has the same matrix (see `patch.quantization`). Deterministic: the same
-    input gives the same bytes. A model that is quantized already, is too old for DequantizeLinear per channel, has
-    control flow, or has no such matrix is returned unchanged. Raises Malformed for what is no ONNX model.
+
+def quantize_weights(data: bytes, parent: bytes | None = None, parent_source: bytes | None = None) -> bytes:
+    """The file of `quantize` in the form `weights`."""
+    return quantize(data, parent, parent_source).file
+
+
+def quantize(
+    data: bytes,
+    parent: bytes | None = None,
+    parent_source: bytes | None = None,
+    *,
+    form: Form = "weights",
+    per_channel: bool = True,
+) -> Quantized:
+    """int8 for the constant float32 matrices of a model; biases and everything else stay float32.
+
+    Form `weights`: each matrix that a MatMul or Gemm multiplies by becomes an int8 initializer of the same name, a
+    float32 `NAME_scale` per output channel and a DequantizeLinear. Open such a model (`segments.operators` tells) with
+    onnxruntime's `session.disable_quant_qdq` set to 1: the weights are then restored once, at load, and it answers as
+    fast as its float32 twin. Without it onnxruntime 1.31 restores them on every run (five times slower for the fraud
+    model) and rounds the activations of some layers to int8, which moved scores by up to 4e-3.
+
+    Form `dynamic`: products are of integers. Activations are rounded to uint8 as they come (DynamicQuantizeLinear, one
+    scale a tensor and run, so there is no activation scale to ship), multiplied by MatMulInteger and scaled back;
+    tables that Gather reads become int8 too, and the rows read are dequantized. A Gemm that transposes or scales is
+    treated as in form `weights`. With `per_channel` false there is one scale a tensor, as onnxruntime's own dynamic
+    quantization has it.
+
+    Scales and integers follow `parent`, a file of the same form, where it has the same matrix, and float32 tensors
+    move from the parent's on a grid; `parent_source` is the float32 that the parent was made from, by which weights
+    that did not move at all are told (the rules are in `patch.quantization`). Deterministic: the same input gives the
+    same bytes. A model that is quantized already, is too old for DequantizeLinear per channel, has control flow, or has
+    no such matrix is returned unchanged. Raises Malformed for what is no ONNX model.
     """
-    from onnx import helper, numpy_helper
+    from onnx import numpy_helper
 
     model = _checked(data, "model to quantize")
     graph = model.graph
-    axes = _quantizable(model)
-    if not axes:
-        return data
-    parent_tensors = {tensor.name: tensor for tensor in stored_tensors(parent)} if parent is not None else {}
+    roles = _roles(model, form, per_channel)
+    if not roles:
+        return Quantized(data, 0, 0, 0, 0, None)
+    before = _Tensors(parent)
+    source = _Tensors(parent_source)
     replaced: list[onnx.TensorProto] = []
-    dequantizers: list[onnx.NodeProto] = []
+    weights = scale_count = rescaled = moved = comparable = 0
     for tensor in graph.initializer:
-        if tensor.name not in axes:
-            known_type = tensor.data_type in DTYPES  # others (text, bfloat16) stay as they are
-            replaced.append(
-                numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name) if known_type else tensor
-            )
+        if tensor.data_type not in DTYPES:  # text, bfloat16: they stay as they are
+            replaced.append(tensor)
             continue
-        weight, axis = numpy_helper.to_array(tensor), axes[tensor.name]
-        known = parent_tensors.get(f"{tensor.name}_scale")
-        before = parent_tensors.get(tensor.name)
-        if (
-            parent is not None
-            and known is not None
-            and before is not None
-            and (known.dtype, known.shape) == ("float32", (weight.shape[axis],))
-            and (before.dtype, before.shape) == ("int8", weight.shape)
-        ):
-            scales = quantization.locked_scales(weight, axis, read_tensor(parent, known))
+        value = numpy_helper.to_array(tensor)
+        role = roles.get(tensor.name)
+        if role is None:
+            known = before.find(tensor.name, "float32", value.shape) if value.dtype == np.float32 else None
+            if known is not None:
+                value = quantization.on_grid(value, known, source.find(tensor.name, "float32", value.shape))
+            replaced.append(numpy_helper.from_array(value, tensor.name))
+            continue
+        shape = () if role.axis is None else (value.shape[role.axis],)
+        old_levels = before.find(tensor.name, "int8", value.shape)
+        old_scales = before.find(f"{tensor.name}_scale", "float32", shape)
+        if old_levels is not None and old_scales is not None:
+            old_source = source.find(tensor.name, "float32", value.shape)
+            known_parent = quantization.Parent(old_levels, old_scales, old_source)
+            levels, scales = quantization.requantize(value, role.axis, known_parent)
+            rescaled += int((scales != old_scales).sum())
+            moved += int((levels != old_levels).sum())
+            comparable += levels.size
         else:
-            scales = quantization.fresh_scales(weight, axis)
-        replaced.append(numpy_helper.from_array(quantization.quantize(weight, scales, axis), tensor.name))
+            scales = quantization.fresh_scales(value, role.axis)
+            levels = quantization.quantize(value, scales, role.axis)
+        weights, scale_count = weights + levels.size, scale_count + scales.size
+        replaced.append(numpy_helper.from_array(levels, tensor.name))
         replaced.append(numpy_helper.from_array(scales, f"{tensor.name}_scale"))
-        dequantizers.append(
-            helper.make_node(
-                "DequantizeLinear",
-                [tensor.name, f"{tensor.name}_scale"],
-                [f"{tensor.name}_dequantized"],
-                name=f"dequantize_{tensor.name}",
-                axis=axis,
-            )
-        )
-    nodes = [_rewired(node, {name: f"{name}_dequantized" for name in axes}) for node in graph.node]
+    nodes = _quantized_nodes(graph.node, roles)
     del graph.node[:], graph.initializer[:]
-    graph.node.extend([*dequantizers, *nodes])
+    graph.node.extend(nodes)
     graph.initializer.extend(replaced)
     del graph.value_info[:]
-    return _canonical(model)
+    share = moved / comparable if comparable else None
+    return Quantized(_canonical(model), len(roles), weights, scale_count, rescaled, share)
+
+
+def form_of(file: bytes) -> tuple[Form, bool] | None:
+    """The form and `per_channel` of a file that `quantize` made; None of another."""
+    kinds = operators(file)
+    if "DequantizeLinear" not in kinds and "MatMulInteger" not in kinds:
+        return None
+    scales = [t for t in stored_tensors(file) if t.name.endswith("_scale") and t.dtype == "float32"]
+    return ("dynamic" if "MatMulInteger" in kinds else "weights", any(scale.shape for scale in scales))
+
+
+def weight_changes(
+    source: bytes, file: bytes, fresh: bytes, parent_source: bytes, parent: bytes
+) -> Iterator[fidelity.Change]:
+    """How each int8 tensor of `file` moved since `parent`, beside the float32 both were made from and a fresh
+    requantization; tensors that the five files do not share are left out. What `fidelity.carried` looks at.
+
+    Raises Malformed when `source` is no ONNX model.
+    """
+    form, per_channel = form_of(file) or ("weights", True)
+    new, old, now, anew, then = (_Tensors(part) for part in (source, parent_source, file, fresh, parent))
+    for name, role in _roles(_checked(source, "float32 model"), form, per_channel).items():
+        weight = new.find(name, "float32")
+        if weight is None:
+            continue
+        before = old.find(name, "float32", weight.shape)
+        levels = [part.dequantized(name, weight.shape, role.axis) for part in (now, anew, then)]
+        if before is None or levels[0] is None or levels[1] is None or levels[2] is None:
+            continue
+        yield fidelity.Change(name, weight - before, levels[0] - levels[2], levels[1] - levels[2])
 
 
 def mlp_model(weights: Sequence[tuple[Floats, Floats]], mean: Floats, scale: Floats) -> bytes:
@@ -453,8 +516,37 @@ def _show(specs: Iterable[TensorSpec]) -> str:
     return ", ".join(shown) or "none"
 
 
-def _quantizable(model: onnx.ModelProto) -> dict[str, int]:
-    """Constant float32 matrices used as the second operand of MatMul or Gemm, with their output channel's axis."""
+class _Role(NamedTuple):
+    """How a constant matrix is used, so how it is quantized: `kind` is product (MatMulInteger), rows (Gather) or plain
+    (dequantized before use); `axis` is the channel's, None for one scale."""
+
+    kind: str
+    axis: int | None
+
+
+class _Tensors:
+    """The stored tensors of a file, found by name; none without a file."""
+
+    def __init__(self, file: bytes | None) -> None:
+        self._file = file if file is not None else b""
+        self._stored = {tensor.name: tensor for tensor in stored_tensors(self._file)}
+
+    def find(self, name: str, dtype: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any] | None:
+        """The tensor, when it is of that type and shape."""
+        stored = self._stored.get(name)
+        if stored is None or stored.dtype != dtype or (shape is not None and stored.shape != shape):
+            return None
+        return read_tensor(self._file, stored)
+
+    def dequantized(self, name: str, shape: tuple[int, ...], axis: int | None) -> Floats | None:
+        """The weights that NAME and NAME_scale stand for."""
+        levels = self.find(name, "int8", shape)
+        scales = self.find(f"{name}_scale", "float32", () if axis is None else (shape[axis],))
+        return None if levels is None or scales is None else quantization.dequantize(levels, scales, axis)
+
+
+def _roles(model: onnx.ModelProto, form: Form, per_channel: bool) -> dict[str, _Role]:
+    """The constant, finite float32 matrices that `quantize` replaces. One that is used in two ways is left alone."""
     from onnx import AttributeProto, TensorProto
 
     graph = model.graph
@@ -466,17 +558,80 @@ def _quantizable(model: onnx.ModelProto) -> dict[str, int]:
         return {}
     fixed = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2 and min(t.dims)}
     fixed -= {value.name for value in (*graph.input, *graph.output)}
-    axes: dict[str, int] = {}
+    roles: dict[str, _Role] = {}
     conflicting: set[str] = set()
     for node in graph.node:
         if node.domain not in ("", "ai.onnx"):
             continue
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in fixed:
-            transposed = any(a.name == "transB" and a.i for a in node.attribute)
-            axis = 0 if transposed else 1
-            if axes.setdefault(node.input[1], axis) != axis:
-                conflicting.add(node.input[1])
-    return {name: axis for name, axis in axes.items() if name not in conflicting and _is_finite(graph, name)}
+        name, role = _use_of_matrix(node, form)
+        if role is not None and name in fixed and roles.setdefault(name, role) != role:
+            conflicting.add(name)
+        if form == "dynamic":  # the integers must reach no other operator
+            others = set(node.input) - ({name} if role is not None else set())
+            conflicting |= others & fixed
+    kept = {name: role for name, role in roles.items() if name not in conflicting and _is_finite(graph, name)}
+    return kept if per_channel else {name: role._replace(axis=None) for name, role in kept.items()}
+
+
+def _use_of_matrix(node: onnx.NodeProto, form: Form) -> tuple[str, _Role | None]:
+    if node.op_type in ("MatMul", "Gemm"):
+        attributes = {a.name: a for a in node.attribute}
+        transposed = "transB" in attributes and bool(attributes["transB"].i)
+        plain = not any(
+            (name == "transA" and a.i) or (name in ("alpha", "beta") and a.f != 1) for name, a in attributes.items()
+        )
+        product = form == "dynamic" and plain and not transposed
+        return node.input[1], _Role("product" if product else "plain", 0 if transposed else 1)
+    if node.op_type == "Gather" and form == "dynamic":
+        first = all(a.i == 0 for a in node.attribute if a.name == "axis")
+        return node.input[0], _Role("rows", 1) if first else None
+    return "", None
+
+
+def _quantized_nodes(nodes: Iterable[onnx.NodeProto], roles: dict[str, _Role]) -> list[onnx.NodeProto]:
+    """The graph's nodes with int8 weights in the roles given, in a valid order."""
+    from onnx import TensorProto, helper
+
+    plain = {name: f"{name}_dequantized" for name, role in roles.items() if role.kind == "plain"}
+    made = []
+    for name, restored in plain.items():
+        # With one scale a tensor the operator ignores the axis.
+        axis = roles[name].axis
+        attributes = {} if axis is None else {"axis": axis}
+        made.append(
+            helper.make_node(
+                "DequantizeLinear", [name, f"{name}_scale"], [restored], name=f"dequantize_{name}", **attributes
+            )
+        )
+    rounded: set[str] = set()  # activations that are integers already: several products may share one
+    for node in nodes:
+        place = {"MatMul": 1, "Gemm": 1, "Gather": 0}.get(node.op_type)
+        name = node.input[place] if place is not None and len(node.input) > place else ""
+        role = roles.get(name)
+        if role is None or role.kind == "plain":
+            made.append(_rewired(node, plain))
+        elif role.kind == "rows":
+            read, result = f"{node.output[0]}_int8", node.output[0]
+            made.append(_rewired(node, {result: read}))
+            attributes = {} if role.axis is None else {"axis": -1}
+            made.append(helper.make_node("DequantizeLinear", [read, f"{name}_scale"], [result], **attributes))
+        else:
+            value, result = node.input[0], node.output[0]
+            scale, zero = f"{value}_activation_scale", f"{value}_activation_zero"
+            if value not in rounded:
+                rounded.add(value)
+                made.append(helper.make_node("DynamicQuantizeLinear", [value], [f"{value}_uint8", scale, zero]))
+            biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
+            product = f"{result}_product" if biased else result
+            made += [
+                helper.make_node("MatMulInteger", [f"{value}_uint8", name, zero], [f"{result}_int32"]),
+                helper.make_node("Cast", [f"{result}_int32"], [f"{result}_float"], to=TensorProto.FLOAT),
+                helper.make_node("Mul", [scale, f"{name}_scale"], [f"{result}_scale"]),
+                helper.make_node("Mul", [f"{result}_float", f"{result}_scale"], [product]),
+            ]
+            if biased:
+                made.append(helper.make_node("Add", [product, node.input[2]], [result]))
+    return made
 
 
 def _is_finite(graph: onnx.GraphProto, name: str) -> bool:

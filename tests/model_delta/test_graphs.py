@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from model_delta import graphs
 from model_delta.errors import Malformed
 from model_delta.patch.bsdiff import make_patch
-from model_delta.segments import read_tensor, stored_tensors
+from model_delta.segments import operators, read_tensor, stored_tensors
 from tests.model_delta.models import FEATURES, Layers, layers, model, normalisation, nudged, run, session_of
 
 SIZES = (FEATURES, 32, 16, 1)
@@ -471,3 +471,93 @@ def test_no_faulty_variant_of_another_kind_of_model() -> None:
 
 def test_telemetry_is_off_in_this_process() -> None:
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+# Dynamic quantization: integers multiplied.
+
+
+def encoder_like() -> tuple[bytes, dict[str, np.ndarray]]:
+    """ids[n, 3] -> a table -> MatMul, Add, Relu -> Gemm -> score[n, 3, 2]."""
+    rng = np.random.default_rng(5)
+    tensors = {
+        "table": rng.normal(0, 1, (50, 16)).astype(np.float32),
+        "w1": rng.normal(0, 0.3, (16, 32)).astype(np.float32),
+        "b1": rng.normal(0, 0.1, 32).astype(np.float32),
+        "w2": rng.normal(0, 0.3, (32, 2)).astype(np.float32),
+        "b2": rng.normal(0, 0.1, 2).astype(np.float32),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "ids"], ["rows"]),
+            helper.make_node("MatMul", ["rows", "w1"], ["m"]),
+            helper.make_node("Add", ["m", "b1"], ["a"]),
+            helper.make_node("Relu", ["a"], ["r"]),
+            helper.make_node("Gemm", ["r", "w2", "b2"], ["score"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["n", 2])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return proto.SerializeToString(), tensors
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_dynamic_model_multiplies_integers_and_answers_alike(per_channel: bool) -> None:
+    file, tensors = encoder_like()
+    made = graphs.quantize(file, form="dynamic", per_channel=per_channel)
+    stored = {tensor.name: tensor for tensor in stored_tensors(made.file)}
+    assert {name for name, tensor in stored.items() if tensor.dtype == "int8"} == {"table", "w1", "w2"}
+    assert stored["w1_scale"].shape == ((32,) if per_channel else ())
+    assert (made.tensors, made.scales) == (3, 16 + 32 + 2 if per_channel else 3)
+    assert graphs.form_of(made.file) == ("dynamic", per_channel)
+    ids = np.arange(50)
+    exact = np.maximum(tensors["table"][ids] @ tensors["w1"] + tensors["b1"], 0) @ tensors["w2"] + tensors["b2"]
+    found = run(made.file, ids=ids)["score"]
+    assert np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+    assert np.abs(found - exact).max() > 0
+
+
+def test_a_small_update_of_a_dynamic_model_follows_its_parent() -> None:
+    file, _ = encoder_like()
+    parent = graphs.quantize(file, form="dynamic")
+    proto = onnx.ModelProto.FromString(file)
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("w2", "b1"):
+            value = numpy_helper.to_array(tensor) * np.float32(1.01)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    updated = proto.SerializeToString()
+    child = graphs.quantize(updated, parent.file, file, form="dynamic")
+    assert (child.rescaled, len(child.file)) == (0, len(parent.file))
+    assert child.moved is not None
+    assert 0 < child.moved < 0.1
+    before = {t.name: read_tensor(parent.file, t).tobytes() for t in stored_tensors(parent.file)}
+    after = {t.name: read_tensor(child.file, t).tobytes() for t in stored_tensors(child.file)}
+    assert {name for name in before if before[name] != after[name]} == {"w2", "b1"}
+    fresh = graphs.quantize(updated, form="dynamic")
+    changes = {
+        change.name: change for change in graphs.weight_changes(updated, child.file, fresh.file, file, parent.file)
+    }
+    assert set(changes) == {"table", "w1", "w2"}
+    assert not changes["w1"].float32.any()
+    assert changes["w2"].int8.any()
+
+
+def test_a_table_that_something_else_reads_stays_float() -> None:
+    file, _ = encoder_like()
+    proto = onnx.ModelProto.FromString(file)
+    proto.graph.node.append(helper.make_node("ReduceSum", ["table"], ["total"]))
+    proto.graph.output.append(helper.make_tensor_value_info("total", TensorProto.FLOAT, [1, 1]))
+    made = graphs.quantize(proto.SerializeToString(), form="dynamic")
+    assert {tensor.name for tensor in stored_tensors(made.file) if tensor.dtype == "int8"} == {"w1", "w2"}
+
+
+def test_a_transposing_product_is_dequantized_instead() -> None:
+    file = matmul_model(operator="Gemm", transB=1).SerializeToString()
+    made = graphs.quantize(file, form="dynamic")
+    features = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+    assert "MatMulInteger" not in operators(made.file)
+    np.testing.assert_allclose(
+        run(made.file, features=features)["score"], run(file, features=features)["score"], atol=0.1
+    )
