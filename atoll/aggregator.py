@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from atoll.coordinator import flower_key, superlink_place
 from atoll.entry import run_process
+from atoll.events import Events
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_route
 from atoll.platform import COORDINATOR, port_of, read_anchors
@@ -35,7 +36,7 @@ COMMAND_DEADLINE_S = 600.0
 _FRAME = struct.Struct(">I")
 
 
-def run_aggregator(path: Path, name: str) -> None:
+def run_aggregator(path: Path, name: str, *, as_json: bool = False) -> None:
     """Run the aggregator `name` of the platform in the data folder `path` until it is told to stop."""
     data = DataFolder.open(path)
     known = data.endpoints().aggregators
@@ -43,10 +44,11 @@ def run_aggregator(path: Path, name: str) -> None:
         raise ConfigurationError(f"{path}: this platform was started without aggregators; use `atoll up --learning`")
     if name not in known:
         raise ConfigurationError(f"aggregator {name!r}: expected one of {', '.join(known)}")
-    run_process(_aggregator(data, name), f"aggregator-{name}")
+    events = Events(f"aggregator-{name}", as_json=as_json)
+    run_process(_aggregator(data, name, events), events.name, events=events)
 
 
-async def _aggregator(data: DataFolder, name: str) -> None:
+async def _aggregator(data: DataFolder, name: str, events: Events) -> None:
     endpoints, tokens = data.endpoints(), data.tokens()
     revoked: set[int] = set()
     headers = {"Authorization": f"Bearer {tokens['aggregator']}"}
@@ -93,6 +95,7 @@ async def _aggregator(data: DataFolder, name: str) -> None:
         async with serving(app, port_of(endpoints.aggregators[name]), f"aggregator {name}"):
             await _register(client, endpoints.coordinator, own, endpoints.aggregators[name])
             node.start()
+            events.say("ready", name=name, url=endpoints.aggregators[name])
             try:
                 await keep_informed(revoked, endpoints.coordinator, tokens["aggregator"])
             finally:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from atoll.entry import run_process
+from atoll.events import Events
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_app
 from atoll.platform import BROKER, BROKER_METRICS, port_of
@@ -16,16 +17,22 @@ from regional_gateway.mqtt_broker import BrokerMetrics, MqttBroker, serve, serve
 from regional_gateway.mqtt_sessions import FLEET_RULES, access
 
 
-def run_broker(path: Path) -> None:
+def run_broker(path: Path, *, as_json: bool = False) -> None:
     """Run the embedded broker of the platform in the data folder `path` until it is told to stop."""
-    run_process(_broker(DataFolder.open(path)), BROKER)
+    events = Events(BROKER, as_json=as_json)
+    run_process(_broker(DataFolder.open(path), events), BROKER, events=events)
 
 
-async def _broker(data: DataFolder) -> None:
+async def _broker(data: DataFolder, events: Events) -> None:
     endpoints = data.endpoints()
     identity = data.identity(BROKER)
     metrics = Metrics()
     revoked: set[int] = set()
+
+    def listening(broker: MqttBroker) -> None:
+        _measure(metrics, broker)
+        events.say("ready", url=f"mqtts://{broker.host}:{broker.port}", metrics=endpoints.broker_metrics)
+
     running = asyncio.create_task(
         serve(
             host=endpoints.broker.host,
@@ -34,7 +41,7 @@ async def _broker(data: DataFolder) -> None:
             folder=data.child("broker"),
             acl=access(FLEET_RULES),
             revoked=revoked.__contains__,
-            ready=lambda broker: _measure(metrics, broker),
+            ready=listening,
         ),
         name=BROKER,
     )

@@ -1,7 +1,7 @@
 """The command line.
 
 Each command is a few lines: it reads its options and calls one function of a wiring module, imported only then, so that
-`atoll --help` stays quick. Every command that answers something takes `--json`; the programs of a platform only log.
+`atoll --help` stays quick. Every command takes `--json`; the programs of a platform then tell their events (`events`).
 Errors are one line on standard error, with exit code 2 for what a person must put right, 3 for what a retry may cure,
 4 for a refusal on grounds of trust.
 """
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -56,6 +56,7 @@ DataOption = Annotated[
     Path, typer.Option("--data", envvar="ATOLL_DATA", help="The platform's data folder.", show_default=True)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+LinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line: ready, stopped, error.")]
 ContactOption = Annotated[
     float,
     typer.Option("--contact", envvar="ATOLL_CONTACT", help="Seconds to try to reach the platform.", min=0.1, max=3600),
@@ -302,38 +303,40 @@ def device_run(
 def gateway_run(
     region: Annotated[str, typer.Option(help="The region's name.")] = "eu-west",
     data: DataOption = DEFAULT_DATA,
+    json: LinesOption = False,
 ) -> None:
     """Run one region's gateway of the platform in the data folder."""
     from atoll.gateway import run_gateway
 
-    run_gateway(data, region)
+    run_gateway(data, region, as_json=json)
 
 
 @coordinator.command("run")
-def coordinator_run(data: DataOption = DEFAULT_DATA) -> None:
+def coordinator_run(data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> None:
     """Run the coordinator of the platform in the data folder."""
     from atoll.coordinator import run_coordinator
 
-    run_coordinator(data)
+    run_coordinator(data, as_json=json)
 
 
 @aggregator.command("run")
 def aggregator_run(
     name: Annotated[str, typer.Option(help="a0, a1 or a2.")] = "a0",
     data: DataOption = DEFAULT_DATA,
+    json: LinesOption = False,
 ) -> None:
     """Run one aggregator of the platform in the data folder."""
     from atoll.aggregator import run_aggregator
 
-    run_aggregator(data, name)
+    run_aggregator(data, name, as_json=json)
 
 
 @broker.command("run")
-def broker_run(data: DataOption = DEFAULT_DATA) -> None:
+def broker_run(data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> None:
     """Run the embedded MQTT 5 broker of the platform in the data folder."""
     from atoll.broker import run_broker
 
-    run_broker(data)
+    run_broker(data, as_json=json)
 
 
 @fleet.command("run")
@@ -349,6 +352,7 @@ def fleet_run(
     ] = False,
     metrics_port: Annotated[int, typer.Option(help="Port for /metrics; 0: none.", min=0, max=65535)] = 0,
     data: DataOption = DEFAULT_DATA,
+    json: LinesOption = False,
 ) -> None:
     """Run simulated devices with their own payment streams against the platform of the data folder.
 
@@ -366,11 +370,21 @@ def fleet_run(
         absent=absent,
         observe=observe,
         metrics_port=metrics_port,
+        as_json=json,
     )
 
 
 def _interrupted(number: int, frame: object) -> None:
     sys.exit(128 + number)
+
+
+def _end(error: str, exit_code: int) -> NoReturn:
+    """One line for a person; with `--json` also one object on standard output for a program."""
+    from atoll.events import Events
+
+    print(f"atoll: {error}", file=sys.stderr)
+    Events("atoll", as_json="--json" in sys.argv[1:]).failed(error, exit_code)
+    sys.exit(exit_code)
 
 
 def main() -> None:
@@ -383,12 +397,10 @@ def main() -> None:
     except AtollError as error:
         from atoll.entry import exit_code
 
-        print(f"atoll: {error}", file=sys.stderr)
-        sys.exit(exit_code(error))
+        _end(str(error), exit_code(error))
     except OSError as error:
         if error.errno not in FOR_A_PERSON or error.filename is None:
             raise
-        print(f"atoll: {error.filename}: {error.strerror}; free some space or correct permissions", file=sys.stderr)
-        sys.exit(2)
+        _end(f"{error.filename}: {error.strerror}; free some space or correct permissions", 2)
     except KeyboardInterrupt:
         sys.exit(130)

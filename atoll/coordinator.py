@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll.entry import run_process
+from atoll.events import Events
 from atoll.http_server import serving
 from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of
 from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
@@ -49,12 +50,13 @@ and `slice` str[n]."""
 Array = npt.NDArray[np.generic]
 
 
-def run_coordinator(path: Path) -> None:
+def run_coordinator(path: Path, *, as_json: bool = False) -> None:
     """Run the coordinator of the platform in the data folder `path` until it is told to stop."""
-    run_process(_coordinator(DataFolder.open(path)), COORDINATOR)
+    events = Events(COORDINATOR, as_json=as_json)
+    run_process(_coordinator(DataFolder.open(path), events), COORDINATOR, events=events)
 
 
-async def _coordinator(data: DataFolder) -> None:
+async def _coordinator(data: DataFolder, events: Events) -> None:
     endpoints = data.endpoints()
     folder = data.child("coordinator")
     identity = Identity.load(data.identity(COORDINATOR), COORDINATOR)
@@ -88,6 +90,7 @@ async def _coordinator(data: DataFolder) -> None:
         app = control_app(coordinator, tokens=data.tokens(), flower=bridge, pages=list(page_routes()))
         async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run(), name=COORDINATOR)
+            events.say("ready", url=endpoints.coordinator, broker=f"mqtts://{broker.host}:{broker.port}")
             if endpoints.flower_port:
                 tasks.create_task(_flower(data, bridge), name="flower")
 

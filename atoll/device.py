@@ -25,6 +25,7 @@ import typer
 from atoll.control_client import ControlClient, reach
 from atoll.enrolment import enrolled_identity
 from atoll.entry import run_process
+from atoll.events import Events
 from atoll.fleet import broker_line, make_device
 from atoll.platform import is_server, regions_from
 from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, ConfigurationError, DataFolder, Endpoints
@@ -89,8 +90,12 @@ def run_device(
     wanted = model or (MODEL if payments is None else MODEL_OF_CSV)
     teller = Teller(count, as_json=as_json)
     with data.locked(f"device-{device_id}.lock", f"device {device_id} runs on", "--id"):
+        events = Events(device_id, as_json=as_json)
         run_process(
-            _run(data, endpoints, stream, wanted, rate, seed, contact_s, teller), device_id, default_level="WARNING"
+            _run(data, endpoints, stream, wanted, rate, seed, contact_s, teller, events),
+            device_id,
+            default_level="WARNING",
+            events=events,
         )
 
 
@@ -130,6 +135,7 @@ async def _run(
     seed: int,
     contact_s: float,
     teller: Teller,
+    events: Events,
 ) -> None:
     tokens, device = data.tokens(), stream.device
     identity = await asyncio.to_thread(
@@ -142,6 +148,8 @@ async def _run(
         async def opened() -> AsyncIterator[Device]:
             async with broker_line(endpoints, identity) as link:
                 await teller.first_connection(link, contact_s)
+                broker = f"mqtts://{endpoints.broker.host}:{endpoints.broker.port}"
+                events.say("ready", broker=broker, gateways=list(endpoints.gateways.values()))
                 one = make_device(
                     data,
                     endpoints,

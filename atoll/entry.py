@@ -2,7 +2,7 @@
 
 A process runs one coroutine until SIGTERM or SIGINT cancels it; what it opened is closed on the way out. Errors that a
 person must put right end it with exit code 2 and one line; losing a peer ends it with 3, so that a supervisor restarts
-it.
+it. Whoever started it with `--json` is told so (see `events`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
+from atoll.events import Events
 from atoll.settings import ConfigurationError
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
 
 
-def run_process(main: Coroutine[Any, Any, None], name: str, default_level: str = "INFO") -> None:
-    """Run `main` until it ends or a signal cancels it; exit with the code its error stands for.
+def run_process(
+    main: Coroutine[Any, Any, None], name: str, default_level: str = "INFO", events: Events | None = None
+) -> None:
+    """Run `main` until it ends or a signal cancels it; exit with the code its error stands for. `events` hear of it.
 
     What the process writes is for its own user alone, whatever the caller's umask."""
     os.umask(0o077)
@@ -29,14 +32,17 @@ def run_process(main: Coroutine[Any, Any, None], name: str, default_level: str =
         format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    events = events or Events(name, as_json=False)
     try:
         asyncio.run(_cancel_on_signal(main))
     except KeyboardInterrupt:
+        events.say("stopped")
         sys.exit(130)
     except BaseExceptionGroup as group:
-        sys.exit(_report(_first(group), name))
+        sys.exit(_report(_first(group), events))
     except AtollError as error:
-        sys.exit(_report(error, name))
+        sys.exit(_report(error, events))
+    events.say("stopped")
 
 
 async def _cancel_on_signal(main: Coroutine[Any, Any, None]) -> None:
@@ -55,10 +61,12 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def _report(error: BaseException, name: str) -> int:
+def _report(error: BaseException, events: Events) -> int:
     if not isinstance(error, AtollError):
+        events.failed(f"{type(error).__name__}: {error}", 1)
         raise error
-    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    print(f"{events.name}: {error}", file=sys.stderr, flush=True)
+    events.failed(str(error), exit_code(error))
     return exit_code(error)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ import numpy as np
 from atoll.control_client import ControlClient, retry_until
 from atoll.enrolment import enrolled_identity
 from atoll.entry import run_process
+from atoll.events import Events
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_app
 from atoll.platform import read_anchors, regions_from
-from atoll.settings import MODEL, ConfigurationError, DataFolder, Endpoints
+from atoll.settings import LOOPBACK, MODEL, ConfigurationError, DataFolder, Endpoints
 from device_sim.faults import Observe, ObservedUpdates, attack, tampered
 from device_sim.population import VirtualDevice
 from device_sim.real_fleet import FleetCounts, LabelledHistory, Member, Pace
@@ -57,6 +59,7 @@ def run_fleet(
     absent: str,
     observe: bool,
     metrics_port: int,
+    as_json: bool = False,
 ) -> None:
     """Run the devices of shard `I/N` until told to stop. Raises ConfigurationError for options that do not fit."""
     data = DataFolder.open(path)
@@ -68,10 +71,12 @@ def run_fleet(
     mine = [d for d in world.devices if d.index % count == index and d.device_id not in left_out]
     watch = ObservedUpdates(data.child("observed")).write if observe else None
     if observe:
-        print(
-            f"fleet: --observe: raw updates of these simulated devices are kept in {data.path / 'observed'}", flush=True
-        )
-    run_process(_fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port), f"fleet-{index}")
+        kept = f"fleet: --observe: raw updates of these simulated devices are kept in {data.path / 'observed'}"
+        print(kept, file=sys.stderr, flush=True)
+    events = Events(f"fleet-{index}", as_json=as_json)
+    run_process(
+        _fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port, events), events.name, events=events
+    )
 
 
 async def _fleet(
@@ -83,6 +88,7 @@ async def _fleet(
     rate: float,
     observe: Observe | None,
     metrics_port: int,
+    events: Events,
 ) -> None:
     tokens = data.tokens()
     client = ControlClient(endpoints.coordinator, tokens["join"])
@@ -96,6 +102,8 @@ async def _fleet(
         async with contextlib.AsyncExitStack() as stack:
             if metrics_port:
                 await stack.enter_async_context(serving(metrics_app(metrics), metrics_port, "fleet metrics"))
+            url = f"http://{LOOPBACK}:{metrics_port}/metrics" if metrics_port else ""
+            events.say("ready", devices=len(members), coordinator=endpoints.coordinator, metrics=url)
             await run_members(members, Pace(payments_per_second=rate), seed, counts)
 
 

@@ -13,6 +13,7 @@ from atoll import __version__
 from atoll.control_client import ControlClient, retry_until
 from atoll.enrolment import enrolled_identity
 from atoll.entry import run_process
+from atoll.events import Events
 from atoll.http_server import serving
 from atoll.platform import gateway_name, port_of, read_anchors
 from atoll.settings import MODEL, TENANT, ConfigurationError, DataFolder
@@ -81,16 +82,17 @@ class KeyDesk:
             waiting.set_result(response)
 
 
-def run_gateway(path: Path, region: str) -> None:
+def run_gateway(path: Path, region: str, *, as_json: bool = False) -> None:
     """Run the gateway of `region` of the platform in the data folder `path` until it is told to stop."""
     data = DataFolder.open(path)
     endpoints = data.endpoints()
     if region not in endpoints.gateways:
         raise ConfigurationError(f"region {region!r}: expected one of {', '.join(endpoints.gateways)}")
-    run_process(_gateway(data, region), gateway_name(region))
+    events = Events(gateway_name(region), as_json=as_json)
+    run_process(_gateway(data, region, events), events.name, events=events)
 
 
-async def _gateway(data: DataFolder, region: str) -> None:
+async def _gateway(data: DataFolder, region: str, events: Events) -> None:
     endpoints, tokens = data.endpoints(), data.tokens()
     name = gateway_name(region)
     coordinator = ControlClient(endpoints.coordinator, tokens["gateway"])
@@ -127,6 +129,7 @@ async def _gateway(data: DataFolder, region: str) -> None:
         async with serving(app, port_of(endpoints.gateways[region]), name), asyncio.TaskGroup() as tasks:
             tasks.create_task(supply.run(), name="supply")
             tasks.create_task(mirror.run(), name="mirror")
+            events.say("ready", region=region, url=endpoints.gateways[region])
             try:
                 await asyncio.Event().wait()
             finally:
