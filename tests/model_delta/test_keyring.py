@@ -74,8 +74,8 @@ def test_a_file_that_is_no_keyring_is_named(tmp_path: Path) -> None:
     keyring(tmp_path)
     path = tmp_path / "keyring-acme"
     good = path.read_bytes()
-    newer = pack({**unpack_plain(good), "format": 2, "roles": "something new"})
-    for data, message in ((b"", "CBOR"), (good[:-1], "CBOR"), (b"hello", "CBOR"), (newer, "format 2.*up to 1")):
+    newer = pack({**unpack_plain(good), "format": 3, "roles": "something new"})
+    for data, message in ((b"", "CBOR"), (good[:-1], "CBOR"), (b"hello", "CBOR"), (newer, "format 3.*up to 2")):
         path.write_bytes(data)
         with pytest.raises(Malformed, match=message) as failure:
             EmbeddedKeyring.open(path)
