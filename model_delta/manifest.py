@@ -130,12 +130,37 @@ class PatchOffer(msgspec.Struct, frozen=True):
     format: Literal["bsdiff40"] = "bsdiff40"
 
 
+class DenseOffer(msgspec.Struct, frozen=True):
+    """A sealed patch in a format that a device need not know; one that it does not know is passed over."""
+
+    base: str
+    blob: Blob
+    format: str
+
+
 class Delivery(msgspec.Struct, frozen=True):
-    """The blobs that carry one version: `segments` in the manifest's order, and patches from earlier versions."""
+    """The blobs that carry one version: `segments` in the manifest's order, and patches from earlier versions.
+
+    `dense` came later: it holds patches in other formats than `patches`, and is left out of the packed form when there
+    are none. A delivery without segments only adds patches to another one (see `late_delivery_name`).
+    """
 
     manifest: str
     segments: tuple[Blob, ...]
     patches: tuple[PatchOffer, ...] = ()
+    dense: tuple[DenseOffer, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def offers(self) -> tuple[PatchOffer | DenseOffer, ...]:
+        """Patches in every format."""
+        return (*self.patches, *(self.dense or ()))
+
+
+def late_delivery_name(manifest: str, base: str) -> str:
+    """Under which name of kind `delivery` a direct patch from `base` lies that the version's own delivery has not got.
+
+    It is made for devices that are many releases behind; whoever asks for it may find nothing."""
+    return digest_of(f"{manifest}|{base}".encode())
 
 
 def manifest_digest(manifest: Manifest) -> str:

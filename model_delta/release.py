@@ -1,12 +1,14 @@
 """From a model file to a release, and back.
 
 `build_release` turns a file into what is published: a signed manifest, an unsigned delivery, and sealed blobs (the
-segments, and a patch from each earlier version that is named). `open_release` is the other end: it walks a route, opens
-the blobs under the versions' keys, applies patches, and returns a file only after size, every segment's digest, the
-Merkle root and the file's digest have matched the signed manifest; so do the files in between. There is no other way
-out of this module for bytes that came from outside.
+segments, and a patch from each earlier version that is named, in every format that earns its place). `open_release` is
+the other end: it walks a route, opens the blobs under the versions' keys, applies patches, puts segments at hand beside
+those that came, and returns a file only after size, every segment's digest, the Merkle root and the file's digest have
+matched the signed manifest; so do the files in between. There is no other way out of this module for bytes that came
+from outside. `pieces_of` says which segments of a file that may be damaged or changed are still the version's.
 
-Blobs are sealed under the key of the version that they make, with the labels `segment:INDEX` and `patch:BASE DIGEST`.
+Blobs are sealed under the key of the version that they make, with the labels `segment:INDEX` and `patch:BASE DIGEST`
+(`patch:FORMAT:BASE DIGEST` for formats other than BSDIFF40).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from model_delta.manifest import (
     MANIFEST_TYPE,
     Blob,
     Delivery,
+    DenseOffer,
     GoldenCase,
     Lineage,
     Manifest,
@@ -34,13 +37,18 @@ from model_delta.manifest import (
     TensorSpec,
     manifest_digest,
 )
-from model_delta.patch.bsdiff import apply_patch, make_patch
+from model_delta.patch.container import FORMATS, apply_bytes, make
 from model_delta.patch.route import Route, Step
 from model_delta.segments import cut, stored_tensors
 from model_delta.trust.signing import seal_envelope
+from model_delta.version import is_private, show
 
 LIFETIME_S = 400 * 86_400
 """How long a manifest may be used by default: longer than the longest absence that a device may return from."""
+
+DENSE_GAIN = 0.03
+"""A patch in a further format is offered when it is smaller than the BSDIFF40 one by more than this share: each offer
+makes the delivery larger for every device."""
 
 _PATCH_BYTES_EXTRA = 65_536
 
@@ -89,8 +97,13 @@ def build_release(
     `key` is this version's artifact key (32 bytes), `now` Unix seconds, `lifetime_s` seconds until the manifest
     expires. `inputs` and `outputs` are read from the ONNX graph unless both are given (a file that is not ONNX needs
     them). `role` signs.
-    Raises Malformed for an unusable file, and DigestMismatch for a parent whose file is not the one in its manifest.
+    Raises Malformed for an unusable file and for a device's private branch, and DigestMismatch for a parent whose file
+    is not the one in its manifest.
     """
+    if is_private(version):
+        raise Malformed(
+            f"release {release} of {model}: {show(version)} is a device's own branch, which nobody publishes"
+        )
     if not file:
         raise Malformed(f"release {release} of {model}: expected a model file, found an empty one")
     if inputs is None or outputs is None:
@@ -132,18 +145,51 @@ def build_release(
         return blob
 
     whole = tuple(seal(_segment_label(index), data) for index, (_, data) in enumerate(pieces))
-    patches = []
-    bases = {manifest_digest(base): (base, data) for base, data in (*parents, *patch_from)}
-    for base_digest, (base, base_file) in bases.items():
-        check_file(base, base_file)
-        if base_digest == digest:
-            continue
-        sealed = seal_blob(key, digest, _patch_label(base_digest), make_patch(base_file, file))
-        if len(sealed) < sum(blob.size for blob in whole):
-            blobs[digest_of(sealed)] = sealed
-            patches.append(PatchOffer(base_digest, Blob(digest_of(sealed), len(sealed))))
+    delivery = Delivery(digest, whole)
+    for base, base_file in {manifest_digest(base): (base, data) for base, data in (*parents, *patch_from)}.values():
+        offered, sealed = offer_patches(manifest, file, key, base, base_file, sum(blob.size for blob in whole))
+        delivery = with_offers(delivery, offered)
+        blobs.update(sealed)
     envelope = seal_envelope(keyring.sign(role, MANIFEST_TYPE, payload))
-    return Release(manifest, envelope, Delivery(digest, whole, tuple(patches)), blobs)
+    return Release(manifest, envelope, delivery, blobs)
+
+
+def offer_patches(
+    manifest: Manifest, file: bytes, key: bytes, base: Manifest, base_file: bytes, bytes_max: int
+) -> tuple[Delivery, dict[str, bytes]]:
+    """A delivery of direct patches from `base` to `manifest`, without segments, and their sealed blobs by digest.
+
+    Every device can apply the BSDIFF40 patch; a patch in another format is beside it when it is smaller by DENSE_GAIN.
+    None is offered that is not smaller than `bytes_max`, the whole. Raises DigestMismatch for a file that is not its
+    manifest's.
+    """
+    check_file(base, base_file)
+    digest, base_digest = manifest_digest(manifest), manifest_digest(base)
+    delivery, blobs = Delivery(digest, ()), dict[str, bytes]()
+    if digest == base_digest:
+        return delivery, blobs
+    sealed_by_format = {
+        form: seal_blob(key, digest, _patch_label(base_digest, form), make(form, base_file, file)) for form in FORMATS
+    }
+    first = len(sealed_by_format["bsdiff40"])
+    for form, sealed in sealed_by_format.items():
+        blob = Blob(digest_of(sealed), len(sealed))
+        if blob.size >= bytes_max or (form != "bsdiff40" and blob.size >= (1 - DENSE_GAIN) * first):
+            continue
+        if form == "bsdiff40":
+            added = Delivery(digest, (), (PatchOffer(base_digest, blob),))
+        else:
+            added = Delivery(digest, (), (), (DenseOffer(base_digest, blob, form),))
+        delivery, blobs[blob.digest] = with_offers(delivery, added), sealed
+    return delivery, blobs
+
+
+def with_offers(delivery: Delivery, more: Delivery) -> Delivery:
+    """`delivery` with the patches of `more` too."""
+    dense = (*(delivery.dense or ()), *(more.dense or ()))
+    return msgspec.structs.replace(
+        delivery, patches=(*delivery.patches, *more.patches), dense=dense if dense else msgspec.UNSET
+    )
 
 
 def open_release(
@@ -154,13 +200,15 @@ def open_release(
     *,
     held: Mapping[str, bytes] | None = None,
     manifests: Mapping[str, Manifest] | None = None,
+    pieces: Mapping[str, bytes] | None = None,
 ) -> bytes:
     """The checked file of `manifest`, by the steps of `route` (see `patch.route.plan_update`).
 
     `blobs`: sealed bytes by digest, all that the route names. `keys`: artifact key by manifest digest, of every step's
     target. `held`: files at hand by manifest digest; a patch's base, or for a route without steps the file itself.
     `manifests`: verified manifests by digest, of the versions in between on a chain, and of held bases so that a
-    damaged base is told from a damaged patch (both optional otherwise).
+    damaged base is told from a damaged patch (both optional otherwise). `pieces`: plain segments at hand by digest, for
+    the steps that replace the others.
 
     Raises NotFound for something missing, DigestMismatch for bytes that are not what they are called, Malformed and
     Untrusted for blobs that do not open. After any of these but NotFound the whole route may be tried instead.
@@ -176,8 +224,8 @@ def open_release(
         if key is None:
             raise NotFound(f"version {step.target[:16]}… of {target.model}: its key is not at hand; ask for it")
         sealed = [_checked_blob(blob, blobs) for blob in step.blobs]
-        if step.kind == "whole":
-            file = _join(target, step, sealed, key)
+        if step.kind != "patch":
+            file = _join(target, step, sealed, key, pieces or {})
         else:
             base_file = files.get(step.base)
             if base_file is None or len(sealed) != 1:
@@ -214,24 +262,63 @@ def segments_root(segments: Sequence[Segment]) -> str:
     return merkle.root([bytes.fromhex(segment.digest) for segment in segments])
 
 
-def _join(target: Manifest, step: Step, sealed: Sequence[bytes], key: bytes) -> bytes:
-    if len(sealed) != len(target.segments):
+def pieces_of(manifest: Manifest, file: bytes) -> dict[str, bytes]:
+    """The segments of `file` that are those of `manifest`, by digest; of a damaged file those that are whole.
+
+    The file's tree is walked against the manifest's from the root down. Raises DigestMismatch when the manifest's own
+    segments are not under its root.
+    """
+    tree, parts = _tree(manifest, file)
+    theirs = merkle.Tree([bytes.fromhex(segment.digest) for segment in manifest.segments])
+    spoilt = set(merkle.differences(tree, manifest.merkle_root, theirs.digests))
+    return {
+        segment.digest: bytes(part)
+        for index, (segment, part) in enumerate(zip(manifest.segments, parts, strict=True))
+        if index not in spoilt
+    }
+
+
+def root_of(manifest: Manifest, file: bytes) -> str:
+    """The Merkle root of `file` cut as `manifest` says: the manifest's own unless the file was damaged or changed.
+
+    Bytes behind the last segment belong to it, so that they change the root."""
+    return _tree(manifest, file)[0].root
+
+
+def _tree(manifest: Manifest, file: bytes) -> tuple[merkle.Tree, list[memoryview]]:
+    view, start, parts = memoryview(file), 0, []
+    for segment in manifest.segments:
+        parts.append(view[start : start + segment.size])
+        start += segment.size
+    if parts and start < len(file):
+        parts[-1] = view[start - manifest.segments[-1].size :]
+    return merkle.Tree([bytes.fromhex(digest_of(part)) for part in parts]), parts
+
+
+def _join(target: Manifest, step: Step, sealed: Sequence[bytes], key: bytes, pieces: Mapping[str, bytes]) -> bytes:
+    """The file out of segments that came and, for a replace, those at hand."""
+    numbers = step.segments if step.kind == "replace" else tuple(range(len(target.segments)))
+    if len(sealed) != len(numbers) or not set(numbers) <= set(range(len(target.segments))):
         raise Malformed(
-            f"version {step.target[:16]}… of {target.model}: expected {len(target.segments)} segments, "
-            f"found {len(sealed)} blobs"
+            f"version {step.target[:16]}… of {target.model}: expected {len(numbers)} of {len(target.segments)} "
+            f"segments, found {len(sealed)} blobs"
         )
-    parts = []
-    for index, (segment, data) in enumerate(zip(target.segments, sealed, strict=True)):
+    opened = dict(pieces) if step.kind == "replace" else {}
+    for index, data in zip(numbers, sealed, strict=True):
+        segment = target.segments[index]
         plain = open_blob(key, step.target, _segment_label(index), data, segment.size)
         require_match(plain, segment.digest, f"segment {segment.name!r} of {target.model}")
-        parts.append(plain)
-    return b"".join(parts)
+        opened[segment.digest] = plain
+    missing = next((segment for segment in target.segments if segment.digest not in opened), None)
+    if missing is not None:
+        raise NotFound(f"segment {missing.name!r} of {target.model}: not at hand and not fetched; take the whole route")
+    return b"".join(opened[segment.digest] for segment in target.segments)
 
 
 def _patched(target: Manifest, step: Step, base_file: bytes, sealed: bytes, key: bytes) -> bytes:
     size_max = 2 * (target.size + len(base_file)) + _PATCH_BYTES_EXTRA
-    patch = open_blob(key, step.target, _patch_label(step.base), sealed, size_max)
-    return apply_patch(base_file, patch, target.size)
+    patch = open_blob(key, step.target, _patch_label(step.base, step.format), sealed, size_max)
+    return apply_bytes(base_file, patch, target.size)
 
 
 def _checked_blob(blob: Blob, blobs: Mapping[str, bytes]) -> bytes:
@@ -246,5 +333,6 @@ def _segment_label(index: int) -> str:
     return f"segment:{index}"
 
 
-def _patch_label(base: str) -> str:
-    return f"patch:{base}"
+def _patch_label(base: str, form: str) -> str:
+    """A BSDIFF40 patch's label is older than the other formats and names none."""
+    return f"patch:{base}" if form in ("", "bsdiff40") else f"patch:{form}:{base}"

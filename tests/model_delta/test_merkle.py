@@ -145,19 +145,15 @@ def test_a_liar_is_recognised(entries: list[bytes], data: st.DataObject) -> None
 
     def ask(nodes: Sequence[merkle.Node]) -> tuple[str, ...]:
         nonlocal trips
-        trips += 1
         answers = list(honest.digests(nodes))
-        if trips - 1 == min(lie_at, 0 if len(entries) == 2 else lie_at):
+        if trips == lie_at:
             answers[data.draw(st.integers(0, len(answers) - 1))] = hashlib.sha256(b"lie").hexdigest()
+        trips += 1
         return tuple(answers)
 
-    try:
-        found = merkle.differences(mine, honest.root, ask)
-    except DigestMismatch as error:
-        assert "not under the root" in str(error)
-    else:
-        assert trips <= lie_at
-        assert found == tuple(range(len(entries)))
+    with pytest.raises(DigestMismatch, match="not under the root"):
+        merkle.differences(mine, honest.root, ask)
+    assert trips == lie_at + 1
 
 
 @pytest.mark.parametrize("answers", [(), ("0" * 64,), ("0" * 64, "x"), ("0" * 64,) * 3])

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from model_delta import graphs, merkle
 from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack
 from model_delta.errors import DigestMismatch, Malformed, NotFound, Untrusted
 from model_delta.keys.encryption import open_blob, seal_blob
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import (
     Blob,
     Delivery,
+    DenseOffer,
     GoldenCase,
     Manifest,
     PatchOffer,
@@ -29,11 +31,22 @@ from model_delta.manifest import (
     TensorSpec,
     manifest_digest,
 )
-from model_delta.patch.bsdiff import make_patch
-from model_delta.patch.route import STEP_BYTES, Route, Step, plan_update
-from model_delta.release import Release, build_release, check_file, open_release, segments_root
+from model_delta.patch.container import FORMATS, make
+from model_delta.patch.route import STEP_BYTES, DeviceLimits, Route, Step, plan_update
+from model_delta.release import (
+    DENSE_GAIN,
+    Release,
+    build_release,
+    check_file,
+    open_release,
+    pieces_of,
+    root_of,
+    segments_root,
+    with_offers,
+)
 from model_delta.segments import read_tensor
 from model_delta.trust.updater import accept_manifest
+from model_delta.version import private_branch
 from tests.model_delta.models import NOW, keyring, layers, model, nudged
 
 KEYS = [bytes([number]) * 32 for number in range(4)]
@@ -351,12 +364,15 @@ def test_other_bytes_under_the_right_key_are_refused(publisher: Publisher) -> No
         (forged(publisher, "segment:0", good + b"x"), Malformed),
         (forged(publisher, "segment:1", good), Untrusted),
         (
-            forged(publisher, f"patch:{base.digest}", make_patch(publisher.files[0], evil_file), base.digest),
+            forged(publisher, f"patch:{base.digest}", make("bsdiff40", publisher.files[0], evil_file), base.digest),
             DigestMismatch,
         ),
-        (forged(publisher, f"patch:{base.digest}", make_patch(publisher.files[0], b"x"), base.digest), DigestMismatch),
+        (
+            forged(publisher, f"patch:{base.digest}", make("bsdiff40", publisher.files[0], b"x"), base.digest),
+            DigestMismatch,
+        ),
         (forged(publisher, f"patch:{base.digest}", b"not a patch", base.digest), Malformed),
-        (forged(publisher, "patch:other", make_patch(publisher.files[0], evil_file), base.digest), Untrusted),
+        (forged(publisher, "patch:other", make("bsdiff40", publisher.files[0], evil_file), base.digest), Untrusted),
     ]
     for (route, blobs), kind in cases:
         with pytest.raises(kind):
@@ -473,3 +489,148 @@ def test_a_blob_is_bound_to_its_version(publisher: Publisher) -> None:
     sealed = first.blobs[first.delivery.segments[0].digest]
     with pytest.raises(Untrusted):
         open_blob(KEYS[0], publisher.releases[1].digest, "segment:0", sealed, 10**6)
+
+
+# Segments at hand.
+
+
+@pytest.fixture(scope="module")
+def large(publisher: Publisher) -> tuple[Release, bytes]:
+    """A release with one segment of its own for each of three large tensors."""
+    file = graphs.quantize_weights(model(layers(3, (300, 300, 300, 300, 1))))
+    return (
+        build_release(
+            file,
+            tenant="acme",
+            model="large",
+            version={"eu-west": 1},
+            release=1,
+            parents=[],
+            keyring=publisher.ring,
+            key=KEYS[0],
+            now=NOW,
+        ),
+        file,
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_healed_by_its_damaged_segments_alone(
+    large: tuple[Release, bytes], data: st.DataObject
+) -> None:
+    made, file = large
+    sizes = [segment.size for segment in made.manifest.segments]
+    assert len(sizes) > 3
+    damaged, spoilt = bytearray(file), set()
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(file) - 1))
+        damaged[at] ^= 1 + data.draw(st.integers(0, 254))
+        spoilt.add(next(index for index in range(len(sizes)) if at < sum(sizes[: index + 1])))
+    if data.draw(st.booleans()):
+        spoilt.add(len(sizes) - 1)
+        del damaged[-data.draw(st.integers(1, sizes[-1])) :]
+    spoilt = {index for index in spoilt if bytes(damaged) != file}
+    pieces = pieces_of(made.manifest, bytes(damaged))
+    route = plan_update({}, made.manifest, {made.digest: made.delivery}, pieces=pieces)
+    lost = [made.manifest.segments[index].digest for index in sorted(spoilt)]
+    assert all(made.manifest.segments[index].digest in lost for index in route.steps[0].segments)
+    if lost and len(pieces):
+        assert route.kind == "replace"
+        assert route.bytes < sum(blob.size for blob in made.delivery.segments)
+    blobs = {blob.digest: made.blobs[blob.digest] for step in route.steps for blob in step.blobs}
+    assert open_release(made.manifest, route, blobs, {made.digest: KEYS[0]}, pieces=pieces) == file
+    assert (root_of(made.manifest, bytes(damaged)) == made.manifest.merkle_root) == (bytes(damaged) == file)
+
+
+def test_bytes_behind_the_end_are_found_too(large: tuple[Release, bytes]) -> None:
+    made, file = large
+    assert root_of(made.manifest, file) == made.manifest.merkle_root
+    assert root_of(made.manifest, file + b"x") != made.manifest.merkle_root
+    assert len(pieces_of(made.manifest, file + b"x")) == len(pieces_of(made.manifest, file)) - 1
+    assert pieces_of(made.manifest, b"") == {}
+
+
+def test_pieces_that_are_not_what_they_are_called_do_no_harm(large: tuple[Release, bytes]) -> None:
+    made, file = large
+    pieces = pieces_of(made.manifest, file)
+    victim = made.manifest.segments[1].digest
+    lying = {**pieces, victim: b"x" * len(pieces[victim])}
+    route = plan_update({}, made.manifest, {made.digest: made.delivery}, pieces=lying)
+    with pytest.raises(DigestMismatch):
+        open_release(made.manifest, route, made.blobs, {made.digest: KEYS[0]}, pieces=lying)
+    del lying[victim]
+    with pytest.raises(NotFound, match="take the whole route"):
+        open_release(made.manifest, route, made.blobs, {made.digest: KEYS[0]}, pieces=lying)
+
+
+def test_equal_segments_come_once(publisher: Publisher) -> None:
+    file = bytes(3 * 65_536) + b"end"  # not ONNX: three equal parts and a tail
+    made = build_release(
+        file,
+        tenant="acme",
+        model="zeros",
+        version={"eu-west": 1},
+        release=1,
+        parents=[],
+        keyring=publisher.ring,
+        key=KEYS[0],
+        now=NOW,
+        inputs=(),
+        outputs=(),
+    )
+    tail = made.manifest.segments[3].digest
+    route = plan_update({}, made.manifest, {made.digest: made.delivery}, pieces={tail})
+    assert route.steps[0].segments == (0,)
+    assert open_release(made.manifest, route, made.blobs, {made.digest: KEYS[0]}, pieces={tail: b"end"}) == file
+
+
+def test_a_private_branch_is_not_published(publisher: Publisher) -> None:
+    with pytest.raises(Malformed, match="own branch, which nobody publishes"):
+        build_release(
+            publisher.files[0],
+            tenant="acme",
+            model="fraud",
+            version=private_branch({"eu-west": 1}, "pos-0001"),
+            release=2,
+            parents=[],
+            keyring=publisher.ring,
+            key=KEYS[0],
+            now=NOW,
+        )
+
+
+# Patches in further formats.
+
+
+def test_a_dense_offer_stays_out_of_an_old_reader_s_way(publisher: Publisher) -> None:
+    """A delivery without dense patches is packed as ever; one with them is read by a program that knows only the
+    fields of the first release."""
+
+    class OldDelivery(msgspec.Struct, frozen=True):
+        manifest: str
+        segments: tuple[Blob, ...]
+        patches: tuple[PatchOffer, ...] = ()
+
+    plain = publisher.releases[1].delivery
+    plain = Delivery(plain.manifest, plain.segments, plain.patches)
+    old = OldDelivery(plain.manifest, plain.segments, plain.patches)
+    assert pack(plain) == pack(old)
+    dense = with_offers(plain, Delivery(plain.manifest, (), (), (DenseOffer(digest_of(b"x"), blob(7), "tp1"),)))
+    assert unpack(pack(dense), OldDelivery) == old
+    assert unpack(pack(dense), Delivery) == dense
+    assert [offer.format for offer in dense.offers][-1] == "tp1"
+
+
+@pytest.mark.parametrize("formats", [frozenset({"bsdiff40"}), frozenset(FORMATS)])
+def test_what_is_offered_opens_in_every_format(publisher: Publisher, formats: frozenset[str]) -> None:
+    base, release = publisher.releases[0], publisher.releases[1]
+    for offer in release.delivery.dense or ():
+        plain = next(other for other in release.delivery.patches if other.base == offer.base)
+        assert offer.blob.size < (1 - DENSE_GAIN) * plain.blob.size
+    limits = DeviceLimits(formats=formats)
+    deliveries = {release.digest: release.delivery}
+    route = plan_update(have(publisher, 0), release.manifest, deliveries, limits=limits)
+    assert route.steps[0].format in formats
+    held = {base.digest: publisher.files[0]}
+    assert open_release(release.manifest, route, release.blobs, publisher.keys, held=held) == publisher.files[1]
