@@ -1,0 +1,1 @@
+"""The benchmarks' own rules: what they make and how they measure."""
