@@ -51,6 +51,7 @@ coordinator = _group("coordinator", "Run the program in the middle.")
 aggregator = _group("aggregator", "Run one of the three aggregators of a federated round.")
 fleet = _group("fleet", "Run many simulated devices in one process.")
 broker = _group("broker", "Run the embedded MQTT 5 broker.")
+model = _group("model", "Prepare a model file before it is published.")
 
 DataOption = Annotated[
     Path, typer.Option("--data", envvar="ATOLL_DATA", help="The platform's data folder.", show_default=True)
@@ -63,6 +64,7 @@ ContactOption = Annotated[
 ]
 DEFAULT_DATA = Path("atoll-data")
 DEFAULT_CONTACT = 10.0
+OURS = ("atoll", "device_sim", "edge_runtime", "fl_coordinator", "model_delta", "monitoring", "regional_gateway")
 FOR_A_PERSON = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What an operating system says that only a person can put right."""
 
@@ -374,6 +376,41 @@ def fleet_run(
     )
 
 
+@model.command("quantize")
+def model_quantize(
+    float32: Annotated[Path, typer.Argument(metavar="FP32", help="The float32 ONNX model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the int8 model goes; an old file is replaced.")],
+    parent: Annotated[
+        Path | None, typer.Option(metavar="INT8", help="The int8 version before, whose scales and form are kept.")
+    ] = None,
+    parent_fp32: Annotated[
+        Path | None,
+        typer.Option(
+            "--parent-fp32", metavar="OLD", help="Its float32: weights that did not move keep their integers."
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="weights (stored as int8, computed as float32) or dynamic (integers multiplied); "
+            "default: the parent's, or weights."
+        ),
+    ] = "",
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="One scale a tensor instead of one a channel; without a parent.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the made-up inputs on which outputs are compared.")] = 7,
+    json: JsonOption = False,
+) -> None:
+    """Make the int8 version of a model, alike its parent, and check that it answers alike and carries the update.
+
+    Example: atoll model quantize new.onnx new-int8.onnx --parent old-int8.onnx --parent-fp32 old.onnx
+    """
+    from atoll.model import quantize_file
+
+    quantize_file(float32, out, parent, parent_fp32, form=form, per_tensor=per_tensor, seed=seed, as_json=json)
+
+
 def _interrupted(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
@@ -398,6 +435,10 @@ def main() -> None:
         from atoll.entry import exit_code
 
         _end(str(error), exit_code(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in OURS:
+            raise
+        _end(f"{error.name} is not installed: expected the extras of this command; pip install 'atoll[all]'", 2)
     except OSError as error:
         if error.errno not in FOR_A_PERSON or error.filename is None:
             raise

@@ -43,6 +43,8 @@ async def region_loss(stage: Stage, figures: Figures) -> None:
     after = await _region_metrics(stage)
     fleet, restarted = increase(before, after)
     lost = terminal.lost + fleet["requests_lost"]
+    if fleet["requests_cut_short"]:
+        figures["requests_cut_short"] = fleet["requests_cut_short"]  # their devices died, not their regions
     figures.update(
         region=dead,
         seconds_dead=round(back, 2),
@@ -119,15 +121,18 @@ async def _region_metrics(stage: Stage) -> list[Mapping[str, float]]:
 
 
 def increase(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> tuple[dict[str, int], int]:
-    """By how much the counts of requests grew over all processes, and how many processes were started anew meanwhile:
-    those count from zero again, and what they counted before they died is in nobody's figures."""
-    total, restarted = dict.fromkeys(("requests", "requests_lost", "failovers"), 0), 0
-    for first, last in zip(before, after, strict=True):
-        same = first["process_start_time_seconds"] == last["process_start_time_seconds"]
-        restarted += not same
+    """By how much the counts of requests grew over all processes, and how many processes were started anew meanwhile;
+    the counts outlive their process. Raises ActFailed when they did not, because nothing is known then."""
+    total, restarted = dict.fromkeys(("requests", "requests_lost", "requests_cut_short", "failovers"), 0), 0
+    for number, (first, last) in enumerate(zip(before, after, strict=True)):
+        restarted += first["process_start_time_seconds"] != last["process_start_time_seconds"]
         for key in total:
-            name = f"atoll_region_{key}"
-            total[key] += int(last[name] - (first[name] if same else 0.0))
+            grown = int(last[f"atoll_region_{key}"] - first[f"atoll_region_{key}"])
+            if grown < 0:
+                raise ActFailed(
+                    f"{key} of fleet-{number} are not known: its counts were lost, {grown} since act 6 began"
+                )
+            total[key] += grown
     return total, restarted
 
 

@@ -59,6 +59,7 @@ LABELS = {
     "answered_by": "the terminal was answered by",
     "failovers": "switches to the next region",
     "requests_lost": "requests lost",
+    "requests_cut_short": "requests whose own device was killed",
     "recovery_ms": "longest switch",
     "slowest_request_ms": "slowest answer to the terminal",
     "why_it_may_not_answer": "why its version may not answer",

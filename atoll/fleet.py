@@ -1,7 +1,7 @@
 """Wiring of a fleet process: a shard of a scenario's devices, each the real program with its own identity and line.
 
 All shards build the same world from the same seed. The process also answers `/metrics`, where requests to regions and
-fail-overs can be read.
+fail-overs can be read; those are counted from the data folder's beginning, however often the process was killed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from atoll.events import Events
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_app
 from atoll.platform import read_anchors, regions_from
+from atoll.region_counts import CountedRegions, RegionCounts
 from atoll.settings import LOOPBACK, MODEL, ConfigurationError, DataFolder, Endpoints
 from device_sim.faults import Observe, ObservedUpdates, attack, tampered
 from device_sim.population import VirtualDevice
@@ -35,7 +36,7 @@ from edge_runtime.identity import Identity
 from edge_runtime.link import MqttLink
 from edge_runtime.onnx_model import open_model, run_graph
 from edge_runtime.probation import ProbationRules
-from edge_runtime.regions import RegionClient
+from edge_runtime.regions import AskRegion, RegionClient
 from fl_coordinator.shares.client import make_contribution
 from model_delta.task import RoundTask
 from monitoring.metrics import Metrics
@@ -74,9 +75,12 @@ def run_fleet(
         kept = f"fleet: --observe: raw updates of these simulated devices are kept in {data.path / 'observed'}"
         print(kept, file=sys.stderr, flush=True)
     events = Events(f"fleet-{index}", as_json=as_json)
-    run_process(
-        _fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port, events), events.name, events=events
-    )
+    with RegionCounts(data.child("fleet") / f"shard-{index}-of-{count}.counts") as asked:
+        run_process(
+            _fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port, events, asked),
+            events.name,
+            events=events,
+        )
 
 
 async def _fleet(
@@ -89,12 +93,14 @@ async def _fleet(
     observe: Observe | None,
     metrics_port: int,
     events: Events,
+    asked: RegionCounts,
 ) -> None:
     tokens = data.tokens()
     client = ControlClient(endpoints.coordinator, tokens["join"])
     counts, metrics = FleetCounts(), Metrics()
-    async with RegionClient(endpoints.gateways, tokens["tenant"]) as regions:
-        _measure(metrics, regions, counts)
+    async with RegionClient(endpoints.gateways, tokens["tenant"]) as region_client:
+        regions = CountedRegions(region_client, asked)
+        _measure(metrics, asked, counts)
         members = [
             await asyncio.to_thread(_member, data, endpoints, client, world, device, regions, observe)
             for device in mine
@@ -113,7 +119,7 @@ def _member(
     client: ControlClient,
     world: World,
     device: VirtualDevice,
-    regions: RegionClient,
+    regions: AskRegion,
     observe: Observe | None,
 ) -> Member:
     """One device, enrolled, with what it has seen of its own payments so far."""
@@ -148,7 +154,7 @@ async def open_device(
     identity: Identity,
     device: VirtualDevice,
     names: Sequence[str],
-    regions: RegionClient,
+    regions: AskRegion,
     history: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
     *,
     observe: Observe | None = None,
@@ -184,7 +190,7 @@ def make_device(
     device: VirtualDevice,
     names: Sequence[str],
     link: MqttLink,
-    regions: RegionClient | None,
+    regions: AskRegion | None,
     history: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
     *,
     model: str = MODEL,
@@ -229,14 +235,15 @@ def _contribute(
     return tampered(honest, identity.name, np.random.default_rng(device.index), transform, observe)
 
 
-def _measure(metrics: Metrics, regions: RegionClient, counts: FleetCounts) -> None:
+def _measure(metrics: Metrics, asked: RegionCounts, counts: FleetCounts) -> None:
     """Publish what the process counts anyway."""
     for name, meaning, read in (
         ("fleet_decisions", "Payments decided by this process's devices.", lambda: counts.decisions),
         ("fleet_restarts", "Devices opened again after a crash.", lambda: sum(counts.restarts.values())),
-        ("region_requests", "Payments put to a region.", lambda: regions.requests),
-        ("region_requests_lost", "Payments that no region answered.", lambda: regions.lost_requests),
-        ("region_failovers", "Failures of a region that another one answered for.", lambda: len(regions.failovers)),
+        ("region_requests", "Payments put to a region.", lambda: asked.read("requests")),
+        ("region_requests_lost", "Payments that no region answered.", lambda: asked.read("lost")),
+        ("region_requests_cut_short", "Payments whose device died while it asked.", lambda: asked.read("cut_short")),
+        ("region_failovers", "Failures of a region that another one answered for.", lambda: asked.read("failovers")),
     ):  # fmt: skip
         metrics.gauge(name, meaning).read_from(lambda read=read: float(read()))  # type: ignore[misc]
 

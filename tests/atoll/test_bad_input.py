@@ -71,6 +71,16 @@ def test_a_folder_keeps_its_ports_and_says_when_one_was_taken(run, stopped: Path
     assert {name: data for name, data in everything(stopped).items() if name != "lock"} == before
 
 
+def test_a_command_whose_extras_are_not_installed(stopped: Path) -> None:
+    program = (
+        "import sys; sys.modules['uvicorn'] = None; sys.argv = ['atoll', 'gateway', 'run', '--data', sys.argv[1]]\n"
+        "from atoll.cli import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, str(stopped)], capture_output=True, text=True, timeout=60)
+    expected = "atoll: uvicorn is not installed: expected the extras of this command; pip install 'atoll[all]'\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", expected)
+
+
 def test_options_that_name_what_does_not_exist(run, stopped: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for words, expected in (
         (("up", "--data", tmp_path / "new", "--broker", "rabbit"), "--broker: expected auto, mosquitto or embedded"),

@@ -1,7 +1,9 @@
 """What the demo makes of deaths in the middle of an act."""
 
+import pytest
+
 from atoll.demo_regions import increase
-from atoll.demo_stage import Deaths
+from atoll.demo_stage import ActFailed, Deaths
 from atoll.processes import ProcessEvent
 
 
@@ -31,22 +33,32 @@ def test_deaths_are_named_until_they_are_long_ago() -> None:
     assert deaths.told() == ""
 
 
-def _counts(started: float, requests: float, lost: float = 0, failovers: float = 0) -> dict[str, float]:
+def _counts(started: float, requests: float, lost: float = 0, failovers: float = 0, cut: float = 0) -> dict[str, float]:
     return {
         "process_start_time_seconds": started,
         "atoll_region_requests": requests,
         "atoll_region_requests_lost": lost,
+        "atoll_region_requests_cut_short": cut,
         "atoll_region_failovers": failovers,
     }
+
+
+def _grown(requests: int, lost: int = 0, failovers: int = 0, cut: int = 0) -> dict[str, int]:
+    return {"requests": requests, "requests_lost": lost, "requests_cut_short": cut, "failovers": failovers}
 
 
 def test_requests_are_summed_over_processes() -> None:
     before = [_counts(1, 100), _counts(2, 50, 1)]
     after = [_counts(1, 110, 0, 2), _counts(2, 55, 1, 1)]
-    assert increase(before, after) == ({"requests": 15, "requests_lost": 0, "failovers": 3}, 0)
+    assert increase(before, after) == (_grown(15, failovers=3), 0)
 
 
-def test_a_process_that_was_started_anew_counts_from_zero_and_is_told() -> None:
+def test_a_process_that_was_started_anew_goes_on_counting_and_is_told() -> None:
     before = [_counts(1, 100, 3), _counts(2, 50)]
-    after = [_counts(9, 7, 1), _counts(2, 55)]
-    assert increase(before, after) == ({"requests": 12, "requests_lost": 1, "failovers": 0}, 1)
+    after = [_counts(9, 107, 4, cut=1), _counts(2, 55)]
+    assert increase(before, after) == (_grown(12, lost=1, cut=1), 1)
+
+
+def test_counts_that_were_lost_are_no_figure() -> None:
+    with pytest.raises(ActFailed, match="requests of fleet-1 are not known"):
+        increase([_counts(1, 100), _counts(2, 50)], [_counts(1, 110), _counts(9, 7)])
