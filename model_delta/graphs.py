@@ -29,6 +29,7 @@ IR_VERSION = 9
 PRODUCER = "atoll"
 DEQUANTIZE_OPSET_MIN = 13  # DequantizeLinear with one scale per channel
 _SLOW_WIDTH = 512
+_FREE_AXIS = 16
 _EXPORT_HINT = "export it with torch.onnx.export, skl2onnx or tf2onnx"
 
 Floats = npt.NDArray[np.float32]
@@ -199,6 +200,33 @@ def weight_changes(
         if before is None or levels[0] is None or levels[1] is None or levels[2] is None:
             continue
         yield fidelity.Change(name, weight - before, levels[0] - levels[2], levels[1] - levels[2])
+
+
+def made_up_inputs(data: bytes, rng: np.random.Generator, rows: int = 16) -> dict[str, npt.NDArray[Any]]:
+    """Inputs by name that the model runs on: standard normal numbers; row numbers below the table's size for integers
+    that a Gather looks up directly; ones for every other integer (a mask). Raises Malformed for what is no model.
+
+    The first axis has `rows`; another free axis has 16, and axes of one name have one size."""
+    model = _checked(data, "model")
+    tables = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    looked_up = {node.input[1]: tables.get(node.input[0], 1) for node in model.graph.node if node.op_type == "Gather"}
+    sizes: dict[str, int] = {}
+    made: dict[str, npt.NDArray[Any]] = {}
+    for value in model.graph.input:
+        spec = _spec(value, "model")
+        if any(tensor.name == spec.name for tensor in model.graph.initializer):
+            continue
+        shape = []
+        for axis, size in enumerate(value.type.tensor_type.shape.dim):
+            free = rows if axis == 0 else _FREE_AXIS
+            shape.append(size.dim_value or sizes.setdefault(size.dim_param or f"{spec.name}.{axis}", free))
+        if np.issubdtype(np.dtype(spec.dtype), np.floating):
+            made[spec.name] = rng.normal(size=shape).astype(spec.dtype)
+        elif spec.name in looked_up:
+            made[spec.name] = rng.integers(0, looked_up[spec.name], shape).astype(spec.dtype)
+        else:
+            made[spec.name] = np.ones(shape, spec.dtype)
+    return made
 
 
 def mlp_model(weights: Sequence[tuple[Floats, Floats]], mean: Floats, scale: Floats) -> bytes:

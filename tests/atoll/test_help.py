@@ -20,6 +20,7 @@ EXAMPLES = (
     "device run",
     "device revoke",
     "fleet run",
+    "model quantize",
 )
 
 
