@@ -5,10 +5,12 @@
     │   ├── SignatureInvalid
     │   ├── DigestMismatch
     │   ├── Expired
-    │   └── RolledBack
+    │   ├── RolledBack
+    │   └── TooLarge
     ├── Unavailable        retry with backoff, at the shell
     │   ├── NotFound
-    │   └── StorageFull
+    │   ├── StorageFull
+    │   └── TooSlow
     └── Malformed          a bug or an attack: count it, do not retry
 
 A message names the object, what was expected and what was found. Messages never hold key material, certificates or
@@ -42,6 +44,10 @@ class RolledBack(Untrusted):
     """A record older than one already accepted."""
 
 
+class TooLarge(Untrusted):
+    """More bytes than were declared, or than the reader's limit for this kind of file."""
+
+
 class Unavailable(AtollError):
     """The other side did not answer, or has not got it yet: retry with backoff until a deadline."""
 
@@ -52,6 +58,10 @@ class NotFound(Unavailable):
 
 class StorageFull(Unavailable):
     """No room left to write; nothing was changed."""
+
+
+class TooSlow(Unavailable):
+    """Bytes that come, but not fast enough to be worth waiting for: ask another mirror."""
 
 
 class Malformed(AtollError):
