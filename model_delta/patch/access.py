@@ -7,7 +7,7 @@ position, a piece at a time, and do not care whether a file or bytes stand behin
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from model_delta.errors import Malformed
 
@@ -66,3 +66,36 @@ def read_exactly(source: RandomAccess, offset: int, size: int, what: str) -> byt
             raise Malformed(f"{what}: expected {size} bytes at {offset}, found {len(data)}; it is cut off")
         data += more
     return data
+
+
+class ResumedOutput:
+    """The new file as it is written, from its first byte; the first `done` bytes stand there already.
+
+    What was written before an interruption is compared, not written twice: a decoder's state would have to be made
+    durable together with the output, while a length needs no state at all, and decoding again costs less than fetching.
+    With `done` above 0, `new` must be readable and seekable, and its first `done` bytes durable.
+    """
+
+    def __init__(self, new: BinaryIO, done: int = 0) -> None:
+        self._new = new
+        self._left = done
+        self.written = 0
+        """Bytes of the new file so far, those found in place included."""
+        if done:
+            new.seek(0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The next bytes. Raises Malformed when other bytes stand in their place."""
+        self.written += len(data)
+        if self._left:
+            old = min(self._left, len(data))
+            if self._new.read(old) != data[:old]:
+                raise Malformed(
+                    f"new file: its bytes before {self.written} are not those of this patch; remove it and start again"
+                )
+            self._left -= old
+            if self._left:
+                return
+            self._new.seek(self.written - len(data) + old)
+            data = data[old:]
+        self._new.write(data)

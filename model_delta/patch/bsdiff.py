@@ -1,114 +1,134 @@
-"""BSDIFF40 patches: write them, and apply them from a sender that is not believed. The only importer of bsdiff4.
+"""Writes BSDIFF40 patches; stock `bspatch` applies what is written here. The only importer of bsdiff4.
 
-The format is Colin Percival's bsdiff 4 (Naive differences of executable code, 2003): magic, three lengths, then
-bz2-compressed control triples, differences and extra bytes; stock `bspatch` applies what is written here.
+Where two versions align by their tensors' names (see `align`), no search is needed: one control triple per run, the
+bytewise difference, and the rest as extra bytes. bz2 blocks are 100 KB, so that applying takes little memory.
 
-bsdiff's search wants runs of equal bytes to align two files by. When training moved most weights by a step, there are
-few, and its patch grows to the size of the file; yet two versions of equal length hold the same tensors in the same
-places. So a second patch with one control triple, old and new byte by byte, is written too, and the smaller one taken.
-
-Applying checks the header before anything is allocated, unpacks each stream to at most what the header and the caller
-allow, and checks every control triple against the three streams and the old file before a byte is written.
+Only where that leaves bytes without a counterpart, saves too little, there are no tensors, or the file is small
+anyway, bsdiff's own search is tried, and the new file as nothing but extra bytes; the smallest wins. So no such patch
+takes more than bsdiff's or the new file packed by bz2, whichever is smaller, but for 1 % that blocks of 100 KB may cost
+against those of 900 KB (where they cost more, the large ones are taken), and the format's own 105 bytes.
 """
 
 from __future__ import annotations
 
 import bz2
-import io
-import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-import bsdiff4
-import bsdiff4.format
+import bsdiff4.core
 import numpy as np
 
-from model_delta.errors import Malformed
+from model_delta.patch.align import Run, align
+from model_delta.patch.bspatch import MAGIC
+from model_delta.segments import stored_tensors
 
-_MAGIC = b"BSDIFF40"
-_HEADER_BYTES = 32
-_TRIPLE_BYTES = 24
+SEARCH_BYTES_MAX = 32 * 1024 * 1024
+"""Default for the largest file, old or new, that bsdiff's search is let loose on: it takes about 17 times the old
+file's size in memory, and half a second a megabyte."""
 
+_SEARCHED_BYTES = 512 * 1024  # up to here a search costs less than anybody notices
+_COVERED_MIN = 0.99
+_SIZE_SHARE_MAX = 0.75
+_RUN_BYTES_MIN = 16  # a triple costs about as much
+_PIECE_BYTES = 1024 * 1024
+_LEVELS = (1, 9)  # times 100 KB a block
+_LEVEL_COST_MAX = 1.01
 
-def make_patch(old: bytes, new: bytes) -> bytes:
-    """A BSDIFF40 patch that turns `old` into `new`. Takes about 17 times the old file's size in memory."""
-    searched = bytes(bsdiff4.diff(old, new))
-    if not new or len(old) != len(new):
-        return searched
-    return min(searched, _aligned_patch(old, new), key=len)
-
-
-def _aligned_patch(old: bytes, new: bytes) -> bytes:
-    """The patch of one control triple: all bytes differ from those in the same place."""
-    difference = np.frombuffer(new, np.uint8) - np.frombuffer(old, np.uint8)
-    written = io.BytesIO()
-    control = struct.pack("<qqq", len(new), 0, 0)
-    bsdiff4.format.write_patch(written, len(new), control, difference.tobytes(), b"")
-    return written.getvalue()
+Triple: TypeAlias = tuple[int, int, int]
+Buffer: TypeAlias = bytes | memoryview
 
 
-def apply_patch(old: bytes, patch: bytes, size_max: int) -> bytes:
-    """The new file, at most `size_max` bytes. The caller checks its digest.
+class _Gap(NamedTuple):
+    """A range of the new file that is in no run."""
 
-    Raises Malformed for anything that `make_patch` would not have written for this old file's size; memory stays within
-    a small multiple of `size_max`, whatever the patch says.
+    new_start: int
+    size: int
+
+
+def make_patch(old: bytes, new: bytes, *, search_bytes_max: int = SEARCH_BYTES_MAX) -> bytes:
+    """A BSDIFF40 patch that turns `old` into `new`.
+
+    Models over 0.5 MiB that align need the two files and a few MB in memory, and little time. Others cost what bsdiff's
+    search does. Files above `search_bytes_max` are not searched, so their patches may be larger than bsdiff's where the
+    tensors' names do not help; they still never exceed the packed new file.
     """
-    if len(patch) < _HEADER_BYTES or not patch.startswith(_MAGIC):
-        raise Malformed(f"patch: expected BSDIFF40 and a header of {_HEADER_BYTES} bytes, found {len(patch)} bytes")
-    control_size, difference_size, new_size = (_length(patch[start : start + 8]) for start in (8, 16, 24))
-    if min(control_size, difference_size, new_size) < 0 or control_size + difference_size > len(patch) - _HEADER_BYTES:
-        raise Malformed(f"patch: its header's lengths do not fit its {len(patch)} bytes")
-    if new_size > size_max:
-        raise Malformed(f"patch: expected a new file of at most {size_max} bytes, found {new_size}")
-    difference_start = _HEADER_BYTES + control_size
-    extra_start = difference_start + difference_size
-    control = _unpacked(patch[_HEADER_BYTES:difference_start], _TRIPLE_BYTES * (new_size + 1), "control block")
-    difference = _unpacked(patch[difference_start:extra_start], new_size, "difference block")
-    extra = _unpacked(patch[extra_start:], new_size, "extra block")
-    _check_control(control, len(old), len(difference), len(extra), new_size)
-    try:
-        return bytes(bsdiff4.core.patch(old, new_size, control, difference, extra))
-    except ValueError as error:
-        raise Malformed(f"patch: {error}") from None
+    runs = _worth_a_triple(align(old, new))
+    covered = sum(run.size for run in runs)
+    aligned = _aligned(old, new, runs, _LEVELS[0])
+    if (
+        max(len(old), len(new)) > _SEARCHED_BYTES
+        and covered >= _COVERED_MIN * len(new)
+        and len(aligned) <= _SIZE_SHARE_MAX * len(new)
+        and stored_tensors(new)  # without names, equal places are no evidence: everything may have moved by a byte
+    ):
+        return aligned
+    candidates = [aligned, _aligned(old, new, runs, *_LEVELS), _aligned(old, new, (), *_LEVELS)]
+    if max(len(old), len(new)) <= search_bytes_max:
+        streams = bsdiff4.core.diff(old, new)
+        candidates.append(_written(len(new), *(_packed([stream], *_LEVELS) for stream in streams)))
+    return min(candidates, key=len)
 
 
-def _check_control(control: bytes, old_size: int, difference_size: int, extra_size: int, new_size: int) -> None:
-    if len(control) % _TRIPLE_BYTES:
-        raise Malformed(f"patch: its control block of {len(control)} bytes is not made of triples")
-    words = np.frombuffer(control, "<u8").reshape(-1, 3)
-    magnitudes = (words & np.uint64(2**63 - 1)).astype(np.int64)
-    triples = np.where(words >> np.uint64(63), -magnitudes, magnitudes)  # bsdiff writes sign and magnitude
-    added, copied, moved = triples[:, 0], triples[:, 1], triples[:, 2]
-    # Bounds first, so that no sum below can overflow.
-    limit = new_size + old_size
-    if triples.size and (added.min() < 0 or copied.min() < 0 or max(added.max(), copied.max()) > new_size):
-        raise Malformed("patch: a control triple has a length outside the new file")
-    if triples.size and np.abs(moved).max() > limit:
-        raise Malformed("patch: a control triple moves outside the old file")
-    if (int(added.sum()), int(copied.sum())) != (
-        difference_size,
-        extra_size,
-    ) or difference_size + extra_size != new_size:
-        raise Malformed(
-            f"patch: its triples, {difference_size} difference and {extra_size} extra bytes do not make {new_size}"
-        )
-    ends = np.cumsum(added + moved) - moved
-    if ((added > 0) & ((ends - added < 0) | (ends > old_size))).any():
-        raise Malformed(f"patch: it reads outside an old file of {old_size} bytes; was it made for another one?")
+def _worth_a_triple(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Runs without regard to element types: those that continue one another as one, short ones left out."""
+    joined: list[Run] = []
+    for run in runs:
+        last = joined[-1] if joined else None
+        if last and (last.new_start + last.size, last.old_start + last.size) == (run.new_start, run.old_start):
+            joined[-1] = last._replace(size=last.size + run.size)
+        else:
+            joined.append(run)
+    return tuple(run for run in joined if run.size >= _RUN_BYTES_MIN)
 
 
-def _unpacked(data: bytes, size_max: int, what: str) -> bytes:
-    unpacker = bz2.BZ2Decompressor()
-    try:
-        plain = unpacker.decompress(data, size_max + 1)
-    except (OSError, ValueError):
-        raise Malformed(f"patch: its {what} is damaged") from None
-    if len(plain) > size_max:
-        raise Malformed(f"patch: its {what} unpacks to more than {size_max} bytes")
-    if not unpacker.eof or unpacker.unused_data:
-        raise Malformed(f"patch: its {what} is cut off, or bytes follow it")
-    return plain
+def _aligned(old: bytes, new: bytes, runs: Sequence[Run], *levels: int) -> bytes:
+    """The patch of these runs; what lies between them is extra."""
+    gaps = _gaps(runs, len(new))
+    triples: list[Triple] = [(0, gaps[0].size, runs[0].old_start if runs else 0)]
+    for run, gap, after in zip(runs, gaps[1:], [*runs[1:], *runs[-1:]], strict=True):
+        triples.append((run.size, gap.size, after.old_start - run.old_start - run.size if after != run else 0))
+    if triples[0] == (0, 0, 0):
+        del triples[0]
+    return _written(
+        len(new),
+        _packed([_numbers(number for triple in triples for number in triple)], *levels),
+        _packed(_differences(old, new, runs), *levels),
+        _packed((memoryview(new)[gap.new_start : gap.new_start + gap.size] for gap in gaps), *levels),
+    )
 
 
-def _length(data: bytes) -> int:
-    """A bsdiff integer: 63 bits of magnitude, little endian, and a sign bit."""
-    value = int.from_bytes(data, "little")
-    return value if value < 1 << 63 else -(value & ((1 << 63) - 1))
+def _gaps(runs: Sequence[Run], size: int) -> list[_Gap]:
+    """The bytes of the new file before, between and after the runs: one gap more than runs, some of them empty."""
+    ends = [0, *(run.new_start + run.size for run in runs)]
+    starts = [*(run.new_start for run in runs), size]
+    return [_Gap(end, start - end) for end, start in zip(ends, starts, strict=True)]
+
+
+def _differences(old: bytes, new: bytes, runs: Iterable[Run]) -> Iterator[bytes]:
+    for run in runs:
+        for start in range(0, run.size, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, run.size - start)
+            before = np.frombuffer(old, np.uint8, size, run.old_start + start)
+            yield (np.frombuffer(new, np.uint8, size, run.new_start + start) - before).tobytes()
+
+
+def _packed(pieces: Iterable[Buffer], *levels: int) -> bytes:
+    """The pieces in one bz2 stream: of the smallest blocks that cost at most 1 % more than the best of `levels`."""
+    packers = [bz2.BZ2Compressor(level) for level in levels]
+    parts: list[list[bytes]] = [[] for _ in levels]
+    for piece in pieces:
+        for packer, packed in zip(packers, parts, strict=True):
+            packed.append(packer.compress(piece))
+    streams = [b"".join([*packed, packer.flush()]) for packer, packed in zip(packers, parts, strict=True)]
+    best = min(map(len, streams))
+    return next(stream for stream in streams if len(stream) <= _LEVEL_COST_MAX * best)
+
+
+def _written(new_size: int, control: bytes, difference: bytes, extra: bytes) -> bytes:
+    header = _numbers((len(control), len(difference), new_size))
+    return b"".join((MAGIC, header, control, difference, extra))
+
+
+def _numbers(values: Iterable[int]) -> bytes:
+    """bsdiff's integers: 64 bits, little endian, sign and magnitude."""
+    return b"".join((abs(value) | (1 << 63 if value < 0 else 0)).to_bytes(8, "little") for value in values)
