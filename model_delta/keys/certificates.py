@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ SEALING_KEY_OID = x509.ObjectIdentifier("2.25.1680937514089135028111745902112833
 2.25 is a UUID (ITU-T X.667), so it needs no registration."""
 
 _OCTET_STRING_32 = b"\x04\x20"
+_ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+"""AlgorithmIdentifier of RFC 5758, section 3.2."""
+
 _IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ONE_DAY = timedelta(days=1)
 
@@ -82,7 +85,7 @@ def make_authority(private: ec.EllipticCurvePrivateKey, tenant: str, now: float,
 
 def make_leaf(
     authority: bytes,
-    authority_key: ec.EllipticCurvePrivateKey,
+    sign: ec.EllipticCurvePrivateKey | Callable[[bytes], bytes],
     request: bytes,
     common_name: str,
     tenant: str,
@@ -95,6 +98,7 @@ def make_leaf(
 ) -> bytes:
     """A leaf certificate, PEM, for the key of `request`; nothing else in the request is believed.
 
+    `sign` is the key of `authority`, or a function that asks its holder for an ECDSA P-256 SHA-256 signature (DER).
     A server's certificate names localhost, 127.0.0.1 and `dns_names` (names or addresses) and is good for both ends of
     a connection. It is valid from a day back, for devices whose clock is behind. Raises Malformed for a request that is
     not PEM, is not P-256, or whose own signature is wrong.
@@ -132,7 +136,7 @@ def make_leaf(
         .add_extension(_key_usage(authority=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(_p256_key_of(issuer)), critical=False)
     )
     names = dict.fromkeys([*dns_names, *(("localhost", "127.0.0.1") if server else ())])
     if names:
@@ -142,7 +146,7 @@ def make_leaf(
     if sealing is not None:
         extension = x509.UnrecognizedExtension(SEALING_KEY_OID, _OCTET_STRING_32 + sealing)
         builder = builder.add_extension(extension, critical=False)
-    return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return _signed(builder, issuer, sign).public_bytes(serialization.Encoding.PEM)
 
 
 def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collection[int] = frozenset()) -> DeviceKeys:
@@ -200,6 +204,43 @@ def same_keys(first_pem: bytes, second_pem: bytes) -> bool:
 def days_left(cert_pem: bytes, now: float) -> float:
     """Days until a certificate expires; negative when it has. `now` is Unix seconds. Raises Malformed."""
     return (_load(cert_pem, "certificate").not_valid_after_utc - _moment(now)) / _ONE_DAY
+
+
+def _signed(
+    builder: x509.CertificateBuilder,
+    issuer: x509.Certificate,
+    sign: ec.EllipticCurvePrivateKey | Callable[[bytes], bytes],
+) -> x509.Certificate:
+    """The certificate of `builder`, signed by a key here or by a holder elsewhere.
+
+    For a holder elsewhere a throw-away key fixes the bytes to be signed (they name the algorithm, not the key), and its
+    signature is exchanged (RFC 5280, section 4.1: tbsCertificate, signatureAlgorithm, signatureValue).
+    """
+    if isinstance(sign, ec.EllipticCurvePrivateKey):
+        return builder.sign(sign, hashes.SHA256())
+    draft = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).tbs_certificate_bytes
+    signature = b"\x00" + sign(draft)
+    body = draft + _ECDSA_WITH_SHA256 + b"\x03" + _der_length(len(signature)) + signature
+    certificate = x509.load_der_x509_certificate(b"\x30" + _der_length(len(body)) + body)
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, ValueError, TypeError):
+        raise Untrusted("certificate: the holder of the CA key signed with another key than the CA's") from None
+    return certificate
+
+
+def _der_length(length: int) -> bytes:
+    if length < 128:
+        return bytes([length])
+    encoded = length.to_bytes((length.bit_length() + 7) // 8, "big")
+    return bytes([128 + len(encoded)]) + encoded
+
+
+def _p256_key_of(issuer: x509.Certificate) -> ec.EllipticCurvePublicKey:
+    key = issuer.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise Malformed(f"CA certificate: expected a P-256 key, found {type(key).__name__}")
+    return key
 
 
 def _load(pem: bytes, what: str) -> x509.Certificate:

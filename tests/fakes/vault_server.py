@@ -1,0 +1,76 @@
+"""A real Vault server in development mode, on a free loopback port, for as long as a test module needs it.
+
+The binary is built by `.ci/vault/build` into a folder outside the checkout, or named by ATOLL_VAULT_SERVER.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from model_delta.keys.vault import TenantPaths, VaultKeyring
+from model_delta.keys.vault_connection import AppRoleLogin, TokenLogin, VaultConnection
+from model_delta.keys.vault_setup import credentials
+
+START_S = 30
+
+
+class Server(NamedTuple):
+    """Where it listens, and the root token."""
+
+    url: str
+    token: str
+
+    def admin(self) -> VaultConnection:
+        """An administrator's connection."""
+        return VaultConnection(self.url, TokenLogin(self.token))
+
+    def login(self, tenant: str, role: str) -> VaultConnection:
+        """A connection by the AppRole `role` of a tenant."""
+        paths = TenantPaths(tenant)
+        found = credentials(self.admin(), paths, role)
+        return VaultConnection(self.url, AppRoleLogin(paths.approle, found.role_id, found.secret_id))
+
+    def keyring(self, tenant: str, now: float, role: str = "coordinator") -> VaultKeyring:
+        """A tenant's keyring whose clock stands at `now`."""
+        return VaultKeyring(self.login(tenant, role), TenantPaths(tenant), clock=lambda: now)
+
+
+def binary() -> Path:
+    """The server's binary. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    named = os.environ.get("ATOLL_VAULT_SERVER")
+    path = Path(named) if named else cache / "atoll" / "vault-1.14.10" / "vault"
+    if not os.access(path, os.X_OK):
+        reason = f"a Vault server at {path}: run .ci/vault/build"
+        if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
+            pytest.fail(f"expected {reason}, because ATOLL_REQUIRE_SERVERS=1")
+        pytest.skip(f"needs {reason}")
+    return path
+
+
+@contextmanager
+def running(*options: str) -> Iterator[Server]:
+    """The server, with `options` for its command line; ended by its process id."""
+    token = secrets.token_urlsafe(16)
+    process = subprocess.Popen(
+        [binary(), "-root-token", token, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url, "the server ended before it listened"
+        yield Server(url, token)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(START_S)
+        if process.stdout is not None:
+            process.stdout.close()
