@@ -1,8 +1,10 @@
 """From a version's digest to its checked file, with as few bytes as may be.
 
 The manifest is fetched and believed first, then the delivery says which blobs there are, then the cheapest route from
-what the device holds is walked: a patch, a chain of patches, or the whole. A route that turns out spoilt (a patch that
-does not open, a base that is not what it seemed) is given up for the whole segments. Nothing here changes what runs.
+what the device holds is walked: a patch, a chain of patches, the segments that no file here has, or the whole. A file
+that is damaged or was changed is no base, but its whole segments count: a device with a spoilt sector fetches the
+segments it stands in. A route that turns out spoilt (a patch that does not open, a base that is not what it seemed) is
+given up for the whole segments. Nothing here changes what runs.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import msgspec
 
 from edge_runtime.fetching import Fetcher
 from edge_runtime.slots import Slots
+from model_delta.digest import require_match
 from model_delta.encoding import unpack
-from model_delta.errors import AtollError, NotFound, Unavailable
-from model_delta.manifest import Delivery, Manifest
-from model_delta.patch.route import Route, plan_update
+from model_delta.errors import AtollError, Malformed, NotFound, Unavailable
+from model_delta.manifest import Delivery, Manifest, late_delivery_name
+from model_delta.patch.route import NO_LIMITS, DeviceLimits, LinkCosts, Route, plan_update
 from model_delta.plan import RolloutPlan
-from model_delta.release import check_file, open_release
+from model_delta.release import check_file, open_release, pieces_of, with_offers
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, check_release
 
 CHAIN_VERSIONS_MAX = 8
+CACHE_QUESTIONS_MAX = 32
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +42,19 @@ class Acquired(msgspec.Struct, frozen=True):
     trust: TrustState
 
 
+class Held(msgspec.Struct, frozen=True):
+    """What is at hand: complete files by manifest digest, plain segments by their own, and the manifests of all files
+    that stand in the slots, damaged ones too."""
+
+    files: dict[str, bytes]
+    pieces: dict[str, memoryview]
+    manifests: dict[str, Manifest]
+
+
 class Acquisition:
-    """Brings versions for one device. `received` hears of every blob, so that the byte count survives a power cut."""
+    """Brings versions for one device. `received` hears of every blob, so that the byte count survives a power cut.
+    `limits`: what the device can apply and hold; `cached_cost`: what a byte that the region's mirror has already costs,
+    when one from its origin costs 1 (1 where the device's own link is what is dear: then nobody is asked)."""
 
     def __init__(
         self,
@@ -49,9 +64,12 @@ class Acquisition:
         anchors: TrustAnchors,
         clock: Callable[[], float],
         received: Callable[[], None],
+        limits: DeviceLimits = NO_LIMITS,
+        cached_cost: float = 1.0,
     ) -> None:
         self._slots, self._fetcher, self._anchors = slots, fetcher, anchors
         self._clock, self._received = clock, received
+        self._limits, self._cached_cost = limits, cached_cost
 
     async def bring(self, target: str, plan: RolloutPlan, trust: TrustState) -> Acquired:
         """The version `target`, which `plan` asks for. Raises Unavailable (later may be better) and Untrusted or
@@ -61,72 +79,100 @@ class Acquisition:
         if present is not None and present.digest == target:
             manifest = accept_manifest(present.envelope, target, self._anchors, self._clock())
             trust = check_release(manifest, plan, trust)
-            try:
+            with contextlib.suppress(AtollError):  # damaged on disk: what is whole of it is a start
                 check_file(manifest, self._slots.read_file(present))
                 return Acquired(present.envelope, None, "none", trust)
-            except AtollError:
-                self._slots.clear_slot(inactive)  # damaged on disk: fetch it
         envelope = await self._fetcher.object("manifest", target)
         manifest = accept_manifest(envelope, target, self._anchors, self._clock())
         trust = check_release(manifest, plan, trust)
-        file, route = await self._by_cheapest(target, manifest, self._held_files())
+        file, route = await self._by_cheapest(target, manifest, self._held())
         return Acquired(envelope, file, route, trust)
 
     async def file_of(self, target: str, also_held: Mapping[str, bytes]) -> bytes:
         """The checked file of a version that is read (trained from), not run; `also_held` are files by digest that are
         at hand beside those in the slots. Raises as `bring`."""
-        held = {**self._held_files(), **also_held}
-        if target in held:
-            return held[target]
+        held = self._held()
+        held = msgspec.structs.replace(held, files={**held.files, **also_held})
+        if target in held.files:
+            return held.files[target]
         return (await self._by_cheapest(target, await self._believed(target), held))[0]
 
-    async def _by_cheapest(self, target: str, manifest: Manifest, held: Mapping[str, bytes]) -> tuple[bytes, str]:
-        deliveries = await self._ways_to(target, set(held))
-        route = plan_update({digest: len(file) for digest, file in held.items()}, manifest, deliveries)
+    async def _by_cheapest(self, target: str, manifest: Manifest, held: Held) -> tuple[bytes, str]:
+        deliveries = await self._ways_to(target, held)
+        route = plan_update(
+            {digest: len(file) for digest, file in held.files.items()},
+            manifest,
+            deliveries,
+            pieces=held.pieces,
+            manifests=held.manifests,
+            costs=await self._costs(deliveries, set(held.files)),
+            limits=self._limits,
+        )
         try:
             return await self._walk(manifest, route, held), route.kind
         except AtollError as error:
-            whole = plan_update({}, manifest, {target: deliveries[target]})
-            if (isinstance(error, Unavailable) and not isinstance(error, NotFound)) or whole == route:
+            if isinstance(error, Unavailable) and not isinstance(error, NotFound):
+                raise
+            try:
+                whole = plan_update({}, manifest, {target: deliveries[target]}, limits=self._limits)
+            except NotFound:  # the whole does not fit this device
+                raise error from None
+            if whole == route:
                 raise
             _log.warning("%s route to %s failed (%s): taking the whole", route.kind, target[:12], error)
-            return await self._walk(manifest, whole, {}), whole.kind
+            return await self._walk(manifest, whole, Held({}, {}, {})), whole.kind
 
-    async def _walk(self, manifest: Manifest, route: Route, held: Mapping[str, bytes]) -> bytes:
-        manifests = {
-            step.target: await self._believed(step.target)
-            for step in route.steps
-            if step.target != route.steps[-1].target
-        }
+    async def _walk(self, manifest: Manifest, route: Route, held: Held) -> bytes:
+        between = [step.target for step in route.steps[:-1]]
+        manifests = {digest: await self._believed(digest) for digest in between}
         keys = {step.target: await self._fetcher.artifact_key(step.target) for step in route.steps}
         blobs = {}
         for step in route.steps:
             for blob in step.blobs:
                 blobs[blob.digest] = await self._fetcher.blob(blob)
                 self._received()
-        return open_release(manifest, route, blobs, keys, held=held, manifests=manifests)
+        return open_release(manifest, route, blobs, keys, held=held.files, manifests=manifests, pieces=held.pieces)
 
-    def _held_files(self) -> dict[str, bytes]:
-        """The files in both slots that are what their manifests say."""
-        held: dict[str, bytes] = {}
+    async def _costs(self, deliveries: Mapping[str, Delivery], bases: set[str]) -> LinkCosts:
+        """What the blobs cost here. The mirror is asked what it has only where that makes a difference, and only about
+        patches: of the whole it has either all or, for a device, nothing of use."""
+        at_hand = self._slots.complete_blobs()
+        if self._cached_cost == 1.0:
+            return LinkCosts(at_hand=at_hand)
+        offers = [offer for delivery in deliveries.values() for offer in delivery.offers]
+        near = [offer.blob for offer in offers if offer.base in deliveries or offer.base in bases][:CACHE_QUESTIONS_MAX]
+        return LinkCosts(cached=self._cached_cost, in_region=await self._fetcher.in_region(near), at_hand=at_hand)
+
+    def _held(self) -> Held:
+        """What both slots hold; of a file that is not what its manifest says, the segments that are."""
+        held = Held({}, {}, {})
         for slot in (self._slots.pointer(), self._slots.inactive()):
             version = self._slots.installed(slot)
-            if version is not None:
-                with contextlib.suppress(AtollError):
-                    held[version.digest] = self._slots.read_file(version)
+            if version is None:
+                continue
+            with contextlib.suppress(AtollError):
+                file = self._slots.read_unchecked(version)
+                held.pieces.update(pieces_of(version.manifest, file))
+                held.manifests[version.digest] = version.manifest
+                require_match(file, version.manifest.file_digest, f"model file of slot {slot}")
+                held.files[version.digest] = file
         return held
 
-    async def _ways_to(self, target: str, held: set[str]) -> dict[str, Delivery]:
-        """The target's delivery and, as long as no patch starts from a file at hand, those of the versions its patches
-        start from: stepping stones of a chain. Deliveries are small and believed by nobody; a stone's manifest is
-        fetched, and judged, only when the route goes over it."""
+    async def _ways_to(self, target: str, held: Held) -> dict[str, Delivery]:
+        """The target's delivery; unless a patch there starts from a file at hand, a direct patch made for late devices
+        and the deliveries of the versions its patches start from: stepping stones of a chain (these also where hops may
+        be cached near by). Deliveries are small and believed by nobody; a stone's manifest is fetched, and judged, only
+        when the route goes over it."""
         deliveries = {target: await self._delivery(target)}
+        files = set(held.files)
+        if files and not files & _bases(deliveries[target]):
+            deliveries[target] = await self._with_late_patches(deliveries[target], files)
         edge = [target]
-        while edge and held:
-            bases = [offer.base for offer in deliveries[edge.pop(0)].patches]
-            if held & set(bases):
-                break
-            for base in bases:
+        while edge and (files or held.manifests):
+            bases = _bases(deliveries[edge.pop(0)])
+            if files & bases and self._cached_cost == 1.0:
+                break  # where every byte costs the same, two hops do not beat a direct patch
+            for base in sorted(bases):
                 if base in deliveries or len(deliveries) >= CHAIN_VERSIONS_MAX:
                     continue
                 try:
@@ -136,6 +182,14 @@ class Acquisition:
                 edge.append(base)
         return deliveries
 
+    async def _with_late_patches(self, delivery: Delivery, files: set[str]) -> Delivery:
+        for base in sorted(files):
+            with contextlib.suppress(NotFound, Malformed):
+                late = await self._delivery(late_delivery_name(delivery.manifest, base))
+                if late.manifest == delivery.manifest:
+                    delivery = with_offers(delivery, late)
+        return delivery
+
     async def _believed(self, digest: str) -> Manifest:
         """The manifest of a version on the way. Raises as `accept_manifest`."""
         envelope = await self._fetcher.object("manifest", digest)
@@ -143,3 +197,7 @@ class Acquisition:
 
     async def _delivery(self, digest: str) -> Delivery:
         return unpack(await self._fetcher.object("delivery", digest), Delivery)
+
+
+def _bases(delivery: Delivery) -> set[str]:
+    return {offer.base for offer in delivery.offers}

@@ -42,8 +42,9 @@ from edge_runtime.slots import Slots
 from edge_runtime.waiting import wait_at_most
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Unavailable
+from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits
-from model_delta.topics import ReportAck, down, plan_topic, round_topic, up
+from model_delta.topics import Hello, ReportAck, down, plan_topic, round_topic, up
 from model_delta.trust.updater import TrustAnchors
 from monitoring.telemetry import Decision, Feedback, Report
 
@@ -58,7 +59,8 @@ class Device:
     `directory` is its own and survives restarts. `mirrors`: regions whose mirrors serve it, home first (its own region
     when not given). `data` gives local training payments (features float32[n, F], labels float32[n]); `contribute`
     turns a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional parts may be
-    None: a device without `data`, `contribute` or `run_graph` takes no part in rounds.
+    None: a device without `data`, `contribute` or `run_graph` takes no part in rounds. `limits`, `cached_cost`: what
+    updates may take here, see `Acquisition`.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Device:
         answer_deadline_s: float = 3.0,
         retry_first_s: float = 0.5,
         receipt_deadline_s: float = 5.0,
+        limits: DeviceLimits = NO_LIMITS,
+        cached_cost: float = 1.0,
     ) -> None:
         self.device_id, self.traits, self.model = identity.name, traits, model
         self._link, self._clock, self._rng = link, clock, rng
@@ -127,6 +131,8 @@ class Device:
             probation=probation or ProbationRules(),
             told=self._report_now.set,
             retry_first_s=retry_first_s,
+            limits=limits,
+            cached_cost=cached_cost,
         )
         self.participation: Participation | None = None
         if data is not None and contribute is not None and run_graph is not None:
@@ -225,14 +231,15 @@ class Device:
                     greeted = True
             await asyncio.sleep(CONNECTION_POLL_S)
 
-    def _hello(self) -> dict[str, str]:
-        return {
-            "device_id": self.device_id,
-            "device_class": self.traits.device_class,
-            "region": self.traits.region,
-            "running": self.running.digest,
-            "state": self.state,
-        }
+    def _hello(self) -> Hello:
+        return Hello(
+            device_id=self.device_id,
+            device_class=self.traits.device_class,
+            region=self.traits.region,
+            running=self.running.digest,
+            state=self.state,
+            root=self.installation.file_root(),
+        )
 
     async def _report(self) -> None:
         """Report every interval (an eighth of jitter keeps a fleet from marching in step), at once after an outcome."""

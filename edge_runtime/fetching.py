@@ -103,6 +103,24 @@ class Fetcher:
                 self._set_aside(self._order()[0])
         raise Unavailable(f"blob {blob.digest[:16]}…: damaged on disk again and again")
 
+    async def in_region(self, blobs: Sequence[Blob]) -> frozenset[str]:
+        """Which of `blobs` the nearest region's mirror has already, without making it fetch one. No answer is a no, and
+        ends the questions."""
+        region, there = self._order()[0], set()
+        for blob in blobs:
+            async with self._open:
+                number = self._next_request()
+                request = ChunkRequest(number, "blob", blob.digest, 0, 0, kept_only=True)
+                response = await self._ask(
+                    self._waiting_chunks, number, up(self._device, f"req/{region}"), pack(request)
+                )
+            if response is None:
+                self._set_aside(region)
+                break
+            if not response.error and response.total == blob.size:
+                there.add(blob.digest)
+        return frozenset(there)
+
     async def _receive(self, blob: Blob) -> None:
         """Append what is missing of a blob to its part."""
         here = min(self._slots.received(blob.digest), blob.size)

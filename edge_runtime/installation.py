@@ -30,7 +30,9 @@ from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, 
 from edge_runtime.update import Command, Event, Refusal, State, step
 from edge_runtime.waiting import wait_at_most
 from model_delta.errors import AtollError, Expired, StorageFull, Unavailable
+from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
+from model_delta.release import root_of
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan
 from monitoring.telemetry import UpdateOutcome
 
@@ -69,6 +71,8 @@ class Installation:
         told: Callable[[], None],
         retry_first_s: float = 0.5,
         retry_most_s: float = 15.0,
+        limits: DeviceLimits = NO_LIMITS,
+        cached_cost: float = 1.0,
     ) -> None:
         self._traits, self._model, self._anchors = traits, model, anchors
         self._slots, self._fetcher, self._outbox, self._running = slots, fetcher, outbox, running
@@ -76,7 +80,13 @@ class Installation:
         self._rules, self._told = probation, told
         self._retry_first_s, self._retry_most_s = retry_first_s, retry_most_s
         self._acquisition = Acquisition(
-            slots=slots, fetcher=fetcher, anchors=anchors, clock=clock, received=self._count_received
+            slots=slots,
+            fetcher=fetcher,
+            anchors=anchors,
+            clock=clock,
+            received=self._count_received,
+            limits=limits,
+            cached_cost=cached_cost,
         )
         self.record = slots.read_record()
         self.refused = 0
@@ -120,6 +130,16 @@ class Installation:
         if plan is None or self._clock() >= plan.expires:
             return ""
         return assign(plan, self._traits).manifest
+
+    def file_root(self) -> str:
+        """The Merkle root of the file in the slot that the pointer names, as it stands on disk; "" without one."""
+        version = self._slots.installed(self._slots.pointer())
+        if version is None:
+            return ""
+        try:
+            return root_of(version.manifest, self._slots.read_unchecked(version))
+        except AtollError:
+            return ""
 
     def _follow(self, plan: RolloutPlan) -> None:
         self._plan = plan

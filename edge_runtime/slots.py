@@ -152,13 +152,19 @@ class Slots:
 
     def read_file(self, version: InstalledVersion) -> bytes:
         """The model file of a slot, checked against its manifest. Raises NotFound and DigestMismatch."""
-        path = self.directory / "slots" / version.slot / "model.bin"
-        try:
-            file = path.read_bytes()
-        except OSError:
-            raise NotFound(f"model file of slot {version.slot}: expected {path}, found none") from None
+        file = self.read_unchecked(version)
         require_match(file, version.manifest.file_digest, f"model file of slot {version.slot}")
         return file
+
+    def read_unchecked(self, version: InstalledVersion) -> bytes:
+        """The bytes that stand in a slot, damaged or not: at most one more than the file should have, so that a file
+        that grew costs no memory. Raises NotFound."""
+        path = self.directory / "slots" / version.slot / "model.bin"
+        try:
+            with path.open("rb") as file:
+                return file.read(version.manifest.size + 1)
+        except OSError:
+            raise NotFound(f"model file of slot {version.slot}: expected {path}, found none") from None
 
     # -- incoming blobs
 
@@ -213,6 +219,10 @@ class Slots:
     def has(self, digest: str) -> bool:
         """Whether the blob is here as a whole."""
         return self._blob_paths(digest)[0].exists()
+
+    def complete_blobs(self) -> frozenset[str]:
+        """The digests of the blobs that are here as a whole."""
+        return frozenset(path.name for path in self._incoming.iterdir() if not path.suffix)
 
     def truncate(self, digest: str, size: int) -> None:
         """Cut a part down to `size` bytes (to a whole number of chunks, or to nothing)."""

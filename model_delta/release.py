@@ -200,7 +200,7 @@ def open_release(
     *,
     held: Mapping[str, bytes] | None = None,
     manifests: Mapping[str, Manifest] | None = None,
-    pieces: Mapping[str, bytes] | None = None,
+    pieces: Mapping[str, bytes | memoryview] | None = None,
 ) -> bytes:
     """The checked file of `manifest`, by the steps of `route` (see `patch.route.plan_update`).
 
@@ -262,8 +262,8 @@ def segments_root(segments: Sequence[Segment]) -> str:
     return merkle.root([bytes.fromhex(segment.digest) for segment in segments])
 
 
-def pieces_of(manifest: Manifest, file: bytes) -> dict[str, bytes]:
-    """The segments of `file` that are those of `manifest`, by digest; of a damaged file those that are whole.
+def pieces_of(manifest: Manifest, file: bytes) -> dict[str, memoryview]:
+    """The segments of `file` that are those of `manifest`, by digest, as views; of a damaged file those that are whole.
 
     The file's tree is walked against the manifest's from the root down. Raises DigestMismatch when the manifest's own
     segments are not under its root.
@@ -272,7 +272,7 @@ def pieces_of(manifest: Manifest, file: bytes) -> dict[str, bytes]:
     theirs = merkle.Tree([bytes.fromhex(segment.digest) for segment in manifest.segments])
     spoilt = set(merkle.differences(tree, manifest.merkle_root, theirs.digests))
     return {
-        segment.digest: bytes(part)
+        segment.digest: part
         for index, (segment, part) in enumerate(zip(manifest.segments, parts, strict=True))
         if index not in spoilt
     }
@@ -295,7 +295,9 @@ def _tree(manifest: Manifest, file: bytes) -> tuple[merkle.Tree, list[memoryview
     return merkle.Tree([bytes.fromhex(digest_of(part)) for part in parts]), parts
 
 
-def _join(target: Manifest, step: Step, sealed: Sequence[bytes], key: bytes, pieces: Mapping[str, bytes]) -> bytes:
+def _join(
+    target: Manifest, step: Step, sealed: Sequence[bytes], key: bytes, pieces: Mapping[str, bytes | memoryview]
+) -> bytes:
     """The file out of segments that came and, for a replace, those at hand."""
     numbers = step.segments if step.kind == "replace" else tuple(range(len(target.segments)))
     if len(sealed) != len(numbers) or not set(numbers) <= set(range(len(target.segments))):
@@ -303,7 +305,7 @@ def _join(target: Manifest, step: Step, sealed: Sequence[bytes], key: bytes, pie
             f"version {step.target[:16]}… of {target.model}: expected {len(numbers)} of {len(target.segments)} "
             f"segments, found {len(sealed)} blobs"
         )
-    opened = dict(pieces) if step.kind == "replace" else {}
+    opened: dict[str, bytes | memoryview] = dict(pieces) if step.kind == "replace" else {}
     for index, data in zip(numbers, sealed, strict=True):
         segment = target.segments[index]
         plain = open_blob(key, step.target, _segment_label(index), data, segment.size)

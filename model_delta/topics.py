@@ -47,14 +47,29 @@ def device_of(topic: str) -> str:
     return parts[3] if len(parts) > 4 and parts[2] == "dev" else ""
 
 
+class Hello(msgspec.Struct, frozen=True):
+    """Who is here, said once a connection. `running`: the version that answers, by manifest digest. `root`: the Merkle
+    root of the file that stands on the device, which names a release unless the file was damaged or changed; "" when
+    there is no file, or from a program that does not say."""
+
+    device_id: str
+    device_class: str = ""
+    region: str = ""
+    running: str = ""
+    state: str = ""
+    root: str = ""
+
+
 class ChunkRequest(msgspec.Struct, frozen=True):
-    """Bytes [offset, offset + length) of a stored object. `request` is echoed in the response."""
+    """Bytes [offset, offset + length) of a stored object. `request` is echoed in the response. `kept_only`: answer with
+    an error rather than fetch what is not in the mirror; left out of the packed form otherwise."""
 
     request: int
     kind: StoreKind
     name: str
     offset: int = 0
     length: int = CHUNK_BYTES
+    kept_only: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChunkResponse(msgspec.Struct, frozen=True):

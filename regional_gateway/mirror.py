@@ -117,6 +117,8 @@ class Mirror:
             try:
                 total, data = self._read(request, length)
             except NotFound:
+                if request.kept_only:
+                    raise
                 await self._have(request.kind, request.name)
                 total, data = self._read(request, length)
         except AtollError as error:

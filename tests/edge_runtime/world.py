@@ -73,6 +73,7 @@ class World:
         self.known: dict[tuple[str, int], int] = {}
         self.contributions: list[tuple[str, bytes]] = []
         self.chunks: dict[str, int] = dict.fromkeys(regions, 0)
+        self.kept: dict[str, set[str]] = {region: set() for region in regions}
         self.dead: set[str] = set()
         self.spoil: Callable[[str, ChunkRequest, bytes], bytes] = lambda region, request, data: data
         self.acknowledge = True
@@ -113,9 +114,12 @@ class World:
             request = unpack(payload, ChunkRequest)
             self.chunks[region] += 1
             data = self.store.get((request.kind, request.name))
+            if request.kept_only and request.name not in self.kept[region]:
+                data = None
             if data is None:
                 response = ChunkResponse(request.request, error=f"{request.kind} {request.name[:8]} is not here")
             else:
+                self.kept[region].add(request.name)
                 part = self.spoil(region, request, data[request.offset : request.offset + request.length])
                 response = ChunkResponse(request.request, len(data), request.offset, part)
             await link.publish(down(device, "res"), pack(response))
