@@ -1,0 +1,1 @@
+"""Keyrings: one contract for every implementation, and what each adds."""
