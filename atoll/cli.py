@@ -52,6 +52,7 @@ aggregator = _group("aggregator", "Run one of the three aggregators of a federat
 fleet = _group("fleet", "Run many simulated devices in one process.")
 broker = _group("broker", "Run the embedded MQTT 5 broker.")
 model = _group("model", "Prepare a model file before it is published.")
+delta = _group("delta", "Make patches between two files, apply them, look into them.")
 
 DataOption = Annotated[
     Path, typer.Option("--data", envvar="ATOLL_DATA", help="The platform's data folder.", show_default=True)
@@ -409,6 +410,56 @@ def model_quantize(
     from atoll.model import quantize_file
 
     quantize_file(float32, out, parent, parent_fp32, form=form, per_tensor=per_tensor, seed=seed, as_json=json)
+
+
+@delta.command("make")
+def delta_make(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="The file that the other side has.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The file that it is to get.")],
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="Where the patch goes; an old file is replaced.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="bsdiff40 (any bspatch applies it) or tp1 (denser).")
+    ] = "bsdiff40",
+    json: JsonOption = False,
+) -> None:
+    """Make a patch from one file to another: by the names of tensors in models, by a search in other files.
+
+    Example: atoll delta make old.onnx new.onnx model.patch
+    """
+    from atoll.delta import make_delta
+
+    make_delta(old, new, patch, format_name=format_name, as_json=json)
+
+
+@delta.command("apply")
+def delta_apply(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="The file that the patch was made from.")],
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch of any format that `make` writes.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the new file goes; an old file is replaced.")],
+    sha256: Annotated[str, typer.Option("--sha256", help="Keep the new file only if this is its SHA-256.")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Make the new file out of the old one and a patch, in little memory; it gets its name only when it is complete.
+
+    Example: atoll delta apply old.onnx model.patch new.onnx
+    """
+    from atoll.delta import apply_delta
+
+    apply_delta(old, patch, out, sha256=sha256, as_json=json)
+
+
+@delta.command("inspect")
+def delta_inspect(
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch of any format that `make` writes.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what a patch says about itself: format, sizes, digests, memory to apply it, what it changes.
+
+    Example: atoll delta inspect model.patch
+    """
+    from atoll.delta import inspect_delta
+
+    inspect_delta(patch, as_json=json)
 
 
 def _interrupted(number: int, frame: object) -> None:

@@ -21,6 +21,9 @@ EXAMPLES = (
     "device revoke",
     "fleet run",
     "model quantize",
+    "delta make",
+    "delta apply",
+    "delta inspect",
 )
 
 
