@@ -4,7 +4,10 @@
 records what it answers to golden inputs, and builds the release: signed manifest, sealed segments, patches from the
 versions that devices may still run. Everything goes to the store under its digest before the ledger names it; a crash
 in between leaves objects that nothing refers to, and the next attempt starts over. The same bytes on the same parent
-are the same version, however often they are handed in.
+are the same version, however often they are handed in. Devices many releases behind get a direct patch each, beside the
+version's delivery so that nobody else pays for it: from the last releases at publication, from older ones on demand.
+
+`join_siblings` ends a split: where two regions released apart, one more release contains both.
 
 The bytes as handed in (for our own model: the float32 master weights) are kept too, sealed under the version's key: a
 federated round adds its update to them, not to their rounded form.
@@ -12,6 +15,7 @@ federated round adds its update to them, not to their rounded form.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -20,11 +24,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger, ReleaseRecord
 from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, NotFound
+from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
 from model_delta.keys.encryption import new_key, open_blob, seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.manifest import (
@@ -35,19 +40,25 @@ from model_delta.manifest import (
     Segment,
     Tensor,
     TensorSpec,
+    late_delivery_name,
     parse_manifest,
 )
+from model_delta.patch import fidelity
 from model_delta.patch.route import plan_update
-from model_delta.release import LIFETIME_S, Release, build_release, open_release
+from model_delta.release import LIFETIME_S, Release, build_release, offer_patches, open_release
 from model_delta.store import ArtifactStore
 from model_delta.trust.signing import open_envelope
-from model_delta.version import increment, merge
+from model_delta.version import Dot, dot_of, increment, joined, merge, show, siblings, winner
 
 MODEL_BYTES_MAX = 512 * 2**20
 PATCHES_FROM = 3
-"""From how many earlier versions a patch is offered; devices further behind take a chain or the whole."""
+"""From how many earlier versions the delivery itself offers a patch."""
+LATE_PATCHES_FROM = 16
+"""From how many earlier versions a direct patch is made at publication, where the files are of one size: then making it
+takes no search. Devices further behind get theirs on demand, or take a chain or the whole."""
 
 _SOURCE_LABEL = "source"
+_log = logging.getLogger("atoll.coordinator")
 
 Array = npt.NDArray[np.generic]
 
@@ -153,7 +164,67 @@ class Publisher:
                 lineage=lineage,
                 lifetime_s=lifetime_s,
             )
-            return self._commit(release, source, key, model=model, name=name, now=now)
+            return self._commit(release, candidate.file, source, key, model=model, name=name, now=now)
+
+    def join_siblings(self, *, model: str, now: float, name: str = "") -> ReleaseRecord:
+        """One release that contains all siblings of `model`: those that no other release contains and that are not
+        withdrawn. Its parents are the siblings, the winner first.
+
+        Where they changed only weights of one common parent, their updates are added and quantized with its scales;
+        else the winner's file stands, byte for byte. Raises Malformed when there is nothing to join, and as `publish`.
+        """
+        with self._one_at_a_time:
+            every = {record.manifest: record for record in self._ledger.releases(model)}
+            withdrawn = self._ledger.withdrawn(model)
+            apart = siblings({digest: record.version for digest, record in every.items() if digest not in withdrawn})
+            if len(apart) < 2:
+                contained = show(every[apart[0]].version) if apart else "none"
+                raise Malformed(
+                    f"model {model}: expected releases made apart, found one that contains all: {contained}"
+                )
+            dots = {digest: self._dot(every, digest) for digest in apart}
+            first = every[winner(dots)]
+            parents = [first, *(every[digest] for digest in apart if digest != first.manifest)]
+            source, file, how = self._joined_file(parents)
+            before = self.manifest(first.manifest)
+            key = new_key()
+            counted = max(record.version.get(self._region, 0) for record in every.values())
+            draft = msgspec.structs.replace(
+                before,
+                version=joined((record.version for record in parents), self._region, counted),
+                release=max(record.release for record in every.values()) + 1,
+            )
+            release = build_release(
+                file,
+                tenant=self._tenant,
+                model=model,
+                version=draft.version,
+                release=draft.release,
+                parents=[(self.manifest(parent.manifest), self.file(parent.manifest)) for parent in parents],
+                keyring=self._keyring,
+                key=key,
+                now=now,
+                golden=self._golden(Candidate(draft, file)),
+                decision_threshold=before.decision_threshold,
+                feature_set=before.feature_set,
+                baseline=before.baseline,
+                lineage=Lineage(code=f"join of {', '.join(str(dots[parent.manifest]) for parent in parents)}: {how}"),
+            )
+            return self._commit(release, file, source, key, model=model, name=name, now=now)
+
+    def _joined_file(self, parents: Sequence[ReleaseRecord]) -> tuple[bytes, bytes, str]:
+        """What the joining release is made of: source, the file that devices run, and how it came about in words."""
+        bases = {parent.parents for parent in parents}
+        if len(bases) == 1 and len(parents[0].parents) == 1:
+            (base,) = parents[0].parents
+            merged = merge_updates(self.source(base), [self.source(parent.manifest) for parent in parents])
+            if merged is not None:
+                return merged, self._quantized(merged, base), "updates added"
+        return self.source(parents[0].manifest), self.file(parents[0].manifest), "the first one's file"
+
+    def _dot(self, every: Mapping[str, ReleaseRecord], digest: str) -> Dot:
+        record = every[digest]
+        return dot_of(record.version, [every[parent].version for parent in record.parents if parent in every])
 
     def prepare(self, source: bytes, *, model: str, now: float, parent: str | None) -> Candidate:
         """The file that would be released for `source`, quantized with the scales of `parent`; nothing is stored."""
@@ -164,7 +235,7 @@ class Publisher:
         info = graphs.inspect(source, what)
         if model in self._feature_counts:
             graphs.require_features(info, self._feature_counts[model], what)
-        file = graphs.quantize_weights(source, self.file(base.manifest) if base is not None else None)
+        file = self._quantized(source, base.manifest if base is not None else None)
         releases = self._ledger.releases(model)
         version = merge(base.version if base is not None else {}, {})
         # The region's counter counts all of its publications, so that two versions on one parent do not share a vector.
@@ -189,6 +260,12 @@ class Publisher:
             ),
             file,
         )
+
+    def _quantized(self, source: bytes, base: str | None) -> bytes:
+        """The int8 file of `source`, with the scales of version `base` so that the patch from it is small."""
+        if base is None:
+            return graphs.quantize_weights(source)
+        return graphs.quantize_weights(source, self.file(base), self.source(base))
 
     def manifest(self, manifest: str) -> Manifest:
         """A published manifest. Raises NotFound."""
@@ -215,6 +292,34 @@ class Publisher:
         record = self._ledger.release(manifest)
         sealed = self._store.get("blob", record.source_blob)
         return open_blob(self.key(manifest), manifest, _SOURCE_LABEL, sealed, MODEL_BYTES_MAX)
+
+    def release_of_root(self, root: str) -> ReleaseRecord | None:
+        """The release whose file has this Merkle root, or None: a look-up, no search. Of several releases of the same
+        file it is the first."""
+        try:
+            return self._ledger.release(self._store.get("root", root).decode())
+        except (NotFound, Malformed, UnicodeDecodeError):
+            return None
+
+    def offer_direct(self, base: str, target: str) -> bool:
+        """Make a direct patch from `base` to `target` for late devices; whether one was made. None is where there is
+        one already, where it saves nothing, and between models. Blocking. Raises NotFound, Untrusted, StorageFull."""
+        name = late_delivery_name(target, base)
+        if base == target or self._store.has("delivery", name):
+            return False
+        if self._ledger.release(base).model != self._ledger.release(target).model:
+            return False
+        delivery = self.delivery(target)
+        if base in {offer.base for offer in delivery.offers}:
+            return False
+        whole = sum(blob.size for blob in delivery.segments)
+        offered, blobs = offer_patches(
+            self.manifest(target), self.file(target), self.key(target), self.manifest(base), self.file(base), whole
+        )
+        self._store_all(
+            {**{("blob", digest): data for digest, data in blobs.items()}, ("delivery", name): pack(offered)}
+        )
+        return bool(offered.offers)
 
     def resolve(self, model: str, wanted: str) -> ReleaseRecord:
         """The version called `wanted`: a manifest digest, a release number, a name, or `latest`. Raises NotFound."""
@@ -249,7 +354,30 @@ class Publisher:
         stable = self._ledger.stable(model)
         if stable and (parent is None or stable != parent.manifest):
             chosen[stable] = None
-        return [(self.manifest(digest), self.file(digest)) for digest in chosen]
+        return [base for digest in chosen if (base := self._readable(digest)) is not None]
+
+    def _readable(self, digest: str) -> tuple[Manifest, bytes] | None:
+        """A version and its file; None for one whose file or key is gone: no patch can start there any more."""
+        try:
+            return self.manifest(digest), self.file(digest)
+        except (NotFound, Untrusted) as error:
+            _log.info("no patch from %s: %s", digest[:12], error)
+            return None
+
+    def _late_patches(self, release: Release, file: bytes, key: bytes) -> dict[tuple[str, str], bytes]:
+        """Direct patches from the last releases that the delivery offers none from: objects by kind and name."""
+        whole = sum(blob.size for blob in release.delivery.segments)
+        offered = {offer.base for offer in release.delivery.offers}
+        objects: dict[tuple[str, str], bytes] = {}
+        for record in self._ledger.releases(release.manifest.model)[-LATE_PATCHES_FROM:]:
+            if record.manifest in offered or record.file_bytes != len(file):
+                continue
+            base = self._readable(record.manifest)
+            if base is not None:
+                delivery, blobs = offer_patches(release.manifest, file, key, *base, whole)
+                objects.update({("blob", digest): data for digest, data in blobs.items()})
+                objects["delivery", late_delivery_name(release.digest, record.manifest)] = pack(delivery)
+        return objects
 
     def _golden(self, candidate: Candidate) -> tuple[GoldenCase, ...]:
         loaded = self._open_model(candidate.draft, candidate.file)
@@ -264,7 +392,7 @@ class Publisher:
         return tuple(cases)
 
     def _commit(
-        self, release: Release, source: bytes, key: bytes, *, model: str, name: str, now: float
+        self, release: Release, file: bytes, source: bytes, key: bytes, *, model: str, name: str, now: float
     ) -> ReleaseRecord:
         manifest = release.manifest
         source_digest = digest_of(source)
@@ -274,6 +402,7 @@ class Publisher:
             {
                 **{("blob", digest): data for digest, data in release.blobs.items()},
                 ("blob", source_blob): sealed_source,
+                **self._late_patches(release, file, key),
                 ("delivery", release.digest): pack(release.delivery),
                 ("manifest", release.digest): release.envelope,
             }
@@ -295,6 +424,8 @@ class Publisher:
             round_id=manifest.lineage.round_id,
         )
         self._ledger.add_release(record)
+        if not self._store.has("root", manifest.merkle_root):
+            self._store.put("root", manifest.merkle_root, release.digest.encode())
         return record
 
     def _store_all(self, objects: Mapping[tuple[str, str], bytes]) -> None:
