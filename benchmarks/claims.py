@@ -37,6 +37,12 @@ def at_most(name: str, value: float, unit: str, bound: float, baseline: float | 
     return Claim(name, round(value, 4), unit, f"<= {bound:g}", baseline, ratio, value <= bound)
 
 
+def at_most_share(name: str, value: float, unit: str, share: float, baseline: float) -> Claim:
+    """A claim that `value` does not exceed `share` of what was measured beside it."""
+    ratio = round(value / baseline, 4)
+    return Claim(name, round(value, 4), unit, f"<= {share:g} x baseline", baseline, ratio, value <= share * baseline)
+
+
 def run(
     description: str, measure: Callable[[argparse.Namespace], Sequence[Claim]], parser: argparse.ArgumentParser
 ) -> None:

@@ -283,18 +283,3 @@ def _paragraph_pairs() -> Iterator[tuple[str, str]]:
         paragraphs = [" ".join(part.split()) for part in topics[name].split("\n\n")]
         kept = [part for part in paragraphs if len(part) >= 80]
         yield from zip(kept[::2], kept[1::2], strict=False)
-
-
-def describe(old: bytes, new: bytes) -> str:
-    """How large an update is, in words: its norm relative to the old weights', and the share of weights that moved."""
-    from model_delta.segments import read_tensor, stored_tensors
-
-    squares = norm = moved = count = 0.0
-    after = {tensor.name: tensor for tensor in stored_tensors(new)}
-    for tensor in stored_tensors(old):
-        if tensor.dtype == "float32" and tensor.name in after:
-            before = read_tensor(old, tensor).astype(np.float64)
-            step = read_tensor(new, after[tensor.name]) - before
-            squares, norm = squares + float((step**2).sum()), norm + float((before**2).sum())
-            moved, count = moved + int((step != 0).sum()), count + before.size
-    return f"relative norm {(squares / norm) ** 0.5:.2e}, {moved / count:.1%} of {count:.0f} float32 weights moved"

