@@ -60,13 +60,15 @@ Send = Callable[[str, str, bytes], Awaitable[None]]
 
 class RoundCommand(msgspec.Struct, frozen=True, kw_only=True):
     """What the coordinator asks: `task` is the packed signed announcement, `contributions` the frozen digests in order,
-    `root` the Merkle root over the digests' 32 raw bytes, `attempt` counts from 1 and never repeats."""
+    `root` the Merkle root over the digests' 32 raw bytes, `attempt` counts from 1 and never repeats. `deadline_s` is
+    how long the attempt may take, because later nobody waits for it; 0: as long as its steps do."""
 
     round_id: str
     attempt: int
     task: bytes
     contributions: tuple[str, ...]
     root: str
+    deadline_s: float = 0.0
 
 
 class _Keys(msgspec.Struct, frozen=True):
@@ -168,6 +170,16 @@ class Aggregator:
                 del self._running[wanted.round_id]
 
     async def _run(self, command: RoundCommand) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(command.deadline_s or None):
+                return await self._attempt(command)
+        except TimeoutError:
+            raise Unavailable(
+                f"round {command.round_id!r} attempt {command.attempt}: took longer than its {command.deadline_s:g} s; "
+                "run the round again as a new attempt"
+            ) from None
+
+    async def _attempt(self, command: RoundCommand) -> dict[str, Any]:
         task, index = self._accept(command)
         await _in_thread(self._forget_old_rounds)
         memory = await _in_thread(self._begin, command, task)

@@ -60,6 +60,11 @@ BUSY_S = 20.0
 SERVER_POLL_WAIT_S = 2.0
 AFTER_FAILURE_S = 3.0
 """How long the other nodes may still take when one has failed: long enough for their reasons to be heard."""
+CONTENT_S = 4.0
+"""How long a message that is there may wait for its content. Content follows its message at once; if it does not, its
+sender died between the two, and Flower itself would wait for two hours."""
+CARRY_FAILURES_MAX = 3
+WORKS_MAX = 4
 REQUEST_TIMEOUT_S = 10.0
 NODE_LIFE_S = 10.0
 """Flower's shortest heartbeat interval; it counts a node as gone after twice this."""
@@ -332,9 +337,10 @@ class FlowerNode:
     """One Flower node in a thread of the aggregator's process: takes commands, calls `handler`, returns its answers.
 
     The coordinator registers the node's public key under a name; until then, and whenever the SuperLink is away, the
-    node tries again with backoff. Only one command runs at a time. The answers to the last few commands are kept, so a
-    command that arrives twice runs once. What `handler` raises travels as its reason: the text of an AtollError, else
-    only the exception's type.
+    node tries again with backoff. Each command runs in a thread, so that one which hangs does not keep the next attempt
+    from being heard; at most `WORKS_MAX` run at a time, and the handler decides between attempts at the same round. The
+    answers to the last few commands are kept, so a command that arrives twice runs once. What `handler` raises travels
+    as its reason: the text of an AtollError, else only the exception's type.
     """
 
     def __init__(
@@ -358,7 +364,9 @@ class FlowerNode:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._done: dict[str, dict[str, Any]] = {}
-        self._working: threading.Thread | None = None
+        self._works: dict[str, threading.Thread] = {}
+        self._answers = threading.Lock()
+        self._finished = threading.Event()
         self._connected = threading.Event()
 
     @property
@@ -396,47 +404,55 @@ class FlowerNode:
             pause_s = min(3.0, pause_s * 1.6)
 
     def _serve(self, session: _FleetSession) -> None:
+        """Take messages, and answer each when its command is done, until stopped or cut off. Messages that are not
+        answered by then are asked again: the ServerApp sees that the node came online anew."""
+        waiting: list[tuple[str, float, Any]] = []  # command id, until when its answer is wanted, message
         while not self._stop.is_set():
             session.keep_alive()
+            self._finished.clear()
+            still = []
+            for command_id, until, message in waiting:
+                if command_id in self._done:
+                    self._push(session, message, self._done[command_id])
+                elif time.monotonic() < until:
+                    still.append((command_id, until, message))
+            waiting = still
             message = session.pull()
-            if message is None:
+            if message is not None:
+                command_id, refusal = self._begin(message)
+                self._busy_until = time.monotonic() + BUSY_S
+                if refusal is None:
+                    waiting.append((command_id, time.monotonic() + float(message.metadata.ttl), message))
+                else:
+                    self._push(session, message, refusal)
+            elif waiting:
+                self._finished.wait(self._poll_s)
+            else:
                 self._stop.wait(self._poll_s if time.monotonic() < self._busy_until else self._poll_idle_s)
-                continue
-            answer = self._answer(message, session)
-            self._busy_until = time.monotonic() + BUSY_S
-            if answer is None:
-                return
-            try:
-                session.push(message, answer)
-            except _Refused as error:  # its run was stopped; the next ServerApp asks again
-                _log.info("node %s: %s", self.name, error)
 
-    def _answer(self, message: Any, session: _FleetSession) -> dict[str, Any] | None:
-        """The record to send back, or None when stopped meanwhile. The SuperLink is kept informed while it takes."""
+    def _push(self, session: _FleetSession, message: Any, answer: Mapping[str, Any]) -> None:
+        try:
+            session.push(message, answer)
+        except _Refused as error:  # its run was stopped; the next ServerApp asks again
+            _log.info("node %s: %s", self.name, error)
+
+    def _begin(self, message: Any) -> tuple[str, dict[str, Any] | None]:
+        """Start what a message asks for, unless it runs or has run already; its id, and what to answer if refused."""
         try:
             record = message.content["command"]
             command_id, payload = str(record["id"]), unpack_plain(bytes(record["payload"]))
             if not isinstance(payload, dict):
                 raise Malformed(f"expected a map, found {type(payload).__name__}")
         except (KeyError, TypeError, ValueError, Malformed) as error:
-            return {"id": "", "error": f"does not understand the command: {error}"[:500]}
-        if command_id not in self._done:
-            if self._working is not None and self._working.is_alive():
-                return {"id": command_id, "error": "is still busy with an earlier command"}
-            work = threading.Thread(target=self._work, args=(command_id, payload), name=f"{self.name}-command")
-            work.daemon = True
-            work.start()
-            self._working = work
-            deadline = time.monotonic() + float(message.metadata.ttl)
-            while work.is_alive():
-                work.join(0.05)
-                if self._stop.is_set():
-                    return None
-                if time.monotonic() > deadline:
-                    return {"id": command_id, "error": f"took longer than {message.metadata.ttl:.0f} s"}
-                with contextlib.suppress(Unavailable):
-                    session.keep_alive()
-        return self._done[command_id]
+            return "", {"id": "", "error": f"does not understand the command: {error}"[:500]}
+        if command_id in self._done or command_id in self._works:
+            return command_id, None
+        if len(self._works) >= WORKS_MAX:
+            return command_id, {"id": command_id, "error": f"is still busy with {len(self._works)} earlier commands"}
+        work = threading.Thread(target=self._work, args=(command_id, payload), name=f"{self.name}-command", daemon=True)
+        self._works[command_id] = work
+        work.start()
+        return command_id, None
 
     def _work(self, command_id: str, payload: dict[str, Any]) -> None:
         try:
@@ -446,9 +462,12 @@ class FlowerNode:
         except Exception as error:
             _log.exception("node %s: command %s", self.name, command_id)
             answer = {"id": command_id, "error": f"failed with {type(error).__name__}; see its log"}
-        while len(self._done) >= 4:
-            del self._done[next(iter(self._done))]
-        self._done[command_id] = answer
+        with self._answers:
+            while len(self._done) >= 2 * WORKS_MAX:
+                del self._done[next(iter(self._done))]
+            self._done[command_id] = answer
+            del self._works[command_id]
+        self._finished.set()
 
 
 class _FleetSession:
@@ -532,7 +551,7 @@ class _FleetSession:
             parts = [tree.object_id for tree in iterate_object_tree(response.message_object_trees[0])]
             fetch = make_pull_object_fn_protobuf(self._client.PullObject, self._node, metadata.run_id)
             try:
-                contents = pull_objects(parts, fetch, initial_backoff=0.05, backoff_cap=0.5, max_time=20.0)
+                contents = pull_objects(parts, fetch, initial_backoff=0.05, backoff_cap=0.5, max_time=CONTENT_S)
             except ObjectPullError as error:
                 raise Unavailable(f"{self._where}: a message without its content: {error}") from None
             self._client.ConfirmMessageReceived(
@@ -580,9 +599,12 @@ def server_app() -> Any:
     """The ServerApp of our bundle: carries commands from the coordinator to the nodes until Flower ends it."""
     from flwr.serverapp import ServerApp
 
-    # An answer can be seen a moment before its content has arrived; Flower then waits a whole second.
+    # An answer can be seen a moment before its content has arrived; Flower then waits a whole second. An answer whose
+    # node died while it sent the content comes back as an error after `CONTENT_S`, and the command is sent again.
     grids: Any = importlib.import_module("flwr.superlink.grid.http_grid")
-    grids.pull_objects = functools.partial(grids.pull_objects, initial_backoff=0.05, backoff_cap=0.5)
+    grids.pull_objects = functools.partial(
+        grids.pull_objects, initial_backoff=0.05, backoff_cap=0.5, max_time=CONTENT_S
+    )
     app = ServerApp()
 
     @app.main()  # type: ignore[untyped-decorator]
@@ -657,18 +679,29 @@ class CommandCarrier:
         self._after_failure_s = after_failure_s
 
     def run(self) -> None:
-        """Carry commands until the process ends. A coordinator that is away is asked again with backoff."""
-        pause_s = 0.2
+        """Carry commands until the process ends. A coordinator that is away is asked again with backoff.
+
+        What Flower raises is no reason to end at once, for a new ServerApp takes many seconds; the command is handed
+        out again. After `CARRY_FAILURES_MAX` in a row the process ends, and its supervisor starts a new run.
+        """
+        pause_s, failures = 0.2, 0
         while True:
             try:
                 command = self._coordinator.next_command()
                 pause_s = 0.2
                 if command is not None:
                     self.carry(command)
+                    failures = 0
             except (Unavailable, Malformed) as error:
                 print(f"ServerApp: {error}", flush=True)  # into the SuperLink's log
                 time.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
+            except Exception as error:
+                failures += 1
+                print(f"ServerApp: {type(error).__name__}: {error}", flush=True)
+                if failures >= CARRY_FAILURES_MAX:
+                    raise
+                time.sleep(pause_s)
 
     def carry(self, command: Any) -> None:
         """Send one command, collect the answers until its deadline, deliver them.

@@ -341,6 +341,7 @@ class RoundDriver:
             "task": seal_envelope(self._keyring.sign(ROLE_ROUND, TASK_TYPE, pack(found.task))),
             "contributions": list(found.frozen),
             "root": found.root,
+            "deadline_s": found.spec.aggregation_s,
         }
         names = [key.name for key in found.task.aggregators]
         try:

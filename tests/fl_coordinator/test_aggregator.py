@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Platform:
         self.now = NOW
         self.dead: set[str] = set()
         self.lost: set[tuple[str, str, str]] = set()  # sender, receiver, step
+        self.last_step = ("", "")  # who dies when it sends its first message of which step
+        self.step_timeout_s = 0.6
         self.trace: list[tuple[str, str, str, bytes]] = []
         self.data: list[bytes] = []
         self.deliveries: dict[str, list[bytes]] = {}
@@ -53,6 +56,10 @@ class Platform:
             return self.deliveries.get(name, self.data)
 
         async def send(peer: str, step: str, data: bytes) -> None:
+            if (name, step) == self.last_step and name not in self.dead:
+                self.dead.add(name)
+                self.died.set()
+                await asyncio.Event().wait()
             if peer in self.dead or name in self.dead:
                 raise Unavailable(f"{peer}: connection refused")
             self.trace.append((name, peer, step, data))
@@ -68,7 +75,7 @@ class Platform:
             fetch_contributions=fetch,
             send=send,
             clock=lambda: self.now,
-            step_timeout_s=0.6,
+            step_timeout_s=self.step_timeout_s,
         )
 
     def contribute(self, updates: Sequence[np.ndarray]) -> None:
@@ -95,6 +102,29 @@ class Platform:
             )
 
         return asyncio.run(all_of_them())
+
+    def run_until_death(self, victim: str, step: str) -> tuple[list[Any], float]:
+        """The first attempt with a death in it: what the other two raise, and how long after it they did. The dead one
+        is started again on its folder, all of them with patience."""
+        self.last_step = (victim, step)
+        others = [name for name in NAMES if name != victim]
+
+        async def story() -> tuple[list[Any], float]:
+            self.died = asyncio.Event()
+            command = self.command(1)
+            doomed = asyncio.create_task(self.aggregators[victim].run_round(command))
+            runs = [asyncio.create_task(self.aggregators[name].run_round(command)) for name in others]
+            await asyncio.wait_for(self.died.wait(), 20.0)
+            died = time.monotonic()
+            doomed.cancel()
+            failures = await asyncio.gather(*runs, return_exceptions=True)
+            return failures, time.monotonic() - died
+
+        found = asyncio.run(story())
+        self.last_step, self.dead, self.step_timeout_s = ("", ""), set(), 10.0
+        for name in NAMES:
+            self.start(name)
+        return found
 
 
 def updates(count: int = 8, seed: int = 1) -> list[np.ndarray]:
@@ -171,6 +201,41 @@ def test_dying_in_any_step_opens_nothing(tmp_path: Path, step: str) -> None:
     assert all(isinstance(failure, Unavailable) for failure in failures), failures
     assert not list(tmp_path.glob("*/reply/*"))
     platform.lost = set()
+    assert combine_openings(platform.run(attempt=2), platform.world.task).mean is not None
+
+
+@pytest.mark.slow
+def test_a_death_in_any_step_is_noticed_in_bounded_time_and_the_next_attempt_succeeds(tmp_path: Path) -> None:
+    whole = Platform(tmp_path / "whole")
+    whole.contribute(updates(4))
+    expected = combine_openings(whole.run(), whole.world.task)
+    steps = list(dict.fromkeys(step for name, _, step, _ in whole.trace if name == "centre"))
+    assert len(steps) > 10
+    for step in steps:
+        platform = Platform(tmp_path / digest_of(step.encode())[:8])
+        platform.contribute(updates(4))
+        failures, seconds = platform.run_until_death("centre", step)
+        # One step's patience, then at most two farewells of the same length; the machine may be busy.
+        assert seconds < 3 * 0.6 + 3.0, step
+        answered = [failure for failure in failures if not isinstance(failure, Unavailable)]
+        assert answered == [] or step == "agree", (step, answered)
+        aggregate = combine_openings(platform.run(attempt=2), platform.world.task)
+        assert aggregate.mean is not None, step
+        assert expected.mean is not None
+        assert np.abs(aggregate.mean - expected.mean).max() < 2.0**-15, step  # devices round at random
+
+
+def test_an_attempt_ends_at_its_deadline_whatever_its_steps_do(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.step_timeout_s = 60.0
+    for name in NAMES:
+        platform.start(name)
+    platform.contribute(updates(4))
+    started = time.monotonic()
+    (alone,) = platform.run(names=NAMES[:1], deadline_s=0.3)
+    assert isinstance(alone, Unavailable)
+    assert "attempt 1: took longer than its 0.3 s" in str(alone)
+    assert time.monotonic() - started < 10.0
     assert combine_openings(platform.run(attempt=2), platform.world.task).mean is not None
 
 

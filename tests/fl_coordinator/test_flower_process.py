@@ -53,6 +53,16 @@ def handler(command):
 FlowerNode("aggregator-4", sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), handler).run()
 """
 
+DYING_NODE_PROCESS = (
+    """
+import os
+import flwr.supercore.inflatable.inflatable_utils as inflatable
+
+inflatable.push_objects = lambda *args, **options: os._exit(9)  # the answer is announced, its content never comes
+"""
+    + NODE_PROCESS
+)
+
 
 class Aggregator:
     """Stands where an aggregator will: takes as long as the command says, answers with much data, counts its calls."""
@@ -230,6 +240,7 @@ def test_commands_get_through_whatever_dies(tmp_path: Path, environment: dict[st
             await a_killed_server_app_is_replaced(platform, bridge)
             await a_killed_superexec_is_replaced(platform, bridge)
             await a_killed_aggregator_gets_its_command_again(platform, bridge)
+            await a_death_in_the_middle_of_an_answer_costs_seconds(platform, bridge)
 
     asyncio.run(scenario())
     assert processes_of(platform.place) == {}
@@ -330,6 +341,30 @@ async def a_killed_aggregator_gets_its_command_again(platform: Platform, bridge:
     finally:
         process.kill()
         await process.wait()
+
+
+async def a_death_in_the_middle_of_an_answer_costs_seconds(platform: Platform, bridge: FlowerBridge) -> None:
+    """Nobody waits for the rest of that answer: the ServerApp stays, and the others' answers are not held up by it."""
+    key, started = platform.folder / "aggregator-4.key", platform.folder / "started"
+    words = [platform.place.address, *map(str, (platform.place.ca, key, started))]
+    (server_app,) = [pid for pid, name in processes_of(platform.place).items() if name == "flwr-serverapp"]
+    dying = await asyncio.create_subprocess_exec(sys.executable, "-c", DYING_NODE_PROCESS, *words)
+    process = None
+    try:
+        command = asyncio.create_task(
+            bridge.command({"seconds": 0.0, "question": "q", "salt": b"6"}, (*NAMES[:2], "aggregator-4"), 60.0)
+        )
+        assert await asyncio.wait_for(dying.wait(), 30.0) == 9
+        died = time.monotonic()
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE_PROCESS, *words)
+        assert (await command)["aggregator-4"] == {"pid": process.pid}
+        assert time.monotonic() - died < flower.CONTENT_S + 15.0
+        assert server_app in processes_of(platform.place)
+    finally:
+        for one in (dying, process):
+            if one is not None and one.returncode is None:
+                one.kill()
+                await one.wait()
 
 
 SUPERVISOR = """
