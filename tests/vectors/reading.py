@@ -22,6 +22,7 @@ from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import open_blob
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Delivery
+from model_delta.patch.container import apply_bytes
 from model_delta.topics import KeyRequest
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
@@ -33,6 +34,7 @@ NOW = 1_800_000_000.0
 MODEL = "fraud"
 DEVICE = "pos-0001"
 BLOB_KEY = bytes(range(32))
+PATCHED_BYTES_MAX = 100_000
 SEEN = TrustState(plan_serial=5, release_floor=2, round_issued=int(NOW) - 60)
 
 
@@ -74,6 +76,9 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
         device = device_keys_of(bytes_of("device_certificate.pem"), ca_pem, now)
         payload = verify_envelope(open_envelope(data), "key-request", {key_id(device.verifying): device.verifying})
         return plain(unpack(payload, KeyRequest))
+    if kind == "patch":
+        new = apply_bytes(bytes_of("patched.onnx"), data, PATCHED_BYTES_MAX)
+        return {"bytes": len(new), "sha256": digest_of(new)}
     if kind == "blob":
         return {"plain": open_blob(BLOB_KEY, digest_of(b"target"), "segment:0", data, 1_000).decode()}
     return plain(unpack(data, {"report": Report, "delivery": Delivery}[kind]))

@@ -42,7 +42,7 @@ def test_what_is_wrong_is_refused_by_name(case: dict[str, Any], ca_pem: bytes) -
 
 
 def test_every_frozen_file_is_a_case() -> None:
-    frozen = {path.name for path in FOLDER.iterdir() if path.suffix in (".cbor", ".bin", ".frames")}
+    frozen = {path.name for path in FOLDER.iterdir() if path.suffix in (".cbor", ".bin", ".frames", ".patch")}
     assert frozen - KEYS == {case["file"] for case in CASES}
 
 

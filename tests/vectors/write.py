@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 import os
+import struct
 from collections.abc import Iterator
 
+import bsdiff4
 import cbor2
 import msgspec
 import numpy as np
@@ -16,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_coordinator.shares.client import make_contribution
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution
+from model_delta import graphs
 from model_delta.baseline import BASELINE_TYPE, BaselineModel, codes_of_scale, quantized, sealed_form
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack, unpack_plain
@@ -36,6 +40,7 @@ from model_delta.manifest import (
     Tensor,
     TensorSpec,
 )
+from model_delta.patch.bsdiff import make_patch
 from model_delta.plan import PLAN_TYPE, Cohort, RolloutPlan
 from model_delta.release import segments_root
 from model_delta.task import TASK_TYPE, AggregatorKey, Parameter, RoundTask
@@ -81,6 +86,7 @@ def _files(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     yield from _baselines(keyring)
     yield from _reports()
     yield from _sealed()
+    yield from _patches()
 
 
 def _signed(keyring: EmbeddedKeyring, role: str, kind: str, payload: object) -> bytes:
@@ -347,6 +353,43 @@ def _sealed() -> Iterator[tuple[str, bytes]]:
 
 def _lines(lines: list[str]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
+
+
+def _patches() -> Iterator[tuple[str, bytes]]:
+    """Patches from the model `patched.onnx`."""
+    rng = np.random.default_rng(1)
+    weights = [
+        (rng.normal(0, 0.5, (rows, columns)).astype(np.float32), np.zeros(columns, np.float32))
+        for rows, columns in ((6, 16), (16, 1))
+    ]
+    zeros, ones = np.zeros(6, np.float32), np.ones(6, np.float32)
+    old = graphs.mlp_model(weights, zeros, ones)
+    new = graphs.mlp_model([(weight * np.float32(1.001), bias) for weight, bias in weights], zeros, ones)
+    good = make_patch(old, new)
+    yield "patched.onnx", old
+    yield "bsdiff40.patch", good
+    yield "bsdiff40_written_by_bsdiff4.patch", bsdiff4.diff(old, new[::-1] + old)
+    yield "bsdiff40_cut_off.patch", good[:-1]
+    yield "bsdiff40_with_a_byte_behind_it.patch", good + b"x"
+    yield "bsdiff40_with_one_bit_flipped.patch", good[:-40] + bytes([good[-40] ^ 1]) + good[-39:]
+    yield "bsdiff40_of_two_gib.patch", _bsdiff40([(1 << 31, 0, 0)], b"aaaa", b"", 1 << 31)
+    yield "bsdiff40_with_a_negative_length.patch", good[:24] + struct.pack("<Q", 1 << 63 | 5) + good[32:]
+    yield "bsdiff40_with_a_length_past_its_end.patch", good[:16] + struct.pack("<Q", len(good)) + good[24:]
+    yield "bsdiff40_reading_past_the_old_file.patch", _bsdiff40([(0, 0, len(old)), (4, 0, 0)], bytes(4), b"", 4)
+    yield "bsdiff40_reading_before_the_old_file.patch", _bsdiff40([(0, 0, -1), (4, 0, 0)], bytes(4), b"", 4)
+    yield "bsdiff40_with_triples_that_make_less.patch", _bsdiff40([(4, 0, 0)], bytes(4), b"", 5)
+    yield "bsdiff40_with_a_negative_run.patch", _bsdiff40([(-4, 8, 0)], b"", bytes(8), 4)
+    yield "bsdiff40_with_more_differences_than_it_uses.patch", _bsdiff40([(4, 0, 0)], bytes(1_000_000), b"", 4)
+    yield "bsdiff40_with_too_few_extra_bytes.patch", _bsdiff40([(4, 4, 0)], bytes(4), bytes(3), 8)
+    yield "bsdiff40_with_endless_triples.patch", _bsdiff40([(0, 0, 0)] * 100_000, b"", b"", 4)
+    yield "bsdiff41.patch", good.replace(b"BSDIFF40", b"BSDIFF41", 1)
+
+
+def _bsdiff40(triples: list[tuple[int, int, int]], difference: bytes, extra: bytes, size: int) -> bytes:
+    numbers = [abs(number) | (1 << 63 if number < 0 else 0) for triple in triples for number in triple]
+    control, packed = bz2.compress(struct.pack(f"<{len(numbers)}Q", *numbers)), bz2.compress(difference)
+    header = b"BSDIFF40" + struct.pack("<QQQ", len(control), len(packed), size)
+    return header + control + packed + bz2.compress(extra)
 
 
 if __name__ == "__main__":
