@@ -11,6 +11,7 @@ once and passed on as ordinary arguments.
       keyring                   the embedded keyring (0600)
       tokens.json               bearer tokens by role (0600)
       identities/NAME/          key, certificate, trust anchors of one process or device
+      trust/                    online TUF keys (0600), the root that devices are provisioned with
       coordinator/ broker/ flower/ aggregators/N/ gateways/REGION/ devices/ID/ logs/
 """
 

@@ -66,13 +66,15 @@ def paced(
 
 
 class StoreSource:
-    """Files of one `kind` in a store."""
+    """Files of one `kind` in a store. A store has no folders: a target is found by the last part of its path, which
+    begins with its hash."""
 
     def __init__(self, store: ArtifactStore, kind: str) -> None:
         self._store, self._kind = store, kind
 
     def open(self, name: str, timeout_s: float) -> Iterator[bytes]:
         """See `Source.open`. A name that no store could have is not there."""
+        name = name.rpartition("/")[2]
         try:
             total, piece = self._store.read(self._kind, name, 0, PIECE_BYTES)
             at = len(piece)
@@ -105,14 +107,14 @@ class FolderSource:
 
 
 class AskSource:
-    """Files by request and response, a range at a time: what an MQTT link offers."""
+    """Files by request and response, a range at a time, out of a mirror's store: what an MQTT link offers."""
 
     def __init__(self, ask: Ask, monotonic: Monotonic = time.monotonic, piece_bytes: int = PIECE_BYTES) -> None:
         self._ask, self._monotonic, self._piece_bytes = ask, monotonic, piece_bytes
 
     def open(self, name: str, timeout_s: float) -> Iterator[bytes]:
         """See `Source.open`. Raises Malformed for an answer that is not the range asked for."""
-        end, at = self._monotonic() + timeout_s, 0
+        end, at, name = self._monotonic() + timeout_s, 0, name.rpartition("/")[2]
         while True:
             left = end - self._monotonic()
             if left <= 0:

@@ -210,6 +210,10 @@ class Repository:
         self._store.remove(STAGED, f"{role}.json")
         return progress.version
 
+    def discard(self, role: str) -> None:
+        """Forget what was staged for `role`."""
+        self._store.remove(STAGED, f"{role}.json")
+
     def staged(self) -> tuple[str, ...]:
         """The roles that wait for signatures."""
         return tuple(name.removesuffix(".json") for name in self._store.names(STAGED))
@@ -296,24 +300,20 @@ class Repository:
         )
 
     def status(self) -> tuple[RoleStatus, ...]:
-        """Every published role, root first. Raises NotFound before the ceremony."""
+        """Every role, root first; version 0 for one that has published nothing yet. Raises NotFound before the
+        ceremony."""
         root = self._require(Root)
-        found = [_status("root", root, root.signed, root.signed.roles["root"])]
+        keys = root.signed.roles
+        found = [_status("root", root, root.signed, keys["root"])]
         parent = self._newest(Targets)
-        if parent is not None:
-            found.append(_status("targets", parent, root.signed, root.signed.roles["targets"]))
-            if parent.signed.delegations is not None:
-                for name, role in (parent.signed.delegations.roles or {}).items():
-                    metadata = self._newest(Targets, name)
-                    if metadata is not None:
-                        found.append(_status(name, metadata, parent.signed, role))
-        snapshot = self._newest(Snapshot)
-        if snapshot is not None:
-            found.append(_status("snapshot", snapshot, root.signed, root.signed.roles["snapshot"]))
+        found.append(_status("targets", parent, root.signed, keys["targets"]))
+        if parent is not None and parent.signed.delegations is not None:
+            for name, role in (parent.signed.delegations.roles or {}).items():
+                found.append(_status(name, self._newest(Targets, name), parent.signed, role))
         held = self._read("timestamp.json")
-        if held is not None:
-            timestamp = _parsed(Timestamp, held, "timestamp.json")
-            found.append(_status("timestamp", timestamp, root.signed, root.signed.roles["timestamp"]))
+        timestamp = None if held is None else _parsed(Timestamp, held, "timestamp.json")
+        found.append(_status("snapshot", self._newest(Snapshot), root.signed, keys["snapshot"]))
+        found.append(_status("timestamp", timestamp, root.signed, keys["timestamp"]))
         return tuple(found)
 
     def root_bytes(self, version: int | None = None) -> bytes:
@@ -351,16 +351,9 @@ class Repository:
         return MetaFile.from_data(version, data, ["sha256"])
 
     def _judges(self, role: str, metadata: Metadata[Any]) -> list[Role]:
-        """The sets of keys that must each agree: the present root's, and for a root also its own."""
-        judges = []
-        current = self._newest(Root)
-        if current is not None:
-            judges.append(current.signed.roles[role])
-        if role == "root":
-            judges.append(metadata.signed.roles["root"])
-        if not judges:
-            judges.append(self._staged("root").signed.roles[role])
-        return judges
+        """The sets of keys that must each agree: the root's in force and the staged root's, which for a root is itself.
+        So targets that are signed while their keys are being replaced are good under either root."""
+        return [root.roles[role] for root in self._roots(role, metadata)]
 
     def _signed_by(self, role: str, metadata: Metadata[Any], key_id: str) -> bool:
         signature = metadata.signatures.get(key_id)
@@ -374,12 +367,16 @@ class Repository:
         return True
 
     def _known_key(self, role: str, metadata: Metadata[Any], key_id: str) -> Key | None:
-        roots = [found.signed for found in (self._newest(Root),) if found is not None]
+        return next((root.keys[key_id] for root in self._roots(role, metadata) if key_id in root.keys), None)
+
+    def _roots(self, role: str, metadata: Metadata[Any]) -> list[Root]:
+        current = self._newest(Root)
+        roots = [] if current is None else [current.signed]
         if role == "root":
             roots.append(metadata.signed)
-        elif not roots:
+        elif "root" in self.staged():
             roots.append(self._staged("root").signed)
-        return next((root.keys[key_id] for root in roots if key_id in root.keys), None)
+        return roots
 
     def _stage(self, role: str, metadata: Metadata[Any]) -> None:
         self._store.put(STAGED, f"{role}.json", metadata.to_bytes())
@@ -429,14 +426,14 @@ class Repository:
                 self._store.remove(KIND, f"{number}.{role}.json")
 
 
-def _status(role: str, metadata: Metadata[Any], delegator: Root | Targets, keys: Role) -> RoleStatus:
+def _status(role: str, metadata: Metadata[Any] | None, delegator: Root | Targets, keys: Role) -> RoleStatus:
     return RoleStatus(
         role=role,
-        version=metadata.signed.version,
-        expires=int(metadata.signed.expires.timestamp()),
+        version=0 if metadata is None else metadata.signed.version,
+        expires=0 if metadata is None else int(metadata.signed.expires.timestamp()),
         keys=tuple(keys.keyids),
         threshold=keys.threshold,
-        in_force=_verified(delegator, role, metadata),
+        in_force=metadata is not None and _verified(delegator, role, metadata),
     )
 
 

@@ -24,6 +24,8 @@ EXAMPLES = (
     "delta make",
     "delta apply",
     "delta inspect",
+    "trust init",
+    "trust rotate",
 )
 
 

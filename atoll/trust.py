@@ -1,0 +1,382 @@
+"""The key ceremony: who may change the root of trust, and keeping what it vouches for fresh.
+
+`trust_init` is held once, with three people and a stick each; `trust_rotate` whenever a holder, a key or an expiry
+changes; any two of three suffice. A rotation may be held in one go or stick by stick, days apart: what waits for
+signatures is kept in the store and each call adds what its sticks can sign. `trust_status` says how long everything
+lasts and who can sign it. docs/operations.md tells it step by step.
+
+The online keys (`snapshot.pem`, `timestamp.pem` in DATA/trust) are files of this platform; while they are being
+replaced the next ones (`*.next.pem`) sign beside them, so that no device meets a root that does not fit. Versions are
+vouched for by the keyring's release key. `Publishing` is what a running coordinator uses of all this. Whoever publishes
+holds the lock in DATA/trust meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from atoll.output import columns, show
+from atoll.platform import open_keyring
+from atoll.settings import ConfigurationError, DataFolder, write_private
+from atoll.trust_sticks import (
+    OFFLINE_ROLES,
+    holder_of,
+    make_stick,
+    open_stick,
+    passphrases,
+    read_record,
+    require_empty,
+    require_passphrase,
+)
+from model_delta.errors import NotFound
+from model_delta.keys.keyring import Keyring
+from model_delta.store import ArtifactStore, DirectoryStore
+from model_delta.trust.paths import delegated_role
+from model_delta.trust.repository import DAY_S, Delegation, Progress, Repository, RoleStatus, Target
+from model_delta.trust.signers import CallableSigner, signer_of, tuf_key_id
+from model_delta.trust.signing import load_public_key, public_bytes
+from model_delta.trust.updater import RoleKeys, TrustAnchors
+
+ONLINE_ROLES = ("snapshot", "timestamp")
+THRESHOLD = 2
+WHAT = ("root", "targets", "online")
+HOLDERS_MAX = 16
+
+
+class Publishing:
+    """Signs what may be signed without people: versions by the keyring's release key, snapshot and timestamp."""
+
+    def __init__(self, store: ArtifactStore, folder: Path, keyring: Keyring) -> None:
+        self.repository = Repository(store)
+        self._folder = folder
+        self._keyring = keyring
+
+    def release_signer(self) -> CallableSigner:
+        """A signer by the keyring's release key."""
+        public = load_public_key(self._keyring.public_key("release"))
+        return CallableSigner(public, lambda data: self._keyring.sign_bytes("release", data)[1])
+
+    def vouch(self, region: str, add: Mapping[str, Target], now: float, revoke: Sequence[str] = ()) -> int:
+        """Add targets of `region` and drop others, in force when this returns; the timestamp's version."""
+        role = delegated_role(region, self._keyring.tenant)
+        with self.exclusive():
+            self.repository.add_targets(role, now, [self.release_signer()], add, revoke)
+            return self.publish(now)
+
+    def delegations(self, regions: Sequence[str] = ()) -> list[Delegation]:
+        """The regions there are and those of `regions`, with the keyring's release key of today."""
+        tenant = self._keyring.tenant
+        with contextlib.suppress(NotFound):
+            held = [status.role for status in self.repository.status() if status.role.endswith(f".{tenant}")]
+            regions = [*(role.removesuffix(f".{tenant}") for role in held), *regions]
+        keys = RoleKeys((self._keyring.public_key("release"),))
+        return [Delegation(region, tenant, keys) for region in dict.fromkeys(regions)]
+
+    def anchors(self) -> TrustAnchors:
+        """The tenant's role keys as the keyring has them."""
+        return self._keyring.anchors()
+
+    def publish(self, now: float) -> int:
+        """Sign snapshot and timestamp anew where that is due; the timestamp's version."""
+        return self.repository.publish(now, self._online("snapshot"), self._online("timestamp"))
+
+    def keep_fresh(self, now: float) -> tuple[str, ...]:
+        """Sign anew what this process may and what has less than half its time left; the other roles that are due, for
+        people to sign. Nothing happens before the ceremony."""
+        ours = self.release_signer().public_key.keyid
+        with self.exclusive():
+            try:
+                due = self.repository.due(now)
+            except NotFound:
+                return ()
+            regional = [status.role for status in self.repository.status() if ours in status.keys]
+            for role in set(regional) & set(due):
+                self.repository.add_targets(role, now, [self.release_signer()])
+            if set(due) & {*regional, *ONLINE_ROLES}:
+                self.publish(now)
+        return tuple(role for role in due if role not in regional and role not in ONLINE_ROLES)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the repository's lock; waits for another process that publishes."""
+        with (self._folder / "lock").open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _online(self, role: str) -> list[Any]:
+        paths = [self._folder / f"{role}.pem", self._folder / f"{role}.next.pem"]
+        keys = [_read_online(path) for path in paths if path.exists()]
+        if not keys:
+            raise NotFound(f"{paths[0]}: no online key; hold the ceremony first: `atoll trust init`")
+        return [signer_of(key) for key in keys]
+
+
+def trust_of(data: DataFolder) -> Publishing:
+    """The platform's TUF repository, in the coordinator's store."""
+    store = DirectoryStore(data.child("coordinator") / "store")
+    return Publishing(store, data.child("trust"), open_keyring(data))
+
+
+def trust_init(
+    path: Path,
+    sticks: Sequence[Path],
+    regions: Sequence[str],
+    files: Sequence[Path],
+    *,
+    as_json: bool,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Make the holders' keys and the first root. Raises ConfigurationError with nothing written."""
+    now = time.time()
+    data = DataFolder.open(path)
+    publishing, folder = trust_of(data), data.child("trust")
+    if _version(publishing.repository):
+        raise ConfigurationError(f"{path}: the ceremony was held; `atoll trust status` shows it, `rotate` changes it")
+    _require_sticks(sticks)
+    secrets = passphrases(sticks, files, environment, new=True)
+    for stick in sticks:
+        require_empty(stick)
+        require_passphrase(secrets[stick], stick)
+    delegations = publishing.delegations(regions)
+    with publishing.exclusive():
+        keys = {stick: make_stick(stick, secrets[stick]) for stick in sticks}
+        for role in ONLINE_ROLES:
+            _make_online(folder / f"{role}.pem")
+        offline = {role: _public([held[role] for held in keys.values()], THRESHOLD) for role in OFFLINE_ROLES}
+        online = {role: _public([_read_online(folder / f"{role}.pem")]) for role in ONLINE_ROLES}
+        _remember(folder, keys)
+        repository = publishing.repository
+        repository.stage_root(now, {**offline, **online})
+        repository.stage_targets(now, delegations, publishing.anchors())
+        _sign(repository, keys)
+        repository.finish("targets")
+        repository.finish("root")
+        for delegation in delegations:
+            repository.add_targets(delegation.role, now, [publishing.release_signer()])
+        publishing.publish(now)
+        write_private(folder / "root.json", repository.root_bytes(1))
+    _report(data, publishing, now, as_json=as_json, before="The root of trust is in force.")
+
+
+def trust_rotate(
+    path: Path,
+    what: str,
+    sticks: Sequence[Path],
+    new_sticks: Sequence[Path],
+    regions: Sequence[str],
+    files: Sequence[Path],
+    *,
+    discard: bool,
+    as_json: bool,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Replace or renew `what` (root, targets, online), or add signatures to what waits for them."""
+    now = time.time()
+    data = DataFolder.open(path)
+    publishing, folder = trust_of(data), data.child("trust")
+    repository = publishing.repository
+    if what not in WHAT:
+        raise ConfigurationError(f"expected one of {', '.join(WHAT)}, found {what!r}")
+    if not _version(repository):
+        raise ConfigurationError(f"{path}: no ceremony was held yet; start with `atoll trust init`")
+    if discard:
+        with publishing.exclusive():
+            _discard(repository, folder)
+        _report(data, publishing, now, as_json=as_json, before="What waited for signatures is forgotten.")
+        return
+    following = (folder / f"{ONLINE_ROLES[-1]}.next.pem").exists()
+    if "root" in repository.staged() and what != "targets" and (what == "online") != following:
+        raise ConfigurationError(
+            f"rotate {what}: expected no root waiting, found one for {'online' if following else 'root'}; "
+            "let its holders sign, or drop it with --discard"
+        )
+    if new_sticks and (what != "root" or "root" in repository.staged()):
+        raise ConfigurationError("--new-stick: expected with `rotate root` when no root waits for signatures")
+    if not sticks:
+        raise ConfigurationError("expected at least one --stick, whose holder signs")
+    secrets = passphrases([*sticks, *new_sticks], files, environment, new=False)
+    keys = {stick: open_stick(stick, secrets[stick]) for stick in sticks}
+    if new_sticks:
+        _require_sticks(new_sticks)
+        for stick in new_sticks:
+            require_empty(stick)
+            require_passphrase(secrets[stick], stick)
+    delegations = publishing.delegations(regions)
+    with publishing.exclusive():
+        made = {stick: make_stick(stick, secrets[stick]) for stick in new_sticks}
+        _remember(folder, {**keys, **made})
+        if what == "online" and "root" not in repository.staged():
+            for role in ONLINE_ROLES:
+                _make_online(folder / f"{role}.next.pem")
+            online = {role: _public([_read_online(folder / f"{role}.next.pem")]) for role in ONLINE_ROLES}
+            repository.stage_root(now, online)
+        if what == "root" and "root" not in repository.staged():
+            roles = {role: _public([held[role] for held in made.values()], THRESHOLD) for role in OFFLINE_ROLES if made}
+            repository.stage_root(now, roles)
+        if "targets" not in repository.staged() and (what == "targets" or made):
+            repository.stage_targets(now, delegations, publishing.anchors())
+        _sign(repository, {**keys, **made})
+        waiting = [repository.progress(role) for role in repository.staged()]
+        if any(progress.missing for progress in waiting):
+            said = _missing(folder, waiting)
+        else:
+            _take_effect(publishing, folder, now, delegations)
+            said = f"{' and '.join(f'{progress.role} {progress.version}' for progress in waiting)}: in force."
+    _report(data, publishing, now, as_json=as_json, before=said)
+
+
+def trust_status(path: Path, *, as_json: bool) -> None:
+    """Versions, expiries, days left, who can sign, and what waits for signatures."""
+    data = DataFolder.open(path)
+    publishing = trust_of(data)
+    if not _version(publishing.repository):
+        raise ConfigurationError(f"{path}: no ceremony was held yet; start with `atoll trust init`")
+    _report(data, publishing, time.time(), as_json=as_json)
+
+
+def _take_effect(publishing: Publishing, folder: Path, now: float, delegations: Sequence[Delegation]) -> None:
+    """Publish what has its signatures: targets and online roles under old and new keys first, the root last.
+
+    A crash between any two lines leaves a repository that devices accept; calling again finishes the rest.
+    """
+    repository = publishing.repository
+    if "targets" in repository.staged():
+        repository.finish("targets")
+        for delegation in delegations:
+            repository.add_targets(delegation.role, now, [publishing.release_signer()])
+    publishing.publish(now)
+    if "root" in repository.staged():
+        repository.finish("root")
+    for role in ONLINE_ROLES:
+        following = folder / f"{role}.next.pem"
+        if following.exists():
+            following.replace(folder / f"{role}.pem")
+    publishing.publish(now)
+
+
+def _sign(repository: Repository, keys: Mapping[Path, Mapping[str, Ed25519PrivateKey]]) -> None:
+    """Let every stick sign what it has a say in. Raises ConfigurationError for one that has none in anything."""
+    for stick, held in keys.items():
+        useful = False
+        for role in repository.staged():
+            signer = signer_of(held[role])
+            progress = repository.progress(role)
+            if signer.public_key.keyid in progress.may_sign:
+                repository.sign_staged(role, signer)
+                useful = True
+            useful = useful or signer.public_key.keyid in progress.signed
+        if not useful and repository.staged():
+            raise ConfigurationError(f"{stick}: the keys of {holder_of(stick)} have no say in what waits to be signed")
+
+
+def _require_sticks(sticks: Sequence[Path]) -> None:
+    different = {stick.resolve() for stick in sticks}
+    if not THRESHOLD < len(different) <= HOLDERS_MAX or len(different) != len(sticks):
+        raise ConfigurationError(
+            f"expected three or more different sticks, of which {THRESHOLD} sign, so that one may be lost; "
+            f"found {len(different)}"
+        )
+
+
+def _discard(repository: Repository, folder: Path) -> None:
+    for role in repository.staged():
+        repository.discard(role)
+    for role in ONLINE_ROLES:
+        (folder / f"{role}.next.pem").unlink(missing_ok=True)
+
+
+def _public(keys: Sequence[Ed25519PrivateKey], threshold: int = 1) -> RoleKeys:
+    return RoleKeys(tuple(public_bytes(key.public_key()) for key in keys), threshold)
+
+
+def _make_online(path: Path) -> None:
+    """A key for a process to use; one that is there already, from an attempt that broke off, is kept."""
+    if not path.exists():
+        key = Ed25519PrivateKey.generate()
+        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        write_private(path, key.private_bytes(encoding, form, serialization.NoEncryption()))
+
+
+def _read_online(path: Path) -> Ed25519PrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except ValueError:
+        raise ConfigurationError(f"{path}: expected an unencrypted Ed25519 key, PEM; restore it, or rotate") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigurationError(f"{path}: expected an Ed25519 key, found {type(key).__name__}")
+    return key
+
+
+def _remember(folder: Path, keys: Mapping[Path, Mapping[str, Ed25519PrivateKey]]) -> None:
+    """Keep which key is whose, so that a status can tell people apart."""
+    names = _holders(folder)
+    for stick, held in keys.items():
+        holder = read_record(stick).holder
+        names.update({tuf_key_id(key.public_key()): holder for key in held.values()})
+    write_private(folder / "holders.json", msgspec.json.encode(names))
+
+
+def _holders(folder: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode((folder / "holders.json").read_bytes(), type=dict[str, str])
+    except (FileNotFoundError, msgspec.DecodeError):
+        return {}  # names are a convenience: without them key ids are shown
+
+
+def _version(repository: Repository) -> int:
+    try:
+        return repository.status()[0].version
+    except NotFound:
+        return 0
+
+
+def _missing(folder: Path, waiting: Sequence[Progress]) -> str:
+    names = _holders(folder)
+    lines = []
+    for progress in waiting:
+        can = ", ".join(sorted(names.get(key, key[:12]) for key in progress.may_sign))
+        lines.append(f"{progress.role} {progress.version}: {progress.missing} more signature(s) needed, of {can}.")
+    return "\n".join([*lines, "Run the same command with another --stick."])
+
+
+def _report(data: DataFolder, publishing: Publishing, now: float, *, as_json: bool, before: str = "") -> None:
+    repository, names = publishing.repository, _holders(data.child("trust"))
+    rows = [_row(status, names, now) for status in repository.status()]
+    waiting = [
+        {**msgspec.to_builtins(progress), "may_sign": [names.get(key, key) for key in progress.may_sign]}
+        for progress in map(repository.progress, repository.staged())
+    ]
+    value: dict[str, Any] = {"roles": rows, "waiting": waiting, "due": list(repository.due(now)), "message": before}
+    table = columns(
+        [{**row, "can_sign": f"{row['threshold']} of {', '.join(map(str, row['can_sign']))}"} for row in rows],
+        ("role", "version", "expires", "days_left", "can_sign", "in_force"),
+    )
+    notes = [f"Due soon: {', '.join(value['due'])}."] if value["due"] else []
+    notes += [f"{entry['role']} {entry['version']} waits for {entry['missing']} signature(s)." for entry in waiting]
+    show(value, "\n".join(filter(None, [before, table, *notes])), as_json=as_json)
+
+
+def _row(status: RoleStatus, names: Mapping[str, str], now: float) -> dict[str, Any]:
+    online = {"snapshot": "DATA/trust", "timestamp": "DATA/trust"}.get(status.role, "keyring")
+    shown = [names.get(key, online) for key in status.keys]
+    return {
+        "role": status.role,
+        "version": status.version,
+        "expires": datetime.datetime.fromtimestamp(status.expires, datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "days_left": round((status.expires - now) / DAY_S, 1),
+        "threshold": status.threshold,
+        "can_sign": shown,
+        "keys": list(status.keys),
+        "in_force": status.in_force,
+    }
