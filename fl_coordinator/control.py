@@ -2,6 +2,7 @@
 
     GET  /v1/health   /v1/state   /v1/events (server-sent events, twice a second)   /metrics   /
     POST /v1/models?model=&name=&parent=&threshold=&baseline=&feature_set=&created=&valid_days=   body: ONNX bytes
+    POST /v1/releases/join   body: JSON model, name
     GET  /v1/releases   /v1/releases/{digest}   /v1/releases/{digest}/source   /v1/releases/{digest}/outcomes
     POST /v1/rollouts?target=&file=   body: YAML  GET /v1/rollouts   /v1/rollouts/{name}   POST .../{name}/abort
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
@@ -121,6 +122,7 @@ class _Control:
             Route("/metrics", self._guard(self._metrics, loopback=True)),
             Route("/v1/models", self._guard(self._publish), methods=["POST"]),
             Route("/v1/releases", self._guard(self._releases, "gateway")),
+            Route("/v1/releases/join", self._guard(self._join), methods=["POST"]),
             Route("/v1/releases/{digest}", self._guard(self._release, "gateway")),
             Route("/v1/releases/{digest}/source", self._guard(self._source)),
             Route("/v1/releases/{digest}/outcomes", self._guard(self._outcomes)),
@@ -231,6 +233,11 @@ class _Control:
         if "valid_days" in query:
             options["lifetime_s"] = round(_number(query["valid_days"], "valid_days", 1.0, 3650.0) * 86_400)
         record = await self._coordinator.publish(await _body(request, MODEL_BYTES_MAX), **options)
+        return JSONResponse(_release_view(record))
+
+    async def _join(self, request: Request) -> Response:
+        body = await _object(request)
+        record = await self._coordinator.join_releases(_text(body, "model"), _text(body, "name", "")[:128])
         return JSONResponse(_release_view(record))
 
     async def _releases(self, request: Request) -> Response:

@@ -94,7 +94,13 @@ class Coordinator:
         self._registrar = Registrar(tenant=tenant, ledger=ledger, keyring=keyring, clock=clock, note=self.note)
         self._desired = DesiredState(tenant=tenant, ledger=ledger, link=link, clock=clock)
         self._reception = Reception(
-            ledger=ledger, keyring=keyring, link=link, publisher=publisher, metrics=self.metrics, clock=clock
+            ledger=ledger,
+            keyring=keyring,
+            link=link,
+            publisher=publisher,
+            metrics=self.metrics,
+            clock=clock,
+            note=self.note,
         )
         self._intake = Intake(ledger=ledger, log=log, keyring=keyring, link=link, metrics=self.metrics, clock=clock)
         self._rollouts = RolloutDriver(
@@ -155,6 +161,7 @@ class Coordinator:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._forever("reports", self._reception.fold_reports), name="reports")
             tasks.create_task(self._forever("requests", self._reception.answer_request), name="requests")
+            tasks.create_task(self._forever("late patches", self._reception.make_late_patch), name="late patches")
             tasks.create_task(self._forever("contributions", self._intake.take), name="contributions")
             tasks.create_task(self._forever("tick", self._tick), name="tick")
             await self._rounds.run(tasks)
@@ -226,6 +233,14 @@ class Coordinator:
         if record.manifest not in known:
             label = f"{record.model} {show(record.version)}" + (f" ({record.name})" if record.name else "")
             await asyncio.to_thread(self.note, "info", f"published {label}: {record.file_bytes} bytes")
+        self._overview.changed()
+        return record
+
+    async def join_releases(self, model: str, name: str = "") -> ReleaseRecord:
+        """One release of all that were made apart; see `Publisher.join_siblings`."""
+        record = await asyncio.to_thread(self.publisher.join_siblings, model=model, now=self._clock(), name=name)
+        manifest = await asyncio.to_thread(self.publisher.manifest, record.manifest)
+        await asyncio.to_thread(self.note, "info", f"{manifest.lineage.code} is {model} {show(record.version)}")
         self._overview.changed()
         return record
 

@@ -26,12 +26,14 @@ import numpy.typing as npt
 
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger, ReleaseRecord
+from fl_coordinator.rollout import Rollout, holds_devices
 from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
 from model_delta.keys.encryption import new_key, open_blob, seal_blob
 from model_delta.keys.keyring import Keyring
+from model_delta.keys.wrapping import KeyVersions
 from model_delta.manifest import (
     Delivery,
     GoldenCase,
@@ -139,13 +141,15 @@ class Publisher:
                 return base
             known = self._ledger.release_from(model, digest, base.manifest if base else "")
             if known is not None:
+                if not known.wrapped_key:
+                    raise Malformed(f"model {model}: these bytes were version {known.release}, which was shredded")
                 return known
             candidate = self.prepare(source, model=model, now=now, parent=base.manifest if base else None)
             before = self.manifest(base.manifest) if base is not None else None
             threshold = (
                 decision_threshold if decision_threshold is not None else before.decision_threshold if before else 0.5
             )
-            key = new_key()
+            key, _ = self._keyring.new_key(self._context("new"))  # made where the keys are; bound to its digest below
             release = build_release(
                 candidate.file,
                 tenant=self._tenant,
@@ -187,7 +191,7 @@ class Publisher:
             parents = [first, *(every[digest] for digest in apart if digest != first.manifest)]
             source, file, how = self._joined_file(parents)
             before = self.manifest(first.manifest)
-            key = new_key()
+            key, _ = self._keyring.new_key(self._context("new"))  # made where the keys are; bound to its digest below
             counted = max(record.version.get(self._region, 0) for record in every.values())
             draft = msgspec.structs.replace(
                 before,
@@ -262,10 +266,24 @@ class Publisher:
         )
 
     def _quantized(self, source: bytes, base: str | None) -> bytes:
-        """The int8 file of `source`, with the scales of version `base` so that the patch from it is small."""
+        """The int8 file of `source`, with the scales of version `base` so that the patch from it is small; quantized
+        afresh where that would answer worse to the golden inputs or lose the update (`patch.fidelity`)."""
+        fresh = graphs.quantize_weights(source)
         if base is None:
-            return graphs.quantize_weights(source)
-        return graphs.quantize_weights(source, self.file(base), self.source(base))
+            return fresh
+        parent, before = self.file(base), self.source(base)
+        file = graphs.quantize_weights(source, parent, before)
+        share = fidelity.carried(graphs.weight_changes(source, file, fresh, before, parent))
+        exact, ours, anew = (self._answers(self.manifest(base), one) for one in (source, file, fresh))
+        distances = _distance(ours, exact), _distance(anew, exact)
+        return fresh if fidelity.refusals(fidelity.Fidelity(*distances, share)) else file
+
+    def _answers(self, like: Manifest, file: bytes) -> list[Mapping[str, Array]]:
+        """What a file answers to the golden inputs of a version, or nothing when it takes other inputs."""
+        if graphs.inspect(file, f"model {like.model}").inputs != like.inputs:
+            return []
+        loaded = self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
+        return [loaded.run(inputs) for inputs in self._golden_inputs(like.model, like.inputs)]
 
     def manifest(self, manifest: str) -> Manifest:
         """A published manifest. Raises NotFound."""
@@ -278,7 +296,42 @@ class Publisher:
     def key(self, manifest: str) -> bytes:
         """The artifact key of a published version. Raises NotFound, Untrusted."""
         record = self._ledger.release(manifest)
+        if not record.wrapped_key:
+            raise Untrusted(f"version {manifest[:16]}…: was shredded; its key is destroyed")
         return self._keyring.unwrap(self._context(manifest), record.wrapped_key)
+
+    def rotate(self, *, forget: bool = False) -> KeyVersions:
+        """Give all artifact keys a new wrapping key; with `forget` the old ones are destroyed, and with them every
+        copy of a record that was made before. Repeating a call that was cut off ends its work. Raises Untrusted for a
+        record that does not open: then nothing is replaced and nothing forgotten."""
+        with self._one_at_a_time:
+            latest = self._keyring.rotate()
+            kept = [record for record in self._ledger.releases() if record.wrapped_key]
+            fresh = self._keyring.rewrap([(self._context(one.manifest), one.wrapped_key) for one in kept])
+            self._ledger.replace_wrapped_keys(
+                {record.manifest: wrapped for record, wrapped in zip(kept, fresh, strict=True)}
+            )
+            if forget:
+                self._keyring.trim(latest)
+            return self._keyring.versions()
+
+    def shred(self, manifest: str) -> KeyVersions:
+        """Destroy a version's key, so that neither its file nor what was published as its source opens again: not
+        from the store, not from a mirror, not from a copy of the ledger. Devices that hold it opened run it until
+        it expires or a plan moves them.
+
+        Raises NotFound, and Malformed for a version that devices fall back to or that a rollout still sends out.
+        """
+        with self._one_at_a_time:
+            record = self._ledger.release(manifest)
+            if self._ledger.stable(record.model) == manifest:
+                raise Malformed(f"version {manifest[:16]}…: is the stable one; roll out another one first")
+            for rollout in (unpack(data, Rollout) for data in self._ledger.rollouts()):
+                if manifest in (rollout.target, rollout.stable) and holds_devices(rollout):
+                    raise Malformed(f"version {manifest[:16]}…: rollout {rollout.name} needs it; abort that first")
+            if record.wrapped_key:
+                self._ledger.replace_wrapped_keys({manifest: b""})
+        return self.rotate(forget=True)
 
     def file(self, manifest: str) -> bytes:
         """The plain, checked file that devices run. Raises NotFound, Untrusted, Malformed."""
@@ -349,7 +402,7 @@ class Publisher:
     def _patch_bases(self, model: str, parent: ReleaseRecord | None) -> list[tuple[Manifest, bytes]]:
         """The versions that devices may be on: the stable one, and the newest (withdrawn ones too, since devices that
         ran them have to come back)."""
-        others = [record.manifest for record in self._ledger.releases(model) if record != parent]
+        others = [one.manifest for one in self._ledger.releases(model) if one != parent and one.wrapped_key]
         chosen = dict.fromkeys(others[-(PATCHES_FROM - 1) :])
         stable = self._ledger.stable(model)
         if stable and (parent is None or stable != parent.manifest):
@@ -441,6 +494,13 @@ class Publisher:
 
     def _context(self, manifest: str) -> str:
         return f"{self._tenant}/{manifest}"
+
+
+def _distance(found: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[str, Array]]) -> float | None:
+    """The largest 1 - cosine of any output that is numbers with a fraction; None where there is none."""
+    pairs = [(ours[name], value) for ours, exact in zip(found, expected, strict=True) for name, value in exact.items()]
+    distances = [fidelity.distance(ours, value) for ours, value in pairs if np.issubdtype(value.dtype, np.floating)]
+    return max(distances, default=None)
 
 
 def _tensors(values: Mapping[str, Array]) -> dict[str, Tensor]:

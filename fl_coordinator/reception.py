@@ -1,7 +1,8 @@
 """What devices say, but for contributions: reports, greetings and requests for keys.
 
     reports       -> fold (one transaction for many) -> acknowledge
-    greetings     -> what the device runs, and that it is awake
+    greetings     -> what the device runs, what file stands there, and that it is awake; a device that is many releases
+                     behind gets a direct patch made
     key requests  -> verify the device's signature -> seal the artifact key to the device
 
 Handlers of the link only put messages into bounded inboxes. A report is acknowledged after the ledger has it; whatever
@@ -15,20 +16,21 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from fl_coordinator.inbox import Inbox
-from fl_coordinator.ledger import Ledger
-from fl_coordinator.ports import Clock, Link
+from fl_coordinator.ledger import DeviceRecord, Ledger, ReleaseRecord
+from fl_coordinator.ports import Clock, Link, Note
 from fl_coordinator.publishing import Publisher
 from model_delta import topics
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, Unavailable, Untrusted
+from model_delta.errors import AtollError, Malformed, NotFound, Unavailable, Untrusted
 from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import seal_to
 from model_delta.keys.keyring import Keyring
+from model_delta.plan import RolloutPlan, assign
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
+from model_delta.version import private_branch, show
 from monitoring.collector import REPORT_BYTES_MAX, LiveWindow, require_plausible
 from monitoring.metrics import Metrics
 from monitoring.telemetry import Report
@@ -36,6 +38,8 @@ from monitoring.telemetry import Report
 QUEUE_MAX = 4_096
 REQUEST_BYTES_MAX = 16_384
 BATCH_MAX = 256
+LATE_MAX = 64
+"""How many direct patches may wait to be made; a device that finds none takes another way."""
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -55,6 +59,7 @@ class Reception:
         publisher: Publisher,
         metrics: Metrics,
         clock: Clock,
+        note: Note,
     ) -> None:
         self.window = LiveWindow()
         self.decided: Counter[str] = Counter()
@@ -68,7 +73,12 @@ class Reception:
         self._keyring = keyring
         self._link = link
         self._publisher = publisher
-        self._clock = clock
+        self._clock, self._note = clock, note
+        self._late: asyncio.Queue[tuple[str, str]] = asyncio.Queue(LATE_MAX)
+        self._asked_late: set[tuple[str, str]] = set()
+        self._count_files = metrics.counter(
+            "hello_files", "Greetings, by the file that stands on the device.", ("file",)
+        )
         self._count_reports = metrics.counter("reports", "Reports folded, by verdict.", ("verdict",))
         self._count_keys = metrics.counter("key_requests", "Key requests, by answer.", ("answer",))
 
@@ -127,7 +137,10 @@ class Reception:
         device_id = topics.device_of(topic)
         if topic.endswith("/hello"):
             try:
-                await asyncio.to_thread(self._hear, device_id, data)
+                late = await asyncio.to_thread(self._hear, device_id, data)
+                if late is not None and late not in self._asked_late and not self._late.full():
+                    self._asked_late.add(late)
+                    self._late.put_nowait(late)
             except (Malformed, Untrusted) as error:  # one bad hello must not hold up the requests behind it
                 _log.warning("%s", error)
             return
@@ -136,14 +149,61 @@ class Reception:
         with contextlib.suppress(Unavailable):
             await self._link.publish(topics.down(device_id, "key"), pack(response))
 
-    def _hear(self, device_id: str, data: bytes) -> None:
-        hello = unpack(data, dict[str, Any])
-        if hello.get("device_id") != device_id:
-            raise Malformed(f"hello of {device_id}: names {str(hello.get('device_id'))[:64]!r}")
+    async def make_late_patch(self) -> None:
+        """Make one direct patch that a late device can use; waits for the next such device."""
+        base, target = await self._late.get()
+        try:
+            if await asyncio.to_thread(self._publisher.offer_direct, base, target):
+                _log.info("a direct patch from %s to %s for late devices", base[:12], target[:12])
+        finally:
+            self._asked_late.discard((base, target))
+
+    def _hear(self, device_id: str, data: bytes) -> tuple[str, str] | None:
+        """Note a greeting; the version that the device has and the one that it should run, when they differ."""
+        hello = unpack(data, topics.Hello)
+        if hello.device_id != device_id:
+            raise Malformed(f"hello of {device_id}: names {hello.device_id[:64]!r}")
         if device_id not in self._valid_devices():
             raise Untrusted(f"hello of {device_id}: not enrolled here, or revoked")
-        running, state = str(hello.get("running", ""))[:64], str(hello.get("state", ""))[:32]
-        self._ledger.heard(device_id, self._clock(), running=running, state=state)
+        record = self._ledger.device(device_id)
+        running = hello.running[:64]
+        self._ledger.heard(device_id, self._clock(), running=running, state=hello.state[:32])
+        there = self._publisher.release_of_root(hello.root)
+        self._look_at_file(record, hello.root[:64], there)
+        base = there.manifest if there is not None else running
+        target = self._target_of(record, base)
+        return (base, target) if target and base != target else None
+
+    def _look_at_file(self, device: DeviceRecord, root: str, there: ReleaseRecord | None) -> None:
+        """Recognise a file that was damaged or changed, and a device that was set back. It fetches by itself what its
+        plan says; this is for people."""
+        before: ReleaseRecord | None = None
+        with contextlib.suppress(NotFound):
+            before = self._ledger.release(device.running)
+        if not root:
+            kind = "none"
+        elif there is None:
+            kind = "changed"
+            own = private_branch(before.version if before is not None else {}, device.device_id)
+            self._note("info", f"{device.device_id}: its file is no release but {show(own)}: damaged, or changed there")
+        elif before is not None and before.model == there.model and there.release < before.release:
+            kind = "older"
+            self._note(
+                "info", f"{device.device_id}: back with release {there.release} after {before.release}: set back?"
+            )
+        else:
+            kind = "release"
+        self._count_files.add(1, kind)
+
+    def _target_of(self, device: DeviceRecord, base: str) -> str:
+        """What the newest plan of the version's model says that the device should run; "" without a plan."""
+        try:
+            plan = self._ledger.plan(self._ledger.release(base).model)
+        except NotFound:
+            return ""
+        if plan is None:
+            return ""
+        return assign(unpack(open_envelope(plan[1]).payload, RolloutPlan), device.traits).manifest
 
     def _key_response(self, device_id: str, data: bytes) -> topics.KeyResponse:
         """The answer to a key request. Its `time` is not checked: whoever repeats a request causes only that the same

@@ -156,7 +156,7 @@ class Device:
         self.traits = {"device_class": "pos", "region": "eu-west", **traits}
         self.enrol()
         self.trust = TrustState()
-        self.running = ""
+        self.running = self.root = ""
         self.sequence = 0
         self.epoch = int.from_bytes(os.urandom(8), "big")
         self.acked = 0
@@ -232,7 +232,13 @@ class Device:
         await self.link.publish(topics.up(self.device_id, "report"), pack(self.next_report(*arguments, **options)))
 
     async def hello(self) -> None:
-        hello = {"device_id": self.device_id, "running": self.running, "state": "IDLE", **self.traits}
+        hello = {
+            "device_id": self.device_id,
+            "running": self.running,
+            "root": self.root,
+            "state": "IDLE",
+            **self.traits,
+        }
         await self.link.publish(topics.up(self.device_id, "hello"), pack(hello))
 
     async def ask_key(self, manifest: str, *, signed_by: ec.EllipticCurvePrivateKey | None = None) -> None:
