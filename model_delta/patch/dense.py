@@ -70,7 +70,7 @@ from model_delta.patch.tp1 import (
     operations,
     pack_header,
     read_header,
-    read_streams,
+    read_stream,
     segments,
     skip_control,
 )
@@ -251,12 +251,14 @@ class _Digested:
 
     def __init__(self, new: BinaryIO) -> None:
         self._new, self._sha256 = new, hashlib.sha256()
-        self.seek = new.seek
 
     @property
     def file(self) -> BinaryIO:
         """This object as what it stands for; `ResumedOutput` asks for no more than it has."""
         return cast(BinaryIO, self)
+
+    def seek(self, offset: int) -> int:
+        return self._new.seek(offset)
 
     def read(self, size: int) -> bytes:
         data = self._new.read(size)
@@ -279,7 +281,9 @@ def _pieces(old: RandomAccess, patch: RandomAccess, header: Header) -> Iterator[
         yield from unsqueezed_pieces(coded, header.new_size, header.window_bits, "new file")
         return
     for head in segments(patch, header):
-        yield from made_by(head, read_streams(patch, head, header.window_bits), old)
+        yield from made_by(
+            head, [read_stream(patch, head, index, header.window_bits) for index in range(len(STREAMS))], old
+        )
 
 
 def made_by(head: SegmentHead, streams: list[Source], old: RandomAccess) -> Iterator[bytes]:
@@ -348,7 +352,7 @@ class DenseInfo(NamedTuple):
 
 
 def inspect_dense(patch: RandomAccess) -> DenseInfo:
-    """Read all of a patch but make nothing of it. Raises Malformed."""
+    """Read a patch's heads and control streams, and make nothing of it. Raises Malformed."""
     header = read_header(patch)
     if header.body != Body.SEGMENTS:
         return DenseInfo(header, ((header.body.name.lower(), patch.size - HEADER_BYTES, header.new_size),), None)
@@ -358,11 +362,12 @@ def inspect_dense(patch: RandomAccess) -> DenseInfo:
         for index, (_, coded, plain) in head.ranges.items():
             before = sizes.get(index, (0, 0))
             sizes[index] = before[0] + coded, before[1] + plain
-        control = read_streams(patch, head, header.window_bits)[CONTROL]
+        control = read_stream(patch, head, CONTROL, header.window_bits)
         for operation in operations(head, control, header.old_size):
             skip_control(operation, control)
             if operation.kind == Kind.SAME:
                 unchanged.append((operation.old_start, operation.old_start + operation.size))
+        control.close()
     named = tuple((STREAMS[index], *sizes[index]) for index in sorted(sizes))
     return DenseInfo(header, named, tuple(_merged(unchanged)))
 

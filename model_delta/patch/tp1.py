@@ -245,13 +245,13 @@ def read_segment_head(patch: RandomAccess, offset: int, size_left: int) -> Segme
     return SegmentHead(size, old_start, ranges, start)
 
 
-def read_streams(patch: RandomAccess, head: SegmentHead, window_bits: int) -> list[Source]:
-    """All streams of a segment, unpacked; absent ones are empty. Raises Malformed."""
-    streams = [Source(b"", what) for what in STREAMS]
-    for index, (start, coded, plain) in head.ranges.items():
-        what = STREAMS[index]
-        streams[index] = Source(unsqueezed(read_exactly(patch, start, coded, what), plain, window_bits, what), what)
-    return streams
+def read_stream(patch: RandomAccess, head: SegmentHead, index: int, window_bits: int) -> Source:
+    """One stream of a segment, unpacked; an absent one is empty. Raises Malformed."""
+    what = STREAMS[index]
+    if index not in head.ranges:
+        return Source(b"", what)
+    start, coded, plain = head.ranges[index]
+    return Source(unsqueezed(read_exactly(patch, start, coded, what), plain, window_bits, what), what)
 
 
 def operations(head: SegmentHead, control: Source, old_size: int) -> Iterator[Operation]:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_delta.digest import digest_of
 from model_delta.errors import Malformed
 from model_delta.patch.access import BytesAccess
 from model_delta.patch.container import FORMATS, apply, apply_bytes, inspect, make
+from model_delta.segments import stored_tensors
 from tests.model_delta.models import layers, model, nudged
 
 
@@ -35,6 +37,19 @@ def test_what_a_bsdiff40_patch_says_about_itself() -> None:
     assert [stream.name for stream in info.streams] == ["control", "difference", "extra"]
     assert sum(stream.packed for stream in info.streams) == len(patch) - 32
     assert (info.streams[1].unpacked or 0) + (info.streams[2].unpacked or 0) == len(new)
+
+
+def test_what_a_tp1_patch_says_about_itself() -> None:
+    weights = layers(1, (6, 96, 64, 1))
+    old, new = model(weights), model([*weights[:-1], *nudged(weights[-1:], 2, 1e-4)])
+    patch = make("tp1", old, new)
+    info = inspect(BytesAccess(patch))
+    assert (info.old_size, info.new_size, info.window, info.changed) == (len(old), len(new), 1 << 18, None)
+    assert (info.old_digest, info.new_digest) == (digest_of(old), digest_of(new))
+    assert sum(stream.packed for stream in info.streams) < len(patch)
+    changed = inspect(BytesAccess(patch), old).changed
+    assert changed is not None
+    assert 0 < len(changed) < len(stored_tensors(old))
 
 
 @pytest.mark.parametrize("data", [b"", b"BSDIFF4", b"PK\x03\x04" + bytes(100)])
