@@ -4,6 +4,7 @@
     POST /v1/models?model=&name=&parent=&threshold=&baseline=&feature_set=&created=&valid_days=   body: ONNX bytes
     POST /v1/releases/join   body: JSON model, name
     GET  /v1/releases   /v1/releases/{digest}   /v1/releases/{digest}/source   /v1/releases/{digest}/outcomes
+    POST /v1/releases/{digest}/shred              GET /v1/keys       POST /v1/keys/rotate   body: JSON forget
     POST /v1/rollouts?target=&file=   body: YAML  GET /v1/rollouts   /v1/rollouts/{name}   POST .../{name}/abort
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
     GET  /v1/rounds/{id}/contributions            each: length (4 bytes, big-endian), then its bytes; the frozen order
@@ -45,6 +46,7 @@ from fl_coordinator.rounds import Round, RoundSpec
 from model_delta.digest import require_digest, require_match
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
+from model_delta.keys.wrapping import KeyVersions
 from model_delta.task import AggregatorKey
 from model_delta.version import show
 from monitoring.metrics import CONTENT_TYPE
@@ -126,6 +128,9 @@ class _Control:
             Route("/v1/releases/{digest}", self._guard(self._release, "gateway")),
             Route("/v1/releases/{digest}/source", self._guard(self._source)),
             Route("/v1/releases/{digest}/outcomes", self._guard(self._outcomes)),
+            Route("/v1/releases/{digest}/shred", self._guard(self._shred), methods=["POST"]),
+            Route("/v1/keys", self._guard(self._keys)),
+            Route("/v1/keys/rotate", self._guard(self._rotate), methods=["POST"]),
             Route("/v1/rollouts", self._guard(self._rollouts), methods=["GET"]),
             Route("/v1/rollouts", self._guard(self._start_rollout), methods=["POST"]),
             Route("/v1/rollouts/{name}", self._guard(self._rollout)),
@@ -260,6 +265,19 @@ class _Control:
                 "expires": manifest.expires,
             }
         )
+
+    async def _shred(self, request: Request) -> Response:
+        digest = require_digest(request.path_params["digest"], "release")
+        return _versions(await asyncio.to_thread(self._coordinator.publisher.shred, digest))
+
+    async def _keys(self, request: Request) -> Response:
+        return _versions(await asyncio.to_thread(self._coordinator.keyring.versions))
+
+    async def _rotate(self, request: Request) -> Response:
+        forget = (await _object(request)).get("forget", False)
+        if not isinstance(forget, bool):
+            raise Malformed(f"forget: expected true or false, found {type(forget).__name__}")
+        return _versions(await asyncio.to_thread(self._coordinator.publisher.rotate, forget=forget))
 
     async def _source(self, request: Request) -> Response:
         """The bytes that were published, for an operator: float32 weights and all."""
@@ -439,6 +457,10 @@ def _from_this_machine(request: Request) -> bool:
     except ValueError:
         return False
     return asked_for in _LOOPBACK
+
+
+def _versions(found: KeyVersions) -> Response:
+    return JSONResponse({"floor": found.floor, "latest": found.latest})
 
 
 def _release_view(record: ReleaseRecord) -> dict[str, Any]:

@@ -277,6 +277,19 @@ class Ledger:
         )
         return [unpack(row[0], ReleaseRecord) for row in rows]
 
+    def replace_wrapped_keys(self, wrapped: Mapping[str, bytes]) -> None:
+        """Store artifact keys wrapped anew, by manifest digest; all or none. b"" drops a key, and withdraws a version
+        for good. Raises NotFound for a version that is not recorded."""
+        with self._write() as db:
+            for manifest, key in wrapped.items():
+                found = db.execute("SELECT record FROM releases WHERE manifest = ?", (manifest,)).fetchone()
+                if found is None:
+                    raise NotFound(f"release {manifest[:16]}…: not published here")
+                record = msgspec.structs.replace(unpack(found[0], ReleaseRecord), wrapped_key=key)
+                db.execute("UPDATE releases SET record = ? WHERE manifest = ?", (pack(record), manifest))
+                if not key:
+                    db.execute("UPDATE releases SET withdrawn = 'shredded' WHERE manifest = ?", (manifest,))
+
     def release_from(self, model: str, source: str, parent: str) -> ReleaseRecord | None:
         """The version that was made from these published bytes on this parent ("" when it has none), if there is."""
         rows = self._rows(
