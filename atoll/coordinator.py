@@ -17,7 +17,8 @@ import numpy.typing as npt
 from atoll.entry import run_process
 from atoll.events import Events
 from atoll.http_server import serving
-from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of
+from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of, revocation_list_of
+from atoll.revocation import keep_list
 from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
 from device_sim.payments import FEATURES, PaymentSpec, generate
 from device_sim.payments_csv import CSV_FEATURES
@@ -91,6 +92,10 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
         async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run(), name=COORDINATOR)
             events.say("ready", url=endpoints.coordinator, broker=f"mqtts://{broker.host}:{broker.port}")
+            if broker.kind == "mosquitto":
+                tasks.create_task(
+                    keep_list(revocation_list_of(data), keyring.revoked, keyring.revocation_list), name="revoked"
+                )
             if endpoints.flower_port:
                 tasks.create_task(_flower(data, bridge), name="flower")
 

@@ -8,6 +8,7 @@ differ only in how many regions they ask for and in what they do next.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from atoll.settings import (
 )
 from edge_runtime.identity import Identity
 from model_delta.encoding import pack, unpack
-from model_delta.keys.certificates import require_identity
+from model_delta.keys.certificates import days_left, require_identity
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.trust.updater import TrustAnchors
 from regional_gateway import mosquitto
@@ -37,9 +38,12 @@ BROKER = "broker"
 BROKER_METRICS = "broker metrics"
 SUPERLINK = "superlink"
 CERTIFICATE_DAYS = 400
+RENEW_DAYS = 30
+"""A certificate that is valid for less than this is renewed at the next start."""
 READY_SECONDS = 90.0
 """A dozen processes that start together on two busy cores take their time; one that ends is noticed at once."""
 ANCHORS = "anchors.cbor"
+REVOKED = "revoked.pem"
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +104,7 @@ def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -
     for name in servers:
         issue_identity(data, keyring, name, server=True)
     issue_identity(data, keyring, COORDINATOR)
+    write_private(revocation_list_of(data), keyring.revocation_list())
     data.write_endpoints(endpoints)
     return endpoints
 
@@ -112,9 +117,11 @@ def open_keyring(data: DataFolder) -> EmbeddedKeyring:
 
 
 def issue_identity(data: DataFolder, keyring: EmbeddedKeyring, name: str, *, server: bool = False) -> Path:
-    """The identity folder of `name`, with a key, a certificate of the platform's CA and the trust anchors."""
+    """The identity folder of `name`, with a key, a certificate of the platform's CA and the trust anchors; a
+    certificate that runs out soon is renewed for the same key."""
     folder = data.identity(name)
-    if (folder / "certificate.pem").exists():
+    certificate_path = folder / "certificate.pem"
+    if certificate_path.exists() and days_left(certificate_path.read_bytes(), time.time()) >= RENEW_DAYS:
         return folder
     identity = Identity.create(folder, name)
     certificate = keyring.issue_certificate(
@@ -123,6 +130,11 @@ def issue_identity(data: DataFolder, keyring: EmbeddedKeyring, name: str, *, ser
     write_private(folder / ANCHORS, pack(keyring.anchors()))
     identity.enrolled(certificate, keyring.ca_pem())
     return folder
+
+
+def revocation_list_of(data: DataFolder) -> Path:
+    """Where the coordinator keeps the CA's list of revoked certificates for mosquitto."""
+    return data.identity(BROKER) / REVOKED
 
 
 def read_anchors(folder: Path) -> TrustAnchors:
@@ -177,7 +189,9 @@ def mosquitto_argv(data: DataFolder, endpoints: Endpoints) -> list[str]:
     return mosquitto.prepare(
         found,
         data.child("broker"),
-        mosquitto.BrokerFiles(identity / "ca.pem", identity / "certificate.pem", identity / "key.pem"),
+        mosquitto.BrokerFiles(
+            identity / "ca.pem", identity / "certificate.pem", identity / "key.pem", revocation_list_of(data)
+        ),
         host=endpoints.broker.host,
         port=endpoints.broker.port,
         platform=(COORDINATOR, *map(gateway_name, endpoints.gateways)),

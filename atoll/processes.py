@@ -272,6 +272,14 @@ class Supervisor:
             if child.watcher is not None:
                 await asyncio.wait([child.watcher])
 
+    def hang_up(self, name: str) -> None:
+        """SIGHUP to the child alone, for a program that then reads its files again. Nothing when it is gone."""
+        child = self._children.get(name)
+        # Not reaped yet, so its id belongs to nobody else.
+        if child is not None and child.process is not None and child.pid in self._groups and self.running(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGHUP)
+
     def running(self, name: str) -> bool:
         """Is there a live process of this name?"""
         child = self._children.get(name)

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import typer
 
-from atoll.platform import Layout, check, ports_of, prepare, programs, urls
+from atoll.platform import BROKER, Layout, check, ports_of, prepare, programs, revocation_list_of, urls
 from atoll.processes import ProcessEvent, Supervisor
+from atoll.revocation import reload_when_changed
 from atoll.settings import DataFolder, Endpoints, require_free_port
 
 FIRST_PORT = 7400
@@ -64,11 +65,17 @@ async def _up(data: DataFolder, endpoints: Endpoints, *, as_json: bool) -> int:
             typer.echo(json.dumps({"data": str(data.path), **msgspec.to_builtins(endpoints)}))
         else:
             _welcome(data, endpoints)
+        reloading = None
+        if endpoints.broker.kind == "mosquitto":
+            list_of_revoked = revocation_list_of(data)
+            reloading = asyncio.create_task(reload_when_changed(list_of_revoked, lambda: supervisor.hang_up(BROKER)))
         failed = asyncio.ensure_future(supervisor.failed())
         await _first_of(failed, asyncio.ensure_future(stop.wait()))
         if failed.done():
             failed.result()
         failed.cancel()
+        if reloading is not None:
+            reloading.cancel()
     return 0
 
 

@@ -149,6 +149,30 @@ def make_leaf(
     return _signed(builder, issuer, sign).public_bytes(serialization.Encoding.PEM)
 
 
+def make_revocation_list(
+    authority_pem: bytes,
+    authority_key: ec.EllipticCurvePrivateKey,
+    revoked: Collection[int],
+    now: float,
+    days: int = 3650,
+) -> bytes:
+    """The CA's signed list of revoked serial numbers, PEM, valid for `days`; may be empty. RFC 5280, section 5.
+
+    It must not run out before its reader hears of a newer one: brokers that find it expired refuse everybody.
+    """
+    start = _moment(now)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(_load(authority_pem, "CA certificate").subject)
+        .last_update(start)
+        .next_update(start + days * _ONE_DAY)
+    )
+    for serial in sorted(revoked):
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(start).build()
+        builder = builder.add_revoked_certificate(entry)
+    return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
 def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collection[int] = frozenset()) -> DeviceKeys:
     """The identity and keys that `ca_pem` vouches for in `cert_pem`. `now` is Unix seconds, `revoked` serial numbers.
 

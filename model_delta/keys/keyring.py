@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from model_delta.errors import Malformed, NotFound
 from model_delta.keys import keyfile
-from model_delta.keys.certificates import make_authority, make_leaf, require_identity
+from model_delta.keys.certificates import make_authority, make_leaf, make_revocation_list, require_identity
 from model_delta.keys.encryption import new_key
 from model_delta.keys.keyfile import KeyFile, WrappingKey
 from model_delta.keys.wrapping import LEGACY, VERSIONS_MAX, KeyVersions, unwrap, version_of, wrap
@@ -268,6 +268,10 @@ class EmbeddedKeyring:
     def revoked(self) -> frozenset[int]:
         """Serial numbers of revoked certificates."""
         return self._revoked
+
+    def revocation_list(self) -> bytes:
+        """What is revoked as the CA's signed list, PEM, for brokers that read one; see `make_revocation_list`."""
+        return make_revocation_list(self.ca_pem(), self._authority_key, self._revoked, self._clock())
 
     def _take(self, contents: KeyFile) -> None:
         self._contents = contents
