@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_coordinator.rules.geometry import Gram, checked, squared_distances
 from model_delta.errors import Malformed
-
-_ENTRY_MAX = 1 << 58
 
 
 @dataclass(frozen=True)
@@ -38,36 +37,38 @@ def contributions_min(hostile_max: int) -> int:
     return 2 * hostile_max + 3
 
 
+def scores(gram: Gram, hostile_max: int) -> tuple[int, ...]:
+    """Sum of squared distances to the n - f - 2 nearest others (at least one, if there is one), exact."""
+    count = len(gram)
+    neighbours = min(max(1, count - hostile_max - 2), max(0, count - 1))
+    # Column 0 is the update itself (distance 0, or a copy of it at the same distance).
+    nearest = np.sort(squared_distances(gram), axis=1)[:, 1 : 1 + neighbours]
+    return tuple(sum(row) for row in nearest.tolist())
+
+
 def select(gram: NDArray[np.int64], hostile_max: int) -> Verdict:
     """Select n - f of n updates from their inner products, int64[n, n] of magnitude at most 2^58.
 
     Raises Malformed for a matrix that is not square and symmetric, for larger entries, and for n < 2 f + 3.
     """
-    count = gram.shape[0]
-    if gram.shape != (count, count) or not np.array_equal(gram, gram.T):
-        raise Malformed(f"Multi-Krum: expected a symmetric matrix, found one of shape {gram.shape}")
-    if count and int(np.abs(gram).max()) > _ENTRY_MAX:
-        raise Malformed(f"Multi-Krum: expected entries up to 2^58, found {int(np.abs(gram).max())}")
+    gram = checked(gram)
+    count = len(gram)
     if hostile_max < 0 or count < contributions_min(hostile_max):
         raise Malformed(
             f"Multi-Krum: expected at least {contributions_min(hostile_max)} updates for {hostile_max} hostile ones, "
             f"found {count}"
         )
-    norms = np.diagonal(gram)
-    distances = np.sort(norms[:, None] + norms[None, :] - 2 * gram, axis=1)
-    # Column 0 is the update itself (distance 0, or a copy of it at the same distance).
-    neighbours = distances[:, 1 : count - hostile_max - 1]
-    scores = tuple(sum(int(value) for value in row) for row in neighbours)
-    order = sorted(range(count), key=lambda index: (scores[index], index))
+    found = scores(gram, hostile_max)
+    order = sorted(range(count), key=lambda index: (found[index], index))
     kept = count - hostile_max
     weights = np.zeros(count, dtype=np.int64)
     weights[order[:kept]] = 1
-    median = sorted(scores)[count // 2]
+    middle = sorted(found)[count // 2]
     rejected = {
-        index: f"Krum score {_ratio(scores[index], median)} the median; the {kept} lowest of {count} are kept"
+        index: f"Krum score {_ratio(found[index], middle)} the median; the {kept} lowest of {count} are kept"
         for index in order[kept:]
     }
-    return Verdict(weights, scores, rejected)
+    return Verdict(weights, found, rejected)
 
 
 def _ratio(score: int, median: int) -> str:

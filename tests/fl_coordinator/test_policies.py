@@ -1,0 +1,189 @@
+"""Policies on Gram matrices: what they refuse, what they say about it, and that bits do not depend on the machine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fl_coordinator.rules import geometry, history, multikrum, outliers, policy, spectral
+from fl_coordinator.rules.history import Memory
+from model_delta.errors import Malformed
+
+NAMES = tuple(f"pos-{index:02d}" for index in range(24))
+HOSTILE = 6
+
+
+def updates(seed: int = 0, hostile: int = HOSTILE, push: float = -1.0) -> NDArray[np.int64]:
+    """24 updates int64[24, 200] around a common direction; the first `hostile` go `push` times that direction."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=200)
+    found = common + rng.normal(size=(24, 200))
+    found[:hostile] = push * common + rng.normal(size=(hostile, 200))
+    return np.asarray(np.rint(found * 1_000).astype(np.int64))
+
+
+def chosen(name: str, vectors: NDArray[np.int64], memory: Memory | None = None) -> policy.Choice:
+    return policy.choose(
+        name, vectors @ vectors.T, HOSTILE, NAMES[: len(vectors)], selected_min=8, memory=memory, share_max=0.2
+    )
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+def test_every_policy_keeps_out_those_who_push_back(name: str) -> None:
+    found = chosen(name, updates())
+    assert not set(found.selected) & set(range(HOSTILE))
+    assert set(found.refused) == set(range(24)) - set(found.selected)
+    assert found.weights.sum() == pytest.approx(1, abs=0.1)
+    assert found.integers.max() <= 1 << policy.weight_bits(name)
+    assert found.refusal == ""
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+def test_the_reason_names_what_is_striking(name: str) -> None:
+    vectors = updates(push=-9.0)
+    found = chosen(name, vectors)
+    lengths = np.linalg.norm(vectors.astype(float), axis=1)
+    centre = np.median(lengths)
+    sigma = (lengths[0] - centre) / (1.4826 * np.median(np.abs(lengths - centre)))
+    assert f"norm {sigma:.1f} sigma above the median" in found.refused[0]
+    assert found.verdicts[0].cluster != 0
+    assert "outside the largest DBSCAN cluster" in found.refused[0]
+
+
+def test_robust_is_clip_then_dnc() -> None:
+    vectors = updates(3, push=0.2)
+    lengths = np.linalg.norm(vectors.astype(float), axis=1)
+    factors = np.minimum(1, np.median(lengths) / lengths)
+    short = vectors * factors[:, None]
+    centred = short - short.mean(axis=0)
+    top = np.linalg.svd(centred, full_matrices=False)[2][0]
+    dropped = np.argsort(-np.abs(centred @ top))[:9]
+    found = chosen("robust", vectors)
+    assert set(found.refused) == set(dropped.tolist())
+    expected = np.where(np.isin(np.arange(24), dropped), 0, factors) / 15
+    assert np.abs(found.weights - expected).max() <= 1 / 15 / 256 + 1e-12
+
+
+def test_one_round_hides_a_gentle_push_and_memory_finds_it() -> None:
+    rng = np.random.default_rng(5)
+    push = rng.normal(size=400)
+    memory, wrong = Memory(), []
+    for _ in range(40):
+        vectors = rng.normal(size=(24, 400))
+        vectors[:HOSTILE] += 0.25 * push
+        whole = np.rint(vectors * 1_000).astype(np.int64)
+        found = chosen("history", whole, memory)
+        memory = found.memory
+        wrong.append(len(set(found.refused) - set(range(HOSTILE))))
+    assert wrong[0] >= 2
+    assert wrong[-5:] == [0] * 5
+
+
+def test_copies_count_as_one_voice_and_use_up_the_assumed_attackers() -> None:
+    vectors = updates(7, hostile=0)
+    vectors[1:5] = vectors[0]
+    found = chosen("history", vectors)
+    assert [verdict.copies for verdict in found.verdicts[:6]] == [5, 5, 5, 5, 5, 1]
+    kept = [index for index in range(5) if found.integers[index]]
+    assert found.weights[kept].sum() <= 1.05 / 18
+    assert len(found.refused) == HOSTILE - 4
+
+
+def test_a_memory_follows_devices_not_rows() -> None:
+    vectors = updates(1)
+    order = np.random.default_rng(0).permutation(24)
+    first = chosen("history", vectors).memory
+    gram = vectors[order] @ vectors[order].T
+    moved = policy.choose("history", gram, HOSTILE, [NAMES[i] for i in order], selected_min=8, memory=first)
+    straight = chosen("history", vectors, first)
+    assert {NAMES[order[i]] for i in moved.selected} == {NAMES[i] for i in straight.selected}
+
+
+def test_a_memory_is_bounded_and_keeps_those_seen_last() -> None:
+    memory = Memory()
+    for start in range(0, 3_000, 500):
+        names = [f"device-{index}" for index in range(start, start + 500)]
+        memory, _ = history.remember(memory, names, np.eye(500, dtype=np.int64) * geometry.UNIT)
+    assert len(memory.device_ids) == history.REMEMBERED_MAX
+    assert memory.device_ids[0] == "device-2500"
+    assert "device-2499" in memory.device_ids
+
+
+def test_a_broken_memory_is_refused() -> None:
+    with pytest.raises(Malformed, match="expected 8 bytes for 1 devices, found 3"):
+        history.remember(Memory(("a",), b"abc", b"abc"), ["a"], np.zeros((1, 1), dtype=np.int64))
+
+
+def test_too_few_too_heavy_and_unknown_open_nothing() -> None:
+    few = chosen("robust", updates()[:14])
+    assert few.refusal == "policy robust needs 15 usable updates to stand 6 hostile ones, found 14"
+    vectors = updates()
+    small = policy.choose("robust", vectors @ vectors.T, HOSTILE, NAMES, selected_min=16)
+    assert small.refusal == "15 updates selected, a sum of fewer than 16 is not opened"
+    heavy = policy.choose("krum", vectors @ vectors.T, HOSTILE, NAMES, selected_min=8, share_max=0.05)
+    assert heavy.refusal == "one device would carry 6% of the sum, more than 5% is not opened"
+    assert not few.integers.any()
+    assert not small.integers.any()
+    assert not heavy.integers.any()
+    with pytest.raises(Malformed, match="expected one of krum, robust, history, found 'mean'"):
+        chosen("mean", vectors)
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+def test_equal_updates_and_zero_updates_are_no_accident(name: str) -> None:
+    for vectors in (np.ones((24, 5), dtype=np.int64), np.zeros((24, 5), dtype=np.int64)):
+        found = policy.choose(name, vectors @ vectors.T, HOSTILE, NAMES, selected_min=8, share_max=1.0)
+        assert len(found.verdicts) == 24
+        assert np.isfinite(found.weights).all()
+
+
+matrices = st.integers(0, 2**32).map(lambda seed: np.random.default_rng(seed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(matrices, st.integers(15, 24), st.integers(0, 5), st.sampled_from(sorted(policy.POLICIES)))
+def test_weights_follow_the_devices_when_they_change_places(
+    rng: np.random.Generator, count: int, hostile: int, name: str
+) -> None:
+    vectors = rng.integers(-(1 << 20), 1 << 20, size=(count, 60)) * rng.integers(1, 30, size=(count, 1))
+    order = rng.permutation(count)
+    names = NAMES[:count]
+    straight = policy.choose(name, vectors @ vectors.T, hostile, names, selected_min=1)
+    moved = policy.choose(name, vectors[order] @ vectors[order].T, hostile, [names[i] for i in order], selected_min=1)
+    assert np.array_equal(straight.integers[order], moved.integers)
+    assert moved.divisor == straight.divisor
+
+
+@settings(max_examples=25, deadline=None)
+@given(matrices, st.integers(4, 60))
+def test_spectral_scores_do_not_depend_on_the_order_of_addition(rng: np.random.Generator, count: int) -> None:
+    vectors = rng.normal(size=(count, 30)) + 2 * rng.normal(size=(count, 1)) * rng.normal(size=30)
+    gram = np.rint(vectors @ vectors.T * 1_000).astype(np.int64)
+    found = spectral.scores(gram)
+    exact = spectral.centred(gram).astype(object)
+    power = [[int(value) for value in row] for row in exact]
+    _, expected = np.linalg.eigh(np.array(power, dtype=np.float64))
+    assert np.allclose(np.sqrt(found / found.sum()), np.abs(expected[:, -1]), atol=2e-3)
+    order = rng.permutation(count)
+    assert np.array_equal(spectral.scores(gram[np.ix_(order, order)]), found[order])
+
+
+def test_dbscan_finds_two_groups_and_a_loner() -> None:
+    spots = np.array([[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [20, 20], [21, 20], [20, 21], [-90, 40]]) * 1_000
+    assert outliers.clusters(spots @ spots.T).tolist()[:5] == [0] * 5
+    assert outliers.clusters(spots @ spots.T).tolist()[8] == -1
+    rays = np.array([[10, 1], [300, 31], [10, 2], [50, 4], [-10, 8], [-100, 79], [-1_000, 805]])
+    assert len(set(outliers.clusters(rays @ rays.T, "cosine").tolist()[:4])) == 1
+
+
+def test_extreme_entries_are_exact_or_refused() -> None:
+    top = np.full((5, 5), 1 << 58, dtype=np.int64)
+    assert multikrum.scores(top, 1) == (0,) * 5
+    with pytest.raises(Malformed, match="entries up to 2\\^58"):
+        policy.choose("robust", top + 1, 1, NAMES[:5], selected_min=1)
+    least = np.full((5, 5), np.iinfo(np.int64).min, dtype=np.int64)
+    with pytest.raises(Malformed, match="entries up to 2\\^58, found 9223372036854775808"):
+        geometry.checked(least)
