@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -25,6 +25,8 @@ from model_delta.errors import Malformed, NotFound, TooLarge, TooSlow, Unavailab
 from model_delta.store import ArtifactStore
 
 PIECE_BYTES = 32_768
+_IN_PATHS = "/%!$&'()*+,;=:@~"
+"""What a path may hold as it is (RFC 3986 section 3.3), and `%`: names of roles come with their escapes."""
 Monotonic = Callable[[], float]
 Ask = Callable[[str, int, int, float], tuple[int, bytes]]
 """(name, offset, length, timeout in seconds) to (the file's size, bytes from offset). Raises NotFound, Unavailable."""
@@ -140,14 +142,16 @@ class HttpSource:
 
     def open(self, name: str, timeout_s: float) -> Iterator[bytes]:
         """See `Source.open`. 403 and 404 are NotFound, every other answer but 200 is Unavailable."""
-        connection = self._connection(timeout_s)
-        late = threading.Event()
-        # Socket timeouts start anew with every byte: only this one ends a server that trickles its headers.
-        alarm = threading.Timer(timeout_s, _cut, (connection, late))
-        alarm.daemon = True
-        alarm.start()
+        connection, late = self._connection(timeout_s), threading.Event()
+        alarm: threading.Timer | None = None
         try:
-            connection.request("GET", f"{self._path}/{name}", headers={"Accept-Encoding": "identity"})
+            connection.connect()
+            # Socket timeouts start anew with every byte: only this ends a server that trickles.
+            alarm = threading.Timer(timeout_s, _cut, (connection.sock, late))
+            alarm.daemon = True
+            alarm.start()
+            path = f"{self._path}/{quote(name, safe=_IN_PATHS)}"
+            connection.request("GET", path, headers={"Accept-Encoding": "identity"})
             response = connection.getresponse()
             if response.status in (403, 404):
                 raise NotFound(f"{self._host}: no {name[:80]!r} ({response.status})")
@@ -155,17 +159,18 @@ class HttpSource:
                 raise Unavailable(f"{self._host}: {name[:80]!r}: expected status 200, found {response.status}")
             while piece := response.read1(PIECE_BYTES):
                 yield piece
+            if late.is_set():
+                raise TooSlow(f"{self._host}: {name[:80]!r}: expected within {timeout_s:g} s")
             if response.length:
                 raise Unavailable(f"{self._host}: {name[:80]!r}: the line broke {response.length} bytes before the end")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if late.is_set():
+            if late.is_set() or isinstance(error, TimeoutError):
                 raise TooSlow(f"{self._host}: {name[:80]!r}: expected within {timeout_s:g} s") from None
             raise Unavailable(f"{self._host}: {name[:80]!r}: {type(error).__name__}") from None
         finally:
-            alarm.cancel()
+            if alarm is not None:
+                alarm.cancel()
             connection.close()
-        if late.is_set():
-            raise TooSlow(f"{self._host}: {name[:80]!r}: expected within {timeout_s:g} s")
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         if self._tls is not None:
@@ -173,9 +178,7 @@ class HttpSource:
         return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
 
 
-def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
+def _cut(line: socket.socket, late: threading.Event) -> None:
     late.set()
-    line: socket.socket | None = connection.sock
-    if line is not None:
-        with contextlib.suppress(OSError):  # it had ended by itself
-            line.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):  # it had ended by itself
+        socket.socket.shutdown(line, socket.SHUT_RDWR)  # not TLS's own, which is not for another thread to call

@@ -445,7 +445,7 @@ def test_slow_retrieval_by_many_roots(attack: Attack) -> None:
     patience = Patience(refresh_s=10.0)
     device = Trust(attack.folder / "trust", site.provisioned(), Slow(site), patience=patience, monotonic=lambda: clock)
     for _ in range(3):  # what was verified is kept: each attempt goes on from there
-        with pytest.raises(TooSlow, match="expected (within 2|a refresh within 10) s"):
+        with pytest.raises(TooSlow, match=r"expected (within 2|a refresh within 10) s"):
             device.refresh(NOW)
     assert device.refresh(NOW).root == 7
 
