@@ -281,7 +281,13 @@ class Teller:
             typer.echo(f"{self._decisions} decisions, {self._declined} declined", err=True)
 
     def _outcome(self, outcome: UpdateOutcome) -> None:
-        way = {"patch": " by patch", "chain": " by a chain of patches", "whole": " whole"}.get(outcome.route, "")
+        ways = {
+            "patch": " by patch",
+            "chain": " by a chain of patches",
+            "replace": " by the segments that it lacked",
+            "whole": " whole",
+        }
+        way = ways.get(outcome.route, "")
         reason = f": {outcome.reason}" if outcome.reason else ""
         self._say(
             f"{outcome.event.replace('_', ' ')} version {outcome.manifest[:12]}{way}, "

@@ -64,13 +64,23 @@ def publish_model(
         )
     except Malformed as error:
         raise Malformed(f"{model}: {error}") from None
+    show(found, _release_text(found), as_json=as_json)
+
+
+def join_releases(data: Path, name: str, label: str, *, contact_s: float, as_json: bool) -> None:
+    """Publish the version that joins all that were released apart. Raises Malformed when there is nothing to join."""
+    client = operator(data, contact_s)
+    found = client.post("/v1/releases/join", {"model": name, "name": label}, timeout_s=PUBLISH_TIMEOUT_S)
+    show(found, _release_text(found), as_json=as_json)
+
+
+def _release_text(found: dict[str, Any]) -> str:
     patches = ", ".join(f"{size} B from {base[:12]}" for base, size in found["bytes_patch"].items()) or "none"
-    text = (
+    return (
         f"published {found['model']} {found['version']} as release {found['release']}\n"
         f"manifest  {found['manifest']}\nwhole     {found['bytes_whole']} B\npatches   {patches}\n"
         "Nobody runs it yet: atoll rollout apply FILE"
     )
-    show(found, text, as_json=as_json)
 
 
 def apply_rollout(data: Path, file: Path, *, contact_s: float, as_json: bool) -> None:

@@ -49,7 +49,8 @@ class Feedback(msgspec.Struct, frozen=True):
 
 class UpdateOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How one update ended: `event` is adopted, rolled_back, refused, withdrawn or safe_mode. `seconds_active` is how
-    long the version answered on the device (rolled_back only); `route` is patch, whole or none."""
+    long the version answered on the device (rolled_back only); `route` is patch, chain, replace, whole or
+    none."""
 
     manifest: str
     event: str

@@ -23,7 +23,7 @@ from model_delta.keys.encryption import open_blob
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Delivery
 from model_delta.patch.container import apply_bytes
-from model_delta.topics import KeyRequest
+from model_delta.topics import Hello, KeyRequest
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan, accept_task, role_keys
@@ -81,7 +81,7 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
         return {"bytes": len(new), "sha256": digest_of(new)}
     if kind == "blob":
         return {"plain": open_blob(BLOB_KEY, digest_of(b"target"), "segment:0", data, 1_000).decode()}
-    return plain(unpack(data, {"report": Report, "delivery": Delivery}[kind]))
+    return plain(unpack(data, {"report": Report, "delivery": Delivery, "hello": Hello}[kind]))
 
 
 def plain(record: msgspec.Struct) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from model_delta.manifest import (
     MANIFEST_TYPE,
     Blob,
     Delivery,
+    DenseOffer,
     GoldenCase,
     Lineage,
     Manifest,
@@ -44,7 +45,7 @@ from model_delta.patch.bsdiff import make_patch
 from model_delta.plan import PLAN_TYPE, Cohort, RolloutPlan
 from model_delta.release import segments_root
 from model_delta.task import TASK_TYPE, AggregatorKey, Parameter, RoundTask
-from model_delta.topics import KeyRequest
+from model_delta.topics import Hello, KeyRequest
 from model_delta.trust.signing import (
     Envelope,
     open_envelope,
@@ -150,10 +151,17 @@ def _manifests(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     }.items():
         yield f"manifest_{name}.cbor", _signed(keyring, "release", MANIFEST_TYPE, payload)
     patch = PatchOffer(STABLE, Blob(digest_of(b"patch"), 5))
-    yield (
-        "delivery.cbor",
-        pack(Delivery(digest_of(pack(manifest)), (Blob(digest_of(b"a"), 1), Blob(digest_of(b"b"), 2)), (patch,))),
-    )
+    delivery = Delivery(digest_of(pack(manifest)), (Blob(digest_of(b"a"), 1), Blob(digest_of(b"b"), 2)), (patch,))
+    yield "delivery.cbor", pack(delivery)
+    dense = DenseOffer(STABLE, Blob(digest_of(b"dense"), 4), "tp1")
+    strange = DenseOffer(STABLE, Blob(digest_of(b"strange"), 3), "from-the-future")
+    yield "delivery_with_dense_patches.cbor", pack(msgspec.structs.replace(delivery, dense=(dense, strange)))
+    nameless = {"base": STABLE, "blob": {"digest": digest_of(b"dense"), "size": 4}}
+    yield "delivery_with_a_patch_of_no_format.cbor", _plus(delivery, dense=[nameless])
+    hello = Hello(DEVICE, "pos", "eu-west", TARGET, "IDLE", manifest.merkle_root)
+    yield "hello.cbor", pack(hello)
+    yield "hello_without_a_root.cbor", pack({k: v for k, v in unpack_plain(pack(hello)).items() if k != "root"})
+    yield "hello_with_a_number_for_a_root.cbor", _plus(hello, root=7)
 
 
 def _plans(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
