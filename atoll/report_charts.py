@@ -107,7 +107,7 @@ def precision_by_round(figures: Figures) -> str:
     lines = []
     for key, name, colour, dashed in (
         ("average_precision", "Atoll: Multi-Krum on shares", NEW, False),
-        ("average_precision_fedavg", "plain FedAvg on the same updates", BAD, True),
+        ("average_precision_fedavg", "plain FedAvg of each round's updates from the same base", BAD, True),
         ("average_precision_stale", "the model that stays as it is", OLD, True),
     ):
         points = [(float(row["round"]), float(row[key])) for row in rounds if key in row]

@@ -46,3 +46,10 @@ class UpdatesLog(Protocol):
 
     def read(self, offset: int) -> bytes:
         """The record at an offset."""
+
+    @property
+    def end(self) -> int:
+        """The offset that the next record gets."""
+
+    def remove_before(self, offset: int) -> int:
+        """Let go of records below `offset`, as far as that saves something; how many files or segments."""

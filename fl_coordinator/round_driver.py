@@ -191,7 +191,8 @@ class RoundDriver:
         return unpack(self._ledger.round(round_id), Round)
 
     def frozen_contributions(self, round_id: str) -> list[bytes]:
-        """The contributions of a round in the frozen order. Blocking. NotFound, and Unavailable before the freeze."""
+        """The contributions of a round in the frozen order. Blocking. NotFound, also for a round whose end is long ago,
+        and Unavailable before the freeze."""
         found = self.round(round_id)
         if not found.root:
             raise Unavailable(f"round {round_id}: not frozen yet, it is {found.state}")
@@ -243,6 +244,21 @@ class RoundDriver:
                 await asyncio.to_thread(self._note, kind, f"round {round_id}: {state.name.lower()}{told}")
             if not found.live or state is State.FROZEN:
                 await self._publish_soon()
+        await self._trim_log()
+
+    async def _trim_log(self) -> None:
+        """Let go of the contributions of rounds that have ended: their transcripts and means are in the ledger, and
+        nobody may open them again. What a batch adds at this moment is not in the ledger yet, so it is waited for."""
+        async with self._intake.admitting:
+            try:
+                await asyncio.to_thread(lambda: self._log.remove_before(self._oldest_needed()))
+            except (AtollError, OSError) as error:  # it is tried again after the next round
+                _log.warning("updates log: old contributions are still there: %s", error)
+
+    def _oldest_needed(self) -> int:
+        live = [found for packed in self._ledger.rounds() if (found := unpack(packed, Round)).live]
+        offsets = [entry.log_offset for found in live for entry in self._ledger.contributions(found.round_id)]
+        return min(offsets, default=self._log.end)
 
     def _closed(self, found: Round) -> Round:
         """The round with an announcement that says so; devices stop training and sending."""

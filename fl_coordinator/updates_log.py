@@ -6,8 +6,8 @@
     file     NNNNNNNNNNNNNNNNNNNN.log, named by the offset of its first byte in the whole log
 
 An offset is a byte position in the whole log and never changes. A power cut can leave a torn last frame; it was never
-acknowledged, so opening the log cuts it off. Damage anywhere else is not repaired but said. `UpdatesLog` is what the
-coordinator needs of any log, embedded or not.
+acknowledged, so opening the log cuts it off. Damage anywhere else is not repaired but said. `ports.UpdatesLog` is what
+the coordinator needs of any log, embedded or not.
 """
 
 from __future__ import annotations
@@ -20,22 +20,12 @@ import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 
 RECORD_BYTES_MAX = 64 * 2**20
 _HEADER = struct.Struct(">II")
-
-
-class UpdatesLog(Protocol):
-    """An append-only log of opaque records."""
-
-    def append(self, records: Sequence[bytes]) -> list[int]:
-        """Make records durable, in this order; their offsets."""
-
-    def read(self, offset: int) -> bytes:
-        """The record at an offset that `append` returned."""
 
 
 class SegmentLog:

@@ -75,7 +75,7 @@ def test_ticks_are_round_and_inside() -> None:
 def test_learning_begins_at_the_model_that_stays() -> None:
     svg = precision_by_round(sample_report().acts[2].figures)
     assert svg.count("<circle") == 15
-    assert "plain FedAvg on the same updates" in svg
+    assert "plain FedAvg of each round" in svg
 
 
 def test_every_chart_is_well_formed_and_has_a_name() -> None:

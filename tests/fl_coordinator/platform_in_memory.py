@@ -79,11 +79,12 @@ def fraud_model(seed: int = 0, hidden: int = 4) -> bytes:
 class Platform:
     """One platform in a folder. `start` may be called again after `stop` or a crash: everything is read from disk."""
 
-    def __init__(self, folder: Path, evaluate: Evaluate | None = None) -> None:
+    def __init__(self, folder: Path, evaluate: Evaluate | None = None, segment_bytes: int = 256 * 2**20) -> None:
         self.folder = folder
         self.clock = Clock()
         self.broker = FakeBroker()
         self.evaluate = evaluate
+        self.segment_bytes = segment_bytes
         keys = folder / "keyring"
         folder.mkdir(parents=True, exist_ok=True)
         opened = (
@@ -98,7 +99,7 @@ class Platform:
     def open(self) -> None:
         """Open ledger and log, and make a coordinator on them."""
         self.ledger = Ledger(self.folder / "ledger.sqlite")
-        self.log = SegmentLog(self.folder / "log")
+        self.log = SegmentLog(self.folder / "log", self.segment_bytes)
         self.publisher = Publisher(
             tenant="acme",
             region="eu-west",

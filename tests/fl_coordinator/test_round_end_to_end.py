@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from fl_coordinator.aggregator import Aggregator
+from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.flower_bridge import read_command, write_reply
 from fl_coordinator.ledger import AggregatorRecord
 from fl_coordinator.masters import apply_mean
 from fl_coordinator.promotion import Evaluation
 from fl_coordinator.rounds import RoundSpec, State
-from model_delta.encoding import pack, unpack_plain
-from model_delta.errors import AtollError, Malformed, Unavailable
+from model_delta.encoding import pack, unpack, unpack_plain
+from model_delta.errors import AtollError, Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
 from tests.fl_coordinator.platform_in_memory import FEATURES, Device, Platform, fraud_model, until
 from tests.fl_coordinator.test_coordinator import adopt_first
@@ -258,6 +259,41 @@ def test_every_crash_of_the_coordinator_during_a_round_is_survived(tmp_path: Pat
         platform.reopen()
         async with platform.running() as coordinator:
             assert coordinator.round(opened.round_id).candidate == ended.candidate
+
+    asyncio.run(story())
+
+
+def test_contributions_of_ended_rounds_are_let_go_and_those_of_a_live_one_stay(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, segment_bytes=1)  # a file for each batch
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    def files() -> int:
+        return len(list((tmp_path / "log").glob("*.log")))
+
+    async def one_round(coordinator: Coordinator, name: str) -> None:
+        aggregators.down = {"a0"}
+        opened = await coordinator.open_round(msgspec.structs.replace(SPEC, name=name))
+        for device in devices:
+            await contribute_all([device], opened.round_id)
+        await until(lambda: coordinator.round(opened.round_id).attempt > 0)
+        assert files() >= 8
+        assert len(coordinator.frozen_contributions(opened.round_id)) == 8  # aggregators may ask until the end
+        aggregators.down = set()
+        await until(lambda: not coordinator.round(opened.round_id).live)
+        await until(lambda: files() <= 2)
+        with pytest.raises(NotFound):
+            coordinator.frozen_contributions(opened.round_id)
+        assert coordinator.round(opened.round_id).state == "PUBLISHED"
+        result = platform.ledger.round_result(opened.round_id)
+        assert result is not None
+        assert len(unpack(result[1], tuple[bytes, ...])) == 3
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            for name in ("first", "second"):
+                await one_round(coordinator, name)
 
     asyncio.run(story())
 
