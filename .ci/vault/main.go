@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/vault/builtin/credential/cert"
 	"github.com/hashicorp/vault/builtin/logical/pki"
 	"github.com/hashicorp/vault/builtin/logical/transit"
+	"github.com/hashicorp/vault/helper/namespace"
 	vaulthttp "github.com/hashicorp/vault/http"
 	"github.com/hashicorp/vault/internalshared/configutil"
 	"github.com/hashicorp/vault/sdk/helper/consts"
@@ -99,7 +100,7 @@ func serve(address, token, certificate, key string) error {
 
 // start initialises and unseals the core, and replaces the first root token by the given one.
 func start(core *vault.Core, token string) error {
-	ctx := context.Background()
+	ctx := namespace.ContextWithNamespace(context.Background(), namespace.RootNamespace)
 	shares := &vault.SealConfig{SecretShares: 1, SecretThreshold: 1}
 	made, err := core.Initialize(ctx, &vault.InitParams{BarrierConfig: shares})
 	if err != nil {

@@ -151,12 +151,13 @@ def make_leaf(
 
 def make_revocation_list(
     authority_pem: bytes,
-    authority_key: ec.EllipticCurvePrivateKey,
+    sign: ec.EllipticCurvePrivateKey | Callable[[bytes], bytes],
     revoked: Collection[int],
     now: float,
     days: int = 3650,
 ) -> bytes:
-    """The CA's signed list of revoked serial numbers, PEM, valid for `days`; may be empty. RFC 5280, section 5.
+    """The CA's signed list of revoked serial numbers, PEM, valid for `days`; may be empty. RFC 5280, section 5. `sign`
+    as in `make_leaf`.
 
     It must not run out before its reader hears of a newer one: brokers that find it expired refuse everybody.
     """
@@ -170,7 +171,13 @@ def make_revocation_list(
     for serial in sorted(revoked):
         entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(start).build()
         builder = builder.add_revoked_certificate(entry)
-    return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    if isinstance(sign, ec.EllipticCurvePrivateKey):
+        return builder.sign(sign, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    draft = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).tbs_certlist_bytes
+    made = x509.load_der_x509_crl(_signed_elsewhere(draft, sign))
+    if not made.is_signature_valid(_p256_key_of(_load(authority_pem, "CA certificate"))):
+        raise Untrusted("revocation list: the holder of the CA key signed with another key than the CA's")
+    return made.public_bytes(serialization.Encoding.PEM)
 
 
 def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collection[int] = frozenset()) -> DeviceKeys:
@@ -235,22 +242,24 @@ def _signed(
     issuer: x509.Certificate,
     sign: ec.EllipticCurvePrivateKey | Callable[[bytes], bytes],
 ) -> x509.Certificate:
-    """The certificate of `builder`, signed by a key here or by a holder elsewhere.
-
-    For a holder elsewhere a throw-away key fixes the bytes to be signed (they name the algorithm, not the key), and its
-    signature is exchanged (RFC 5280, section 4.1: tbsCertificate, signatureAlgorithm, signatureValue).
-    """
+    """The certificate of `builder`, signed by a key here or by a holder elsewhere."""
     if isinstance(sign, ec.EllipticCurvePrivateKey):
         return builder.sign(sign, hashes.SHA256())
     draft = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).tbs_certificate_bytes
-    signature = b"\x00" + sign(draft)
-    body = draft + _ECDSA_WITH_SHA256 + b"\x03" + _der_length(len(signature)) + signature
-    certificate = x509.load_der_x509_certificate(b"\x30" + _der_length(len(body)) + body)
+    certificate = x509.load_der_x509_certificate(_signed_elsewhere(draft, sign))
     try:
         certificate.verify_directly_issued_by(issuer)
     except (InvalidSignature, ValueError, TypeError):
         raise Untrusted("certificate: the holder of the CA key signed with another key than the CA's") from None
     return certificate
+
+
+def _signed_elsewhere(draft: bytes, sign: Callable[[bytes], bytes]) -> bytes:
+    """What a throw-away key signed, with the signature of a key that is elsewhere in its place. The signed bytes name
+    the algorithm and not the key, so they stay. RFC 5280, sections 4.1 and 5.1: tbs, signatureAlgorithm, signature."""
+    signature = b"\x00" + sign(draft)
+    body = draft + _ECDSA_WITH_SHA256 + b"\x03" + _der_length(len(signature)) + signature
+    return b"\x30" + _der_length(len(body)) + body
 
 
 def _der_length(length: int) -> bytes:

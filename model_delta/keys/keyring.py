@@ -103,6 +103,9 @@ class Keyring(Protocol):
     def revoked(self) -> frozenset[int]:
         """Serial numbers of revoked certificates."""
 
+    def revocation_list(self) -> bytes:
+        """What is revoked as the CA's signed list, PEM, for brokers that read one."""
+
 
 class EmbeddedKeyring:
     """The platform's keys in one file. `clock` gives Unix seconds for the certificates' validity."""

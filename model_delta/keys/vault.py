@@ -3,15 +3,17 @@
 Each tenant has mounts and logins of its own, below one folder; Vault's namespaces are Enterprise-only:
 
     atoll/TENANT/transit    wrapping (aes256-gcm96, derived by context), role-release ... (ed25519), authority (P-256)
-    atoll/TENANT/pki        the tenant's CA: publishes it and its revocation list
-    atoll/TENANT/kv         what is not secret but must be agreed on: the CA certificate, revoked serials, certificates
+    atoll/TENANT/pki        the tenant's CA, for whoever expects it there; issues the certificates of certificate logins
+    atoll/TENANT/kv         what is not secret but must be agreed on: the CA certificate, revoked serials
     auth: atoll/TENANT/approle, atoll/TENANT/cert
 
-No private key, and no wrapping key, ever leaves the server. A device certificate has an extension that the PKI engine
-does not issue without the device asking for it, so its bytes are made here (`certificates.make_leaf`, the same as the
-embedded keyring's) and signed by `authority` in Transit; the PKI engine holds the same CA, takes revocations of what it
-has not issued itself, and signs the list. Artifact keys pass through; models never do. `rewrap` takes no associated
-data there, so what a record is for is bound by `context`.
+No private key, and no wrapping key, ever leaves the server. The PKI engine neither issues nor even reads a device's
+certificate: it adds no extension of ours, and Go's X.509 parser refuses the 128-bit arc of that extension's name. So a
+device's certificate, and the list of revoked ones, are made here, byte for byte as the embedded keyring makes them
+(`certificates`), and signed by `authority` in Transit.
+
+Artifact keys pass through; models never do. `rewrap` takes no associated data there, so what a record is for is bound
+by `context`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable, Untrusted
-from model_delta.keys.certificates import make_leaf, require_identity, serial_of
+from model_delta.keys.certificates import make_leaf, make_revocation_list, require_identity
 from model_delta.keys.encryption import KEY_BYTES
 from model_delta.keys.keyring import (
     ROLES,
@@ -223,16 +225,10 @@ class VaultKeyring:
         dns_names: Sequence[str] = (),
         server: bool = False,
     ) -> bytes:
-        """A leaf certificate, PEM; see `certificates.make_leaf`. It is on record before it is handed out, so that it
-        can be put on the revocation list. Raises Malformed."""
-
-        def sign(data: bytes) -> bytes:
-            asked = {"input": _base64(data), "hash_algorithm": "sha2-256", "marshaling_algorithm": "asn1"}
-            return self._signature(AUTHORITY, asked)[1]
-
-        certificate = make_leaf(
+        """A leaf certificate, PEM; see `certificates.make_leaf`. Raises Malformed."""
+        return make_leaf(
             self.ca_pem(),
-            sign,
+            self._sign_as_authority,
             csr_pem,
             common_name,
             self.tenant,
@@ -242,9 +238,6 @@ class VaultKeyring:
             dns_names=dns_names,
             server=server,
         )
-        record = {"data": {"common_name": common_name, "certificate": certificate.decode()}}
-        self._connection.write(f"{self._paths.kv}/data/certificates/{serial_of(certificate):040x}", record)
-        return certificate
 
     def ca_pem(self) -> bytes:
         """The CA certificate, PEM."""
@@ -254,13 +247,13 @@ class VaultKeyring:
         return self._ca_pem
 
     def revoke(self, serial: int) -> None:
-        """Add a serial number to the tenant's record, then to the CA's revocation list. Durable. Raises Malformed for
-        what is no serial number, Unavailable when others keep writing the record."""
+        """Add a serial number to the tenant's record. Durable. Raises Malformed for what is no serial number,
+        Unavailable when others keep writing the record."""
         require_serial(serial)
         for _ in range(REVOKED_TRIES):
             serials, version = self._read_revoked()
             if serial in serials:
-                break
+                return
             data = {"serials": sorted(f"{number:040x}" for number in serials | {serial})}
             try:
                 self._connection.write(f"{self._paths.kv}/data/revoked", {"options": {"cas": version}, "data": data})
@@ -269,10 +262,8 @@ class VaultKeyring:
             except Untrusted:
                 continue  # another process wrote in between: read again
             self._take_revoked(serials | {serial})
-            break
-        else:
-            raise Unavailable(f"revoked serials of {self.tenant}: other processes keep writing them; try again")
-        self._put_on_list(serial)
+            return
+        raise Unavailable(f"revoked serials of {self.tenant}: other processes keep writing them; try again")
 
     def revoked(self) -> frozenset[int]:
         """Serial numbers of revoked certificates, at most REVOKED_S old; when the server does not answer, those last
@@ -290,16 +281,13 @@ class VaultKeyring:
         return self._revoked
 
     def revocation_list(self) -> bytes:
-        """The CA's revocation list, DER (RFC 5280, section 5), for programs that check certificates by themselves."""
-        return self._connection.raw(f"{self._paths.pki}/crl")
+        """What is revoked as the CA's signed list, PEM, for brokers that read one; see `make_revocation_list`."""
+        return make_revocation_list(self.ca_pem(), self._sign_as_authority, self.revoked(), self._clock())
 
-    def _put_on_list(self, serial: int) -> None:
-        """What was certified before a move to this server is not on record, and stays in the KV list only."""
-        try:
-            found = _record(self._connection.read(f"{self._paths.kv}/data/certificates/{serial:040x}"))
-            self._connection.write(f"{self._paths.pki}/revoke", {"certificate": str(found.get("certificate", ""))})
-        except NotFound:
-            return
+    def _sign_as_authority(self, data: bytes) -> bytes:
+        """ECDSA P-256 over SHA-256, DER."""
+        asked = {"input": _base64(data), "hash_algorithm": "sha2-256", "marshaling_algorithm": "asn1"}
+        return self._signature(AUTHORITY, asked)[1]
 
     def _read_revoked(self) -> tuple[frozenset[int], int]:
         try:

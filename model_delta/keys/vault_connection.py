@@ -152,11 +152,6 @@ class VaultConnection:
         """Delete what is at `path`. Raises Untrusted, Unavailable."""
         self._ask("delete", path, None)
 
-    def raw(self, path: str) -> bytes:
-        """An answer that is not JSON, such as a CRL. Raises as `read` does."""
-        answer: Any = self._try(path, lambda: self._client.adapter.get(f"/v1/{path}"))
-        return bytes(answer.content) if hasattr(answer, "content") else b""
-
     def _ask(self, method: str, path: str, data: dict[str, Any] | None) -> Answer:
         def send() -> Any:
             arguments = {} if data is None else {"json": data}

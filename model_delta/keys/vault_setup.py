@@ -32,7 +32,7 @@ from model_delta.keys.wrapping import wrap
 LOGINS = ("coordinator", "publisher", "rotator", "auditor")
 TOKEN_TTL = "1h"
 CA_TTL = "87600h"
-CRL_TTL = "72h"
+LOGIN_TTL = "720h"
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -186,7 +186,6 @@ def _authority(connection: VaultConnection, paths: TenantPaths, moved: KeyFile |
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     connection.delete(f"{paths.pki}/root")
     connection.write(f"{paths.pki}/config/ca", {"pem_bundle": (pem + certificate).decode()})
-    connection.write(f"{paths.pki}/config/crl", {"expiry": CRL_TTL, "auto_rebuild": True})
     connection.write(
         f"{paths.transit}/restore/{AUTHORITY}", {"backup": p256_backup(AUTHORITY, key, now), "force": True}
     )
@@ -223,6 +222,19 @@ def _logins(connection: VaultConnection, paths: TenantPaths) -> list[Step]:
         bounds = {"token_policies": [name], "token_ttl": TOKEN_TTL, "token_max_ttl": "24h"}
         connection.write(role, bounds)
         steps.append(Step(f"login {login} with policy {name}", missing))
+    issuing = {
+        "allowed_domains": ["coordinator"],
+        "allow_bare_domains": True,
+        "enforce_hostnames": False,
+        "server_flag": False,
+        "key_type": "ec",
+        "key_bits": 256,
+        "organization": [paths.tenant],
+        "max_ttl": LOGIN_TTL,
+    }
+    missing = not _exists(connection, f"{paths.pki}/roles/login")
+    connection.write(f"{paths.pki}/roles/login", issuing)
+    steps.append(Step("issuing of login certificates", missing))
     certificate = (connection.read(f"{paths.kv}/data/authority").get("data") or {}).get("certificate", "")
     role = f"auth/{paths.cert}/certs/coordinator"
     missing = not _exists(connection, role)

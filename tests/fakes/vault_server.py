@@ -48,7 +48,7 @@ def binary() -> Path:
     """The server's binary. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("ATOLL_VAULT_SERVER")
-    path = Path(named) if named else cache / "atoll" / "vault-1.14.10" / "vault"
+    path = Path(named) if named else cache / "atoll" / "vault-1.14.1" / "vault"
     if not os.access(path, os.X_OK):
         reason = f"a Vault server at {path}: run .ci/vault/build"
         if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
@@ -60,7 +60,7 @@ def binary() -> Path:
 @contextmanager
 def running(*options: str) -> Iterator[Server]:
     """The server, with `options` for its command line; ended by its process id."""
-    token = secrets.token_urlsafe(16)
+    token = secrets.token_hex(16)
     process = subprocess.Popen(
         [binary(), "-root-token", token, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

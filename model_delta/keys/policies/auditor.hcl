@@ -7,4 +7,3 @@ path "TENANT/transit/keys/role-round"    { capabilities = ["read"] }
 path "TENANT/transit/keys/role-baseline" { capabilities = ["read"] }
 path "TENANT/kv/data/authority"          { capabilities = ["read"] }
 path "TENANT/kv/data/revoked"            { capabilities = ["read"] }
-path "TENANT/pki/crl"                    { capabilities = ["read"] }

@@ -27,6 +27,3 @@ path "TENANT/transit/sign/role-baseline"         { capabilities = ["update"] }
 path "TENANT/transit/sign/authority"             { capabilities = ["update"] }
 path "TENANT/kv/data/authority"                  { capabilities = ["read"] }
 path "TENANT/kv/data/revoked"                    { capabilities = ["create", "read", "update"] }
-path "TENANT/kv/data/certificates/*"             { capabilities = ["create", "read", "update"] }
-path "TENANT/pki/revoke"                         { capabilities = ["update"] }
-path "TENANT/pki/crl"                            { capabilities = ["read"] }

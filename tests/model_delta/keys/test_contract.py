@@ -199,6 +199,17 @@ def test_revocation_is_durable_and_nobody_elses_is_undone(fresh: Rings) -> None:
             ring.revoke(serial)
 
 
+def test_the_revocation_list_is_signed_by_the_ca(both: Rings) -> None:
+    serial = serial_of(certified(both.acme, "pos-0009")[2])
+    both.acme.revoke(serial)
+    listed = x509.load_pem_x509_crl(both.acme.revocation_list())
+    assert {entry.serial_number for entry in listed} == both.again().revoked() >= {serial}
+    for holder, believed in ((both.acme, True), (both.globex, False)):
+        key = x509.load_pem_x509_certificate(holder.ca_pem()).public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        assert listed.is_signature_valid(key) is believed
+
+
 def test_an_implementation_is_a_keyring(both: Rings) -> None:
     ring: Keyring = both.acme
     assert ring.tenant == "acme"
