@@ -31,7 +31,7 @@ from fl_coordinator.evidence import (
 from model_delta.errors import Malformed
 from model_delta.plan import BUCKETS, DeviceTraits, RolloutPlan, bucket_of, matches
 from monitoring.health import ArmHealth, CohortHealth
-from monitoring.telemetry import LATENCY_BOUNDS_US, latency_quantile_us
+from monitoring.telemetry import LATENCY_BOUNDS_US, ModelSummary, latency_quantile_us
 
 ALPHA = 0.05
 SALTS_TRIED = 500
@@ -262,16 +262,36 @@ def _judge(rollout: Rollout, health: CohortHealth, now: float) -> tuple[dict[int
         elif rail.metric.startswith("latency_"):
             verdicts.extend(_latency(rail, health, alpha))
         else:
-            counts = Counts(*_rate(rail.metric, health.target), *_rate(rail.metric, health.control))
+            counts = Counts(*_rate(rail.metric, health.target.decided), *_rate(rail.metric, health.control.decided))
             if rail.ratio is not None:
                 evidence[index] = observe(evidence.get(index, RatioEvidence()), counts, rail.ratio)
-            verdicts.extend(_rates(rail, counts, evidence.get(index), alpha))
+            others = _without_the_worst([_rate(rail.metric, one) for one in health.target.by_device])
+            verdicts.extend(_rates(rail, counts, others, evidence.get(index), alpha))
     return evidence, tuple(verdicts)
 
 
-def _rate(metric: str, arm: ArmHealth) -> tuple[int, int]:
-    """Exposures and failures of an arm for a rate metric."""
-    decided = arm.decided
+def _without_the_worst(devices: Sequence[tuple[int, int]]) -> float:
+    """The failure rate of all devices but the one with most failures; of the only one, if there is no other.
+
+    `devices` are exposures and failures by device. The tests count decisions, and the decisions of one device are not
+    independent: a broken or hostile one could stop a rollout by itself. So where several devices have something to say,
+    a breach has to be seen without the loudest of them too. That only takes alarms away, so the tests stay valid."""
+    spoke = [(total, hits) for total, hits in devices if total]
+    if len(spoke) > 1:
+        spoke.remove(max(spoke, key=lambda one: (one[1], one[0])))
+    total = sum(total for total, _ in spoke)
+    return sum(hits for _, hits in spoke) / total if total else 0.0
+
+
+def _confirmed(breached: bool, others: float, limit: float, text: str) -> tuple[bool, str]:
+    """Whether a breach also shows without the loudest device, and the text, which says so when it does not."""
+    if breached and others <= limit:
+        return False, f"{text}; one device alone, without it {others:.2%}"
+    return breached, text
+
+
+def _rate(metric: str, decided: ModelSummary) -> tuple[int, int]:
+    """Exposures and failures in a summary for a rate metric."""
     if metric == "error_rate":
         return decided.decisions, decided.errors
     if metric == "fallback_rate":
@@ -283,7 +303,9 @@ def _rate(metric: str, arm: ArmHealth) -> tuple[int, int]:
     return decided.labelled_fraud, decided.labelled_fraud - decided.true_positives  # miss_rate
 
 
-def _rates(rail: Guardrail, counts: Counts, evidence: RatioEvidence | None, alpha: float) -> list[Verdict]:
+def _rates(
+    rail: Guardrail, counts: Counts, others: float, evidence: RatioEvidence | None, alpha: float
+) -> list[Verdict]:
     seen = counts.target_hits / counts.target_total if counts.target_total else 0.0
     beside = counts.control_hits / counts.control_total if counts.control_total else 0.0
     told = f"{rail.metric} {seen:.2%} of {counts.target_total}"
@@ -292,17 +314,19 @@ def _rates(rail: Guardrail, counts: Counts, evidence: RatioEvidence | None, alph
         lower, _ = rate_bounds(counts.target_hits, counts.target_total, alpha)
         worst, _ = rate_bounds(counts.target_total, counts.target_total, alpha)
         text = f"{told}, allowed {rail.max:.2%}"
-        found.append(Verdict(rail.metric, lower > rail.max, seen, rail.max, text, worst > rail.max))
+        breached, text = _confirmed(lower > rail.max, others, rail.max, text)
+        found.append(Verdict(rail.metric, breached, seen, rail.max, text, worst > rail.max))
     if rail.max_increase is not None:
         lower, _ = rate_bounds(counts.target_hits, counts.target_total, alpha / 2)
         _, upper = rate_bounds(counts.control_hits, counts.control_total, alpha / 2)
         text = f"{told}, control {beside:.2%} of {counts.control_total}, allowed + {rail.max_increase:.2%}"
         worst, _ = rate_bounds(counts.target_total, counts.target_total, alpha / 2)
         limit = upper + rail.max_increase
-        found.append(Verdict(rail.metric, lower > limit, seen, beside + rail.max_increase, text, worst > limit))
+        breached, text = _confirmed(lower > limit, others, beside + rail.max_increase, text)
+        found.append(Verdict(rail.metric, breached, seen, beside + rail.max_increase, text, worst > limit))
     if rail.ratio is not None and evidence is not None:
         text = f"{told}, control {beside:.2%} of {counts.control_total}, allowed {rail.ratio:g} times control"
-        breached = evidence.log_evidence >= math.log(1 / alpha)
+        breached, text = _confirmed(evidence.log_evidence >= math.log(1 / alpha), others, beside * rail.ratio, text)
         judged = counts.target_total > 0 and counts.control_total > 0
         found.append(Verdict(rail.metric, breached, seen, beside * rail.ratio, text, judged))
     return found
@@ -312,6 +336,7 @@ def _latency(rail: Guardrail, health: CohortHealth, alpha: float) -> list[Verdic
     """Whether the quantile lies above a limit: too large a share of decisions took longer than the limit."""
     q = {"latency_p50_ms": 0.50, "latency_p95_ms": 0.95, "latency_p99_ms": 0.99}[rail.metric]
     latency = health.target.decided.latency
+    each_latency = [one.latency for one in health.target.by_device]
     total = sum(latency.values())
     seen_ms = latency_quantile_us(latency, q) / 1000
     found: list[Verdict] = []
@@ -319,7 +344,9 @@ def _latency(rail: Guardrail, health: CohortHealth, alpha: float) -> list[Verdic
         lower, _ = rate_bounds(exceeding(latency, rail.max * 1000), total, alpha)
         text = f"{rail.metric} {seen_ms:.3g} ms over {total} decisions, allowed {rail.max:g} ms"
         worst, _ = rate_bounds(total, total, alpha)
-        found.append(Verdict(rail.metric, lower > 1 - q, seen_ms, rail.max, text, worst > 1 - q))
+        others = _without_the_worst([(sum(one.values()), exceeding(one, rail.max * 1000)) for one in each_latency])
+        breached, text = _confirmed(lower > 1 - q, others, 1 - q, text)
+        found.append(Verdict(rail.metric, breached, seen_ms, rail.max, text, worst > 1 - q))
     if rail.ratio is not None:
         control_us = quantile_upper_bound_us(health.control.decided.latency, q, alpha / 2)
         limit_us = rail.ratio * control_us if control_us is not None else math.inf
@@ -332,7 +359,11 @@ def _latency(rail: Guardrail, health: CohortHealth, alpha: float) -> list[Verdic
         text = f"{rail.metric} {seen_ms:.3g} ms over {total} decisions, allowed {allowed}"
         worst, _ = rate_bounds(total, total, each)
         judged = control_us is not None and worst > 1 - q
-        found.append(Verdict(rail.metric, lower > 1 - q, seen_ms, limit_ms, text, judged))
+        others = _without_the_worst(
+            [(sum(one.values()), exceeding(one, limit_us) if control_us is not None else 0) for one in each_latency]
+        )
+        breached, text = _confirmed(lower > 1 - q, others, 1 - q, text)
+        found.append(Verdict(rail.metric, breached, seen_ms, limit_ms, text, judged))
     return found
 
 

@@ -29,7 +29,8 @@ class DeviceStanding(msgspec.Struct, frozen=True):
 
 class ArmHealth(msgspec.Struct, frozen=True, kw_only=True):
     """One arm: devices now, and what its version decided since the rollout began. `silent` of `devices` were not heard
-    lately; `adopted` of the others run the arm's version. `rolled_back` and `safe_mode` count devices."""
+    lately; `adopted` of the others run the arm's version. `rolled_back` and `safe_mode` count devices. `by_device` is
+    `decided` apart, by device that decided anything (of the target arm only)."""
 
     manifest: str
     devices: int = 0
@@ -38,6 +39,7 @@ class ArmHealth(msgspec.Struct, frozen=True, kw_only=True):
     rolled_back: int = 0
     safe_mode: int = 0
     decided: ModelSummary
+    by_device: tuple[ModelSummary, ...] = ()
 
     @property
     def silent_share(self) -> float:
@@ -78,9 +80,12 @@ def cohort_health(
         plan.target: ModelSummary(manifest=plan.target, where="device"),
         plan.stable: ModelSummary(manifest=plan.stable, where="device"),
     }
+    alone: dict[str, ModelSummary] = {}
     for device_id, summary in summaries:
         if summary.where == "device" and summary.manifest in totals and may_tell(device_id, summary.manifest):
             totals[summary.manifest] = merge_summaries(totals[summary.manifest], summary)
+            if summary.manifest == plan.target:
+                alone[device_id] = merge_summaries(alone[device_id], summary) if device_id in alone else summary
     rolled_back, unsafe = set(), set()
     for device_id, outcome in outcomes:
         if outcome.manifest != plan.target or not may_tell(device_id, plan.target):
@@ -104,6 +109,7 @@ def cohort_health(
             rolled_back=len(rolled_back),
             safe_mode=len(unsafe),
             decided=totals[plan.target],
+            by_device=tuple(summary for summary in alone.values() if summary.decisions),
         ),
         ArmHealth(
             manifest=plan.stable,

@@ -339,6 +339,36 @@ def test_false_positives_stop_a_rollout(limit: str) -> None:
     assert fine.event == "widened"
 
 
+RAILS_OF_DEVICES = [
+    "{metric: false_positive_rate, maxIncrease: 5%}",
+    "{metric: false_positive_rate, ratioToControl: 2}",
+    "{metric: false_positive_rate, max: 10%}",
+    "{metric: latency_p95_ms, max: 1}",
+    "{metric: latency_p95_ms, ratioToControl: 3}",
+]
+
+
+@pytest.mark.parametrize("rail", RAILS_OF_DEVICES)
+@pytest.mark.parametrize(("faulty", "speaking", "stopped"), [(1, 6, False), (1, 1, True), (2, 6, True), (6, 6, True)])
+def test_one_device_of_several_cannot_stop_a_rollout(rail: str, faulty: int, speaking: int, stopped: bool) -> None:
+    found = begun(simple("{share: 25%}, {share: 100%}", rails=rail), FLEET).rollout
+    plan = plan_of(found, {}, 1010.0)
+    in_stage = sorted(arm(plan, FLEET, "target"))
+    assert len(in_stage) > 6
+    rows = [("pos-0000", summary(OLD, 6000, false_positives=60))]
+    for number, device_id in enumerate(in_stage[:speaking]):
+        bad = number < faulty
+        # In two reports: what counts is the device, not how often it speaks.
+        row = summary(NEW, 100, 2000.0 if bad else 300.0, false_positives=90 if bad else 1)
+        rows += [(device_id, row), (device_id, row)]
+    standings = [DeviceStanding(device, 1010.0, assign(plan, device).manifest) for device in FLEET]
+    health = cohort_health(plan, standings, rows, [], now=1010.0, silent_after=30)
+    assert len(health.target.by_device) == speaking
+    looked = look(found, health).rollout
+    assert (looked.state == "stopped") == stopped, looked.verdicts
+    assert any("one device alone" in verdict.text for verdict in looked.verdicts) == (not stopped)
+
+
 def test_silence_of_the_target_counts_when_the_control_talks() -> None:
     found = begun(simple(rails="{metric: silence, share: 20%, withinSeconds: 30}"), FLEET).rollout
     plan = plan_of(found, {}, 0.0)
