@@ -1,4 +1,7 @@
-"""Run every benchmark and draw `docs/benchmarks.md` from what they print."""
+"""Run every benchmark and draw `docs/benchmarks.md` from what they print.
+
+`python -m benchmarks.all [SUBJECT ...]`: with subjects named, the page keeps the sections of the others.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import msgspec
 from benchmarks.claims import ROOT, Claim, table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-NOT_SUBJECTS = {"__init__", "all", "claims", "cost", "encoder", "fraud_rounds", "models", "patching"}
+NOT_SUBJECTS = {"__init__", "all", "attacks", "claims", "cost", "encoder", "fraud_rounds", "models", "patching"}
+NOT_SUBJECTS |= {"robustness_report", "tasks"}
 
 
-def main() -> int:
+def main(*subjects: str) -> int:
     """Returns 1 when a benchmark failed; the page is written from those that ran."""
-    sections, failed = [], []
+    sections = _kept(PAGE.read_text(), subjects) if subjects and PAGE.exists() else []
+    failed = []
     for script in sorted(Path(__file__).parent.glob("*.py")):
-        if script.stem in NOT_SUBJECTS:
+        if script.stem in NOT_SUBJECTS or (subjects and script.stem not in subjects):
             continue
         print(f"benchmarks.{script.stem} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
@@ -35,10 +40,16 @@ def main() -> int:
             f"## {script.stem}\n\n`python -m benchmarks.{script.stem}` at commit {result['commit']}; {machine}.\n\n"
             f"{table(claims)}\n"
         )
-    PAGE.write_text("# Benchmarks\n\nDrawn by `make bench`; do not edit.\n\n" + "\n".join(sections))
+    PAGE.write_text("# Benchmarks\n\nDrawn by `make bench`; do not edit.\n\n" + "\n".join(sorted(sections)))
     print(f"wrote {PAGE.relative_to(ROOT)}" + (f"; failed: {', '.join(failed)}" if failed else ""), file=sys.stderr)
     return 1 if failed else 0
 
 
+def _kept(page: str, subjects: tuple[str, ...]) -> list[str]:
+    """The sections of a page, without those of the subjects; a subject's own may have a comma and more behind it."""
+    sections = [f"## {part.rstrip()}\n" for part in page.split("\n## ")[1:]]
+    return [section for section in sections if section[3:].split("\n")[0].split(",")[0] not in subjects]
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

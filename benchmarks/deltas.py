@@ -29,6 +29,7 @@ from benchmarks.claims import Claim, at_most, at_most_share, run
 from benchmarks.encoder import Batch
 from edge_runtime.onnx_model import run_graph
 from model_delta import graphs
+from model_delta.manifest import StoredTensor
 from model_delta.patch import container, fidelity
 from model_delta.segments import read_tensor, stored_tensors
 
@@ -163,8 +164,8 @@ def apply_memory(pairs: Pairs) -> list[Claim]:
 
 
 def fp32(pairs: Pairs) -> list[Claim]:
-    """The 90 MB pair in float32, beside the entropy of its differences: steps counted in units in the last place, as
-    32-bit two's complement, order-0 entropy of each byte plane of each tensor. (bsdiff takes minutes.)"""
+    """The 90 MB pair in float32, beside the order-0 entropy of its differences by byte plane and tensor (bsdiff takes
+    minutes and gigabytes)."""
     before, after = models.minilm("old"), models.minilm("round")
     old, new = pairs.path("old", before), pairs.path("new", after)
     form = container.FORMATS[-1]
@@ -245,14 +246,22 @@ def entropy_bytes(values: np.ndarray) -> float:
 
 
 def float_entropy_bytes(old: bytes, new: bytes) -> float:
-    """Sum over float32 tensors of both files of the entropies of their differences' byte planes, in bytes."""
+    """Sum over float32 tensors of both files of the entropies of their differences' byte planes, in bytes.
+
+    A difference is that of the bit patterns as integers, with its sign moved to the lowest bit, so that it is counted
+    once. Of the forms that were tried (two's complement, exclusive or, bytewise, steps in order of the numbers) this
+    one has the least entropy, by 5 to 20 %."""
     after = {tensor.name: tensor for tensor in stored_tensors(new)}
     total = 0.0
+
+    def pair(tensor: StoredTensor) -> tuple[tuple[bytes, StoredTensor], ...]:
+        return (old, tensor), (new, after[tensor.name])
+
     for tensor in stored_tensors(old):
         if tensor.dtype == "float32":
-            bits = [read_tensor(file, one).view(np.int32) for file, one in ((old, tensor), (new, after[tensor.name]))]
-            before, now = (np.where(part < 0, np.int32(-(2**31)) - part, part) for part in bits)
-            planes = np.ascontiguousarray(now - before).view(np.uint8).reshape(-1, 4)
+            before, now = (read_tensor(file, one).reshape(-1).view(np.int32) for file, one in pair(tensor))
+            step = now - before
+            planes = ((step << 1) ^ (step >> 31)).view(np.uint8).reshape(-1, 4)
             total += sum(entropy_bytes(np.ascontiguousarray(planes[:, plane])) for plane in range(4))
     return total
 

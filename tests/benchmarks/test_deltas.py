@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks import all as all_subjects
 from benchmarks import cost, deltas
 from benchmarks.claims import at_most_share
 from model_delta import graphs
@@ -45,3 +46,9 @@ def test_cost_is_that_of_a_process_of_its_own() -> None:
     assert len(ballast) > 1e6 * found.peak_mb
     assert found.result == 0
     assert found.cpu_s < 0.1
+
+
+def test_drawing_one_subject_keeps_the_sections_of_the_others() -> None:
+    page = "# Benchmarks\n\nDrawn.\n\n## a\n\none\n\n## b\n\ntwo\n\n## b, more\n\nthree\n"
+    assert all_subjects._kept(page, ("a",)) == ["## b\n\ntwo\n", "## b, more\n\nthree\n"]
+    assert all_subjects._kept(page, ("b",)) == ["## a\n\none\n"]
