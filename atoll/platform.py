@@ -25,10 +25,11 @@ from atoll.settings import (
     quiet_environment,
     write_private,
 )
+from atoll.vault import keyring_at, place_of
 from edge_runtime.identity import Identity
 from model_delta.encoding import pack, unpack
 from model_delta.keys.certificates import days_left, require_identity
-from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.keys.keyring import EmbeddedKeyring, Keyring
 from model_delta.trust.updater import TrustAnchors
 from regional_gateway import mosquitto
 
@@ -109,14 +110,17 @@ def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -
     return endpoints
 
 
-def open_keyring(data: DataFolder) -> EmbeddedKeyring:
-    """The folder's keyring, made on first use."""
+def open_keyring(data: DataFolder) -> Keyring:
+    """The folder's keyring: on the server that its `vault.json` names, or else embedded and made on first use."""
+    place = place_of(data)
+    if place is not None:
+        return keyring_at(place)
     if data.keyring_path.exists():
         return EmbeddedKeyring.open(data.keyring_path)
     return EmbeddedKeyring.create(data.keyring_path, TENANT)
 
 
-def issue_identity(data: DataFolder, keyring: EmbeddedKeyring, name: str, *, server: bool = False) -> Path:
+def issue_identity(data: DataFolder, keyring: Keyring, name: str, *, server: bool = False) -> Path:
     """The identity folder of `name`, with a key, a certificate of the platform's CA and the trust anchors; a
     certificate that runs out soon is renewed for the same key."""
     folder = data.identity(name)

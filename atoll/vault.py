@@ -71,21 +71,22 @@ def setup_vault(
     `migrate` brings the keys of the folder's embedded keyring; without it the folder must not have one yet. The folder
     must not be in use. Raises ConfigurationError, AtollError.
     """
-    folder = DataFolder.open(data)
+    paths = _paths(tenant, base)
+    if tenant != TENANT:
+        raise ConfigurationError(f"--tenant: expected {TENANT}, the platform's, found {tenant[:64]!r}")
+    admin = _connection(address, TokenLogin(_token(token_file)), ca)
+    folder = DataFolder.open(data, create=not migrate)
     with folder.locked():
-        paths, embedded = _paths(tenant, base), folder.keyring_path
+        embedded = folder.keyring_path
         before = place_of(folder)
         if before is not None and (before.address, before.tenant, before.base) != (address, tenant, base):
             raise ConfigurationError(
                 f"{folder.path / PLACE}: names {before.address}, tenant {before.tenant}; move that file away first"
             )
-        if tenant != TENANT:
-            raise ConfigurationError(f"--tenant: expected {TENANT}, the platform's, found {tenant[:64]!r}")
         if embedded.exists() and not migrate:
             raise ConfigurationError(f"{embedded}: is there already; run `atoll vault migrate` to bring its keys along")
         if migrate and not embedded.exists():
             raise ConfigurationError(f"{embedded}: expected the embedded keyring to move, found none")
-        admin = _connection(address, TokenLogin(_token(token_file)), ca)
         if migrate:
             _require_present_form(folder)
         steps = setup(admin, paths, moved=keyfile.read(embedded) if migrate else None)
