@@ -33,15 +33,15 @@ STREAMS = (
     "control stream",
     "unary stream",
     "low stream",
-    "signs",
-    "steps' remainders",
+    "sign stream",
+    "remainder stream",
     "difference stream",
     "literal stream",
     "first plane",
     "second plane",
     "third plane",
     "fourth plane",
-    "nibbles",
+    "nibble stream",
 )
 CONTROL, UNARY, LOW, SIGNS, REST, DIFFERENCE, LITERAL, PLANES = range(8)
 NIBBLES = PLANES + 4

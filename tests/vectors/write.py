@@ -55,6 +55,7 @@ from model_delta.trust.signing import (
     sign,
 )
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
+from tests.vectors.dense_patches import dense_patches
 from tests.vectors.reading import BLOB_KEY, DEVICE, FOLDER, MODEL, NOW
 
 LATER = int(NOW) + 1000 * 86_400
@@ -391,6 +392,7 @@ def _patches() -> Iterator[tuple[str, bytes]]:
     yield "bsdiff40_with_too_few_extra_bytes.patch", _bsdiff40([(4, 4, 0)], bytes(4), bytes(3), 8)
     yield "bsdiff40_with_endless_triples.patch", _bsdiff40([(0, 0, 0)] * 100_000, b"", b"", 4)
     yield "bsdiff41.patch", good.replace(b"BSDIFF40", b"BSDIFF41", 1)
+    yield from dense_patches(old, new)
 
 
 def _bsdiff40(triples: list[tuple[int, int, int]], difference: bytes, extra: bytes, size: int) -> bytes:
