@@ -53,8 +53,8 @@ class Run(NamedTuple):
 def align(old: bytes, new: bytes) -> tuple[Run, ...]:
     """The runs of `new` that are worth coding against `old`, by `new_start`, disjoint in `new`; () when there are none.
 
-    An old byte may serve more than one run. Bytes of `new` in no run have no counterpart. Takes time linear in the
-    bytes around tensors and a thousandth of that in the tensors' bytes, and a few MB of memory.
+    An old byte may serve more than one run. Bytes of `new` in no run have no counterpart. Takes time
+    linear in the bytes around tensors and in samples of the tensors, and a few MB of memory.
     """
     old_bytes, new_bytes = np.frombuffer(old, np.uint8), np.frombuffer(new, np.uint8)
     old_tensors = _in_file_order(stored_tensors(old))

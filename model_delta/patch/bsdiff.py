@@ -8,8 +8,8 @@ anyway, bsdiff's own search is tried, and the new file as nothing but extra byte
 takes more than bsdiff's or the new file packed by bz2, whichever is smaller, but for 1 % that blocks of 100 KB may cost
 against those of 900 KB (where they cost more, the large ones are taken), and the format's own 105 bytes.
 
-Patches of aligned models always have the small blocks. They cost 2 % on an int8 model whose float tensors stand between
-its matrices, next to nothing where like stands with like.
+Patches of aligned models always have the small blocks; they cost more where float tensors stand between int8 matrices
+than where like stands with like.
 """
 
 from __future__ import annotations
