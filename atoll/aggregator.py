@@ -25,7 +25,7 @@ from atoll.platform import COORDINATOR, port_of, read_anchors
 from atoll.revocation import keep_informed
 from atoll.settings import ConfigurationError, DataFolder
 from fl_coordinator.aggregator import MAILBOX_BYTES_MAX, Aggregator
-from fl_coordinator.flower import FlowerNode
+from fl_coordinator.flower_node import FlowerNode
 from model_delta.errors import AtollError, Malformed, Unavailable
 from monitoring.metrics import Metrics
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fl_coordinator.flower import CommandCarrier
+from fl_coordinator.flower_carrier import CommandCarrier
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Unavailable
 from tests.fakes.flower_grid import FakeCoordinator, FakeGrid, FakeNode

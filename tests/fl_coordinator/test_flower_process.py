@@ -31,6 +31,7 @@ from starlette.routing import Route
 
 from fl_coordinator import flower
 from fl_coordinator.flower_bridge import CommandFailed, FlowerBridge
+from fl_coordinator.flower_node import FlowerNode
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, processes_of
 from model_delta.errors import Malformed, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request
@@ -43,7 +44,7 @@ ANSWER = bytes(range(256)) * 1200  # 307,200 bytes: the shares of an opened sum
 NODE_PROCESS = """
 import sys, time
 from pathlib import Path
-from fl_coordinator.flower import FlowerNode
+from fl_coordinator.flower_node import FlowerNode
 
 def handler(command):
     Path(sys.argv[4]).touch()
@@ -101,9 +102,9 @@ class Platform:
         self.superlink = SuperLink(self.place, environment)
         self.url = ""
 
-    def node(self, name: str) -> flower.FlowerNode:
+    def node(self, name: str) -> FlowerNode:
         key = self.folder / f"{name}.key"
-        return flower.FlowerNode(name, self.place.address, self.place.ca, key, self.aggregators[name], 0.1, 0.2)
+        return FlowerNode(name, self.place.address, self.place.ca, key, self.aggregators[name], 0.1, 0.2)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[FlowerBridge]:
