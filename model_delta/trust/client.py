@@ -210,17 +210,24 @@ class Trust:
         return self._file("root.json") or self._provisioned
 
     def _held(self) -> TrustStatus:
-        """Versions in the folder. Only `refresh` writes there, and only what it verified."""
+        """What the last refresh verified, or before the first one the versions in the folder: only `refresh` writes
+        there, and only what it verified."""
+        if self._updater is not None and self._complete:
+            trusted = self._updater._trusted_set
+            return TrustStatus(
+                "unknown",
+                root=trusted.root.version,
+                timestamp=trusted.timestamp.version,
+                snapshot=trusted.snapshot.version,
+                targets=trusted.targets.version,
+                expires=int(trusted.timestamp.expires.timestamp()),
+            )
         root = _signed(Root, self._newest_root()) or _signed(Root, self._provisioned)
         timestamp = _signed(Timestamp, self._file("timestamp.json") or b"")
         held = TrustStatus("unknown", root=root.version if root else 0)
         if timestamp is None:
             return held
-        held = msgspec.structs.replace(held, timestamp=timestamp.version, expires=int(timestamp.expires.timestamp()))
-        if self._updater is not None and self._complete:
-            trusted = self._updater._trusted_set
-            held = msgspec.structs.replace(held, snapshot=trusted.snapshot.version, targets=trusted.targets.version)
-        return held
+        return msgspec.structs.replace(held, timestamp=timestamp.version, expires=int(timestamp.expires.timestamp()))
 
     def _file(self, name: str) -> bytes | None:
         try:
@@ -250,6 +257,11 @@ class _Fetcher(FetcherInterface):
         self._size_max = max_length
         with super().download_file(url, max_length) as file:
             yield file
+
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """Metadata, which its limits keep small: in memory, where the library makes a temporary file."""
+        self._size_max = max_length
+        return b"".join(self._fetch(url))
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         prefix, _, name = url.partition("/")
