@@ -20,7 +20,8 @@ from model_delta.keys.vault import TenantPaths, VaultKeyring
 from model_delta.keys.vault_connection import AppRoleLogin, TokenLogin, VaultConnection
 from model_delta.keys.vault_setup import credentials
 
-START_S = 30
+STOP_S = 30
+VERSION = "1.14.1"
 
 
 class Server(NamedTuple):
@@ -45,10 +46,15 @@ class Server(NamedTuple):
 
 
 def binary() -> Path:
-    """The server's binary. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
+    """Where the server's binary is, if it was built."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("ATOLL_VAULT_SERVER")
-    path = Path(named) if named else cache / "atoll" / "vault-1.14.1" / "vault"
+    return Path(named) if named else cache / "atoll" / f"vault-{VERSION}" / "vault"
+
+
+def require_binary() -> Path:
+    """The binary. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
+    path = binary()
     if not os.access(path, os.X_OK):
         reason = f"a Vault server at {path}: run .ci/vault/build"
         if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
@@ -62,7 +68,7 @@ def running(*options: str) -> Iterator[Server]:
     """The server, with `options` for its command line; ended by its process id."""
     token = secrets.token_hex(16)
     process = subprocess.Popen(
-        [binary(), "-root-token", token, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [require_binary(), "-root-token", token, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
         assert process.stdout is not None
@@ -71,6 +77,6 @@ def running(*options: str) -> Iterator[Server]:
         yield Server(url, token)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(START_S)
+        process.wait(STOP_S)
         if process.stdout is not None:
             process.stdout.close()
