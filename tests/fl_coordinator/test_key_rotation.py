@@ -1,0 +1,141 @@
+"""Rotation and shredding of artifact keys in a coordinator, with the power cut between any two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fl_coordinator.ledger import Ledger
+from model_delta.errors import Malformed, NotFound, Untrusted
+from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.keys.wrapping import KeyVersions, version_of
+from tests.fl_coordinator.platform_in_memory import START, Platform, fraud_model
+
+
+def published(platform: Platform, count: int = 3) -> list[str]:
+    return [
+        platform.publisher.publish(fraud_model(seed), model="fraud", now=START + seed).manifest for seed in range(count)
+    ]
+
+
+def test_rotation_moves_every_key_and_changes_none(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    digests = published(platform)
+    before = [platform.publisher.key(digest) for digest in digests]
+    assert platform.publisher.rotate() == KeyVersions(1, 2)
+    records = platform.ledger.releases()
+    assert {version_of(record.wrapped_key) for record in records} == {2}
+    assert [platform.publisher.key(digest) for digest in digests] == before
+    assert platform.publisher.rotate(forget=True) == KeyVersions(3, 3)
+    assert [platform.publisher.key(digest) for digest in digests] == before
+
+
+def test_a_shredded_version_opens_nowhere_and_the_others_do(tmp_path: Path) -> None:
+    platform = Platform(tmp_path / "platform")
+    first, second, third = published(platform)
+    copy = tmp_path / "copy.sqlite"
+    platform.ledger.close()
+    shutil.copyfile(tmp_path / "platform" / "ledger.sqlite", copy)
+    platform.open()
+    platform.publisher.shred(second)
+    for read in (platform.publisher.key, platform.publisher.file, platform.publisher.source):
+        with pytest.raises(Untrusted, match="was shredded"):
+            read(second)
+    assert platform.ledger.withdrawn("fraud") == {second: "shredded"}
+    assert platform.publisher.source(first) == fraud_model(0)
+    assert platform.publisher.source(third) == fraud_model(2)
+    backup = Ledger(copy)
+    for record in backup.releases():
+        with pytest.raises(Untrusted):
+            platform.keyring.unwrap(f"acme/{record.manifest}", record.wrapped_key)
+    backup.close()
+    with pytest.raises(Malformed, match="was shredded"):
+        platform.publisher.publish(fraud_model(1), model="fraud", now=START + 9, parent=first)
+    assert platform.publisher.publish(fraud_model(7), model="fraud", now=START + 9).parents == (third,)
+    assert platform.publisher.shred(second).floor == 3  # again: nothing left to drop, and no harm
+    with pytest.raises(NotFound):
+        platform.publisher.shred("0" * 64)
+
+
+def test_what_devices_fall_back_to_is_not_shredded(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+
+    async def story() -> None:
+        async with platform.running() as coordinator:
+            record = await coordinator.publish(fraud_model(1), model="fraud")
+            with platform.ledger._write() as db:
+                db.execute("UPDATE models SET stable = ? WHERE model = 'fraud'", (record.manifest,))
+            with pytest.raises(Malformed, match="is the stable one"):
+                platform.publisher.shred(record.manifest)
+            assert platform.publisher.source(record.manifest) == fraud_model(1)
+
+    asyncio.run(story())
+
+
+class PowerCut(BaseException):
+    """The process is gone."""
+
+
+class CutOff(EmbeddedKeyring):
+    """The keyring of a process that dies as soon as it has done, or is about to do, one thing."""
+
+    at = ("", "")
+
+    def _maybe(self, what: str, when: str) -> None:
+        if self.at == (what, when):
+            raise PowerCut
+
+    def rotate(self) -> int:
+        self._maybe("rotate", "before")
+        done = super().rotate()
+        self._maybe("rotate", "after")
+        return done
+
+    def rewrap(self, records: Sequence[tuple[str, bytes]]) -> list[bytes]:
+        self._maybe("rewrap", "before")
+        done = super().rewrap(records)
+        self._maybe("rewrap", "after")
+        return done
+
+    def trim(self, floor: int) -> None:
+        self._maybe("trim", "before")
+        super().trim(floor)
+        self._maybe("trim", "after")
+
+
+@pytest.mark.parametrize("what", ["rotate", "rewrap", "trim"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_shredding_cut_off_anywhere_loses_nothing_else_and_is_repeated(tmp_path: Path, what: str, when: str) -> None:
+    platform = Platform(tmp_path)
+    first, second, third = published(platform)
+    before = [platform.publisher.key(digest) for digest in (first, third)]
+    dying = CutOff.open(tmp_path / "keyring", platform.clock)
+    dying.at = (what, when)
+    platform.publisher._keyring = dying
+    with pytest.raises(PowerCut):
+        platform.publisher.shred(second)
+    platform.keyring = EmbeddedKeyring.open(tmp_path / "keyring", platform.clock)
+    platform.reopen()
+    assert [platform.publisher.key(digest) for digest in (first, third)] == before
+    with pytest.raises(Untrusted):
+        platform.publisher.key(second)
+    kept = platform.publisher.shred(second)
+    assert kept.floor == kept.latest
+    assert [platform.publisher.key(digest) for digest in (first, third)] == before
+
+
+def test_a_record_that_does_not_open_stops_a_rotation_before_anything_is_forgotten(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    first, second, _ = published(platform)
+    platform.ledger.replace_wrapped_keys({second: b"vault:v1:" + b"A" * 80})
+    with pytest.raises(Untrusted, match=second[:8]):
+        platform.publisher.rotate(forget=True)
+    assert platform.keyring.versions().floor == 1
+    assert platform.publisher.source(first) == fraud_model(0)
+    with pytest.raises(NotFound):
+        platform.ledger.replace_wrapped_keys({first: b"", "0" * 64: b""})
+    assert platform.publisher.source(first) == fraud_model(0)
