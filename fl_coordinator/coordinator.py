@@ -233,6 +233,7 @@ class Coordinator:
         if record.manifest not in known:
             label = f"{record.model} {show(record.version)}" + (f" ({record.name})" if record.name else "")
             await asyncio.to_thread(self.note, "info", f"published {label}: {record.file_bytes} bytes")
+            await self._serve_late_devices(record)
         self._overview.changed()
         return record
 
@@ -241,8 +242,13 @@ class Coordinator:
         record = await asyncio.to_thread(self.publisher.join_siblings, model=model, now=self._clock(), name=name)
         manifest = await asyncio.to_thread(self.publisher.manifest, record.manifest)
         await asyncio.to_thread(self.note, "info", f"{manifest.lineage.code} is {model} {show(record.version)}")
+        await self._serve_late_devices(record)
         self._overview.changed()
         return record
+
+    async def _serve_late_devices(self, record: ReleaseRecord) -> None:
+        for base in reversed(await asyncio.to_thread(self.publisher.late_bases, record.manifest)):
+            self._reception.want_direct(base, record.manifest)
 
     async def start_rollout(self, text: str, target: str = "", file: str = "rollout.yaml") -> Rollout:
         """Begin the rollout that a YAML describes; see `RolloutDriver.start`."""

@@ -5,7 +5,8 @@ records what it answers to golden inputs, and builds the release: signed manifes
 versions that devices may still run. Everything goes to the store under its digest before the ledger names it; a crash
 in between leaves objects that nothing refers to, and the next attempt starts over. The same bytes on the same parent
 are the same version, however often they are handed in. Devices many releases behind get a direct patch each, beside the
-version's delivery so that nobody else pays for it: from the last releases at publication, from older ones on demand.
+version's delivery so that nobody else pays for it: from the last releases soon after publication (`late_bases`,
+`offer_direct`), from older ones when such a device says hello.
 
 `join_siblings` ends a split: where two regions released apart, one more release contains both.
 
@@ -31,7 +32,7 @@ from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
-from model_delta.keys.encryption import new_key, open_blob, seal_blob
+from model_delta.keys.encryption import open_blob, seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.keys.wrapping import KeyVersions
 from model_delta.manifest import (
@@ -56,8 +57,8 @@ MODEL_BYTES_MAX = 512 * 2**20
 PATCHES_FROM = 3
 """From how many earlier versions the delivery itself offers a patch."""
 LATE_PATCHES_FROM = 16
-"""From how many earlier versions a direct patch is made at publication, where the files are of one size: then making it
-takes no search. Devices further behind get theirs on demand, or take a chain or the whole."""
+"""From how many earlier versions a direct patch is made soon after publication. Devices further behind get theirs on
+demand, or take a chain or the whole."""
 
 _SOURCE_LABEL = "source"
 _log = logging.getLogger("atoll.coordinator")
@@ -168,7 +169,7 @@ class Publisher:
                 lineage=lineage,
                 lifetime_s=lifetime_s,
             )
-            return self._commit(release, candidate.file, source, key, model=model, name=name, now=now)
+            return self._commit(release, source, key, model=model, name=name, now=now)
 
     def join_siblings(self, *, model: str, now: float, name: str = "") -> ReleaseRecord:
         """One release that contains all siblings of `model`: those that no other release contains and that are not
@@ -214,7 +215,7 @@ class Publisher:
                 baseline=before.baseline,
                 lineage=Lineage(code=f"join of {', '.join(str(dots[parent.manifest]) for parent in parents)}: {how}"),
             )
-            return self._commit(release, file, source, key, model=model, name=name, now=now)
+            return self._commit(release, source, key, model=model, name=name, now=now)
 
     def _joined_file(self, parents: Sequence[ReleaseRecord]) -> tuple[bytes, bytes, str]:
         """What the joining release is made of: source, the file that devices run, and how it came about in words."""
@@ -354,6 +355,17 @@ class Publisher:
         except (NotFound, Malformed, UnicodeDecodeError):
             return None
 
+    def late_bases(self, target: str) -> tuple[str, ...]:
+        """From which of the last releases a direct patch to `target` is worth making before a device asks: those that
+        its delivery has none from, and whose file is as large as its own, so that nothing has to be searched."""
+        record, delivery = self._ledger.release(target), self.delivery(target)
+        offered = {target, *(offer.base for offer in delivery.offers)}
+        return tuple(
+            other.manifest
+            for other in self._ledger.releases(record.model)[-1 - LATE_PATCHES_FROM :]
+            if other.manifest not in offered and other.file_bytes == record.file_bytes
+        )
+
     def offer_direct(self, base: str, target: str) -> bool:
         """Make a direct patch from `base` to `target` for late devices; whether one was made. None is where there is
         one already, where it saves nothing, and between models. Blocking. Raises NotFound, Untrusted, StorageFull."""
@@ -417,21 +429,6 @@ class Publisher:
             _log.info("no patch from %s: %s", digest[:12], error)
             return None
 
-    def _late_patches(self, release: Release, file: bytes, key: bytes) -> dict[tuple[str, str], bytes]:
-        """Direct patches from the last releases that the delivery offers none from: objects by kind and name."""
-        whole = sum(blob.size for blob in release.delivery.segments)
-        offered = {offer.base for offer in release.delivery.offers}
-        objects: dict[tuple[str, str], bytes] = {}
-        for record in self._ledger.releases(release.manifest.model)[-LATE_PATCHES_FROM:]:
-            if record.manifest in offered or record.file_bytes != len(file):
-                continue
-            base = self._readable(record.manifest)
-            if base is not None:
-                delivery, blobs = offer_patches(release.manifest, file, key, *base, whole)
-                objects.update({("blob", digest): data for digest, data in blobs.items()})
-                objects["delivery", late_delivery_name(release.digest, record.manifest)] = pack(delivery)
-        return objects
-
     def _golden(self, candidate: Candidate) -> tuple[GoldenCase, ...]:
         loaded = self._open_model(candidate.draft, candidate.file)
         cases = []
@@ -445,7 +442,7 @@ class Publisher:
         return tuple(cases)
 
     def _commit(
-        self, release: Release, file: bytes, source: bytes, key: bytes, *, model: str, name: str, now: float
+        self, release: Release, source: bytes, key: bytes, *, model: str, name: str, now: float
     ) -> ReleaseRecord:
         manifest = release.manifest
         source_digest = digest_of(source)
@@ -455,7 +452,6 @@ class Publisher:
             {
                 **{("blob", digest): data for digest, data in release.blobs.items()},
                 ("blob", source_blob): sealed_source,
-                **self._late_patches(release, file, key),
                 ("delivery", release.digest): pack(release.delivery),
                 ("manifest", release.digest): release.envelope,
             }

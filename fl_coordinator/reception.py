@@ -138,9 +138,8 @@ class Reception:
         if topic.endswith("/hello"):
             try:
                 late = await asyncio.to_thread(self._hear, device_id, data)
-                if late is not None and late not in self._asked_late and not self._late.full():
-                    self._asked_late.add(late)
-                    self._late.put_nowait(late)
+                if late is not None:
+                    self.want_direct(*late)
             except (Malformed, Untrusted) as error:  # one bad hello must not hold up the requests behind it
                 _log.warning("%s", error)
             return
@@ -148,6 +147,12 @@ class Reception:
         self._count_keys.add(1, "refused" if response.error else "sealed")
         with contextlib.suppress(Unavailable):
             await self._link.publish(topics.down(device_id, "key"), pack(response))
+
+    def want_direct(self, base: str, target: str) -> None:
+        """Have a direct patch made soon, unless too many are waiting: devices then take another way."""
+        if (base, target) not in self._asked_late and not self._late.full():
+            self._asked_late.add((base, target))
+            self._late.put_nowait((base, target))
 
     async def make_late_patch(self) -> None:
         """Make one direct patch that a late device can use; waits for the next such device."""

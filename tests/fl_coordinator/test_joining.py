@@ -21,7 +21,6 @@ from model_delta.segments import read_tensor, stored_tensors
 from model_delta.version import concurrent, dominates, dot_of, show
 from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, SumModel, fraud_model, golden_inputs, until
 
-
 ALL = """
 apiVersion: atoll/v1
 kind: Rollout
@@ -201,11 +200,12 @@ def test_releases_far_behind_get_a_direct_patch_beside_the_delivery(tmp_path: Pa
     delivery = eu.delivery(records[-1].manifest)
     offered = {offer.base for offer in delivery.patches}
     assert offered == {record.manifest for record in records[-4:-1]}
+    assert eu.late_bases(records[-1].manifest) == tuple(record.manifest for record in records[:3])
     for record in records[:3]:
-        late = late_delivery_name(records[-1].manifest, record.manifest)
-        (offer,) = eu.delivery(late).patches
-        assert offer.base == record.manifest
-        assert offer.blob.size < records[-1].bytes_whole
+        assert eu.offer_direct(record.manifest, records[-1].manifest)
+        (offer, *dense) = eu.delivery(late_delivery_name(records[-1].manifest, record.manifest)).offers
+        assert {offer.base, *(other.base for other in dense)} == {record.manifest}
+        assert max(other.blob.size for other in (offer, *dense)) < records[-1].bytes_whole
         assert not eu.offer_direct(record.manifest, records[-1].manifest), "made already"
     assert not eu.offer_direct(records[-2].manifest, records[-1].manifest), "the delivery has it"
     assert eu.offer_direct(records[-1].manifest, records[0].manifest), "on demand, also backwards"
@@ -216,13 +216,25 @@ def test_a_device_that_greets_from_far_behind_finds_a_direct_patch(tmp_path: Pat
         platform = Platform(tmp_path)
         records = many(platform.publisher, 6)
         base, target = records[0].manifest, records[-1].manifest
-        platform.store.remove("delivery", late_delivery_name(target, base))  # as if it were older than all of them
         async with platform.running() as coordinator:
             device = platform.device("pos-0001")
             await coordinator.start_rollout(ALL, target)
             device.running = base
             await device.hello()
             await until(lambda: platform.store.has("delivery", late_delivery_name(target, base)))
+
+    asyncio.run(story())
+
+
+def test_direct_patches_are_made_soon_after_publication(tmp_path: Path) -> None:
+    async def story() -> None:
+        platform = Platform(tmp_path)
+        records = many(platform.publisher, 5)
+        async with platform.running() as coordinator:
+            source = moved(platform.publisher.source(records[-1].manifest), "layer0.weight", 0.001, at=9)
+            record = await coordinator.publish(source, model="fraud", parent=records[-1].manifest)
+            late = [late_delivery_name(record.manifest, other.manifest) for other in records[:2]]
+            await until(lambda: all(platform.store.has("delivery", name) for name in late))
 
     asyncio.run(story())
 
