@@ -31,7 +31,7 @@ _JUDGED_BYTES_MIN = 1024
 """Shorter runs are kept unjudged: a histogram of so few bytes says nothing, and they cost nothing."""
 _PIECE_BYTES = 16
 _MATCH_BYTES_MIN = 24
-_SEARCH_BYTES_MAX = 4 * 1024 * 1024
+_SEARCH_BYTES_MAX = 1024 * 1024
 _RIVALS_MAX = 64
 
 Bytes = npt.NDArray[np.uint8]
@@ -209,7 +209,7 @@ def _uncovered(whole: Run, runs: Iterable[Run]) -> list[Run]:
 def _searched(old: Bytes, new: Bytes, old_ranges: list[Run], gaps: list[Run]) -> list[Run]:
     """Equal bytes in the ranges of `old` for the gaps of `new`: greedy, from pieces of 16 bytes that both have.
 
-    Only for the bytes around tensors; more than 4 MiB of them on either side are left without a counterpart.
+    Only for the bytes around tensors; more than 1 MiB of them on either side are left without a counterpart.
     """
     if max(sum(r.size for r in old_ranges), sum(gap.size for gap in gaps)) > _SEARCH_BYTES_MAX:
         return []

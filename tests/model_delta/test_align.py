@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bsdiff4
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_delta import graphs
 from model_delta.patch.align import Run, align
+from model_delta.patch.bsdiff import make_patch
+from model_delta.patch.container import apply_bytes
 from model_delta.segments import stored_tensors
 from tests.model_delta.models import Layers, layers, model, nudged
 
@@ -36,6 +39,44 @@ def partner(old: bytes, new: bytes, runs: tuple[Run, ...], name: str) -> str:
     there = {tensor.name: tensor for tensor in stored_tensors(new)}[name]
     run = next(run for run in runs if run.new_start == there.offset)
     return next(tensor.name for tensor in stored_tensors(old) if tensor.offset == run.old_start)
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    """One protobuf field: a varint or bytes."""
+
+    def varint(number: int) -> bytes:
+        return (b"" if number < 0x80 else bytes([number & 0x7F | 0x80])) + (
+            bytes([number]) if number < 0x80 else varint(number >> 7)
+        )
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+@st.composite
+def files(draw: st.DrawFn) -> bytes:
+    """ONNX as a stranger may write it: any names (also twice), any order, types that nobody knows, shapes that do not
+    fit their bytes, fields between and after."""
+    graph = b""
+    for _ in range(draw(st.integers(0, 6))):
+        data_type, width = draw(st.sampled_from([(1, 4), (3, 1), (2, 1), (11, 8), (99, 1)]))
+        count = draw(st.sampled_from([1, 7, 300, 1500]))
+        rng = np.random.default_rng(draw(st.integers(0, 3)))
+        raw = rng.integers(0, draw(st.sampled_from([4, 256])), count * width, np.uint8).tobytes()
+        tensor = field(1, count + draw(st.sampled_from([0, 0, 0, 1]))) + field(2, data_type)
+        tensor += field(8, draw(st.sampled_from([b"a", b"b", b"c", b"d", b""]))) + field(9, raw)
+        graph += field(draw(st.sampled_from([5, 5, 5, 1])), tensor) + field(2, draw(st.binary(max_size=60)))
+    return field(1, 9) + field(7, graph) + field(2, draw(st.binary(max_size=20)))
+
+
+@settings(max_examples=40)
+@given(files(), files())
+def test_runs_of_any_models_give_the_new_file_both_ways(first: bytes, second: bytes) -> None:
+    for old, new in ((first, second), (second, first), (first, first)):
+        check(old, new, align(old, new))
+        assert apply_bytes(old, make_patch(old, new, search_bytes_max=0), len(new)) == new
+        assert bsdiff4.patch(old, make_patch(old, new)) == new
 
 
 @given(st.binary(max_size=3000), st.binary(max_size=3000), st.binary(max_size=3000))
