@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from fl_coordinator.privacy import Spend
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 from model_delta.plan import DeviceTraits
@@ -27,7 +28,7 @@ from model_delta.task import AggregatorKey
 from monitoring.collector import Fold, judge_range
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, merge_summaries
 
-SCHEMA = 1
+SCHEMA = 2
 EVENTS_KEPT = 5_000
 
 _SCHEMA_1 = """
@@ -70,6 +71,15 @@ CREATE TABLE outcomes (
 CREATE INDEX outcomes_by_manifest ON outcomes (manifest);
 CREATE TABLE aggregators (name TEXT PRIMARY KEY, url TEXT NOT NULL, record BLOB NOT NULL);
 CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL);
+"""
+
+_SCHEMA_2 = """
+CREATE TABLE privacy_openings (
+    round_id TEXT NOT NULL, attempt INTEGER NOT NULL, model TEXT NOT NULL, noise_multiplier REAL NOT NULL,
+    sampling REAL NOT NULL, PRIMARY KEY (round_id, attempt));
+CREATE TABLE privacy_devices (
+    device_id TEXT NOT NULL, round_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+    PRIMARY KEY (device_id, round_id, attempt)) WITHOUT ROWID;
 """
 
 
@@ -204,11 +214,12 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN EXCLUSIVE")
-            if found < 1:
-                for statement in _SCHEMA_1.split(";\n"):
-                    if statement.strip():
-                        self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2)):
+                if found < version:
+                    for statement in schema.split(";\n"):
+                        if statement.strip():
+                            self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {version}")
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
@@ -403,6 +414,33 @@ class Ledger:
         """Mean update and transcript, if the round has opened."""
         rows = self._rows("SELECT mean, transcript FROM round_results WHERE round_id = ?", (round_id,))
         return (bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
+
+    def spend_privacy(self, round_id: str, attempt: int, model: str, spend: Spend, device_ids: Iterable[str]) -> None:
+        """Write down what an attempt at opening costs, before it opens: a second attempt opens the same sum with fresh
+        noise and costs as much again. Raises Malformed when this attempt has spent already."""
+        try:
+            with self._write() as db:
+                db.execute(
+                    "INSERT INTO privacy_openings VALUES (?, ?, ?, ?, ?)",
+                    (round_id, attempt, model, spend.noise_multiplier, spend.sampling),
+                )
+                rows = [(name, round_id, attempt) for name in device_ids]
+                db.executemany("INSERT INTO privacy_devices VALUES (?, ?, ?)", rows)
+        except sqlite3.IntegrityError:
+            raise Malformed(f"round {round_id!r}: attempt {attempt} was paid for already; begin another") from None
+
+    def privacy_of_release(self, model: str) -> list[Spend]:
+        """All openings that the model's releases descend from, in order of round."""
+        query = "SELECT noise_multiplier, sampling FROM privacy_openings WHERE model = ? ORDER BY round_id, attempt"
+        return [Spend(*row) for row in self._rows(query, (model,))]
+
+    def privacy_of_devices(self, device_ids: Iterable[str]) -> dict[str, list[Spend]]:
+        """All openings that each device was frozen into, of any model."""
+        query = (
+            "SELECT noise_multiplier, sampling FROM privacy_devices JOIN privacy_openings USING (round_id, attempt) "
+            "WHERE device_id = ? ORDER BY round_id, attempt"
+        )
+        return {name: [Spend(*row) for row in self._rows(query, (name,))] for name in device_ids}
 
     def admit(self, round_id: str, admitted: Iterable[AdmittedContribution]) -> None:
         """Record contributions that are durable in the updates log. A device's first one in a round stays."""

@@ -2,9 +2,9 @@
 
 A device that pushes gently every round hides in the noise of one round. The Gram matrices opened anyway add
 up to the Gram matrix of everything a device sent lately, laid end to end; noise of single rounds cancels in it, a
-common purpose does not. So the memory is a decayed sum of clipped Gram matrices, by pairs of devices, with the decayed number
-of rounds in which the pair met: devices need not take part in every round. All of it is integers, follows from the
-signed transcripts alone, and reveals nothing that they do not.
+common purpose does not. So the memory is a decayed sum of clipped Gram matrices, by pairs of devices, with the decayed
+number of rounds in which the pair met: devices need not take part in every round. All of it is integers, follows from
+the signed transcripts alone, and reveals nothing that they do not.
 
 Compatibility: the packed form of a Memory is kept by coordinator and aggregators; fields are only ever added.
 """

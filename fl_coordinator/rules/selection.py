@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.rules import multikrum
+from fl_coordinator.rules import multikrum, policy
+from fl_coordinator.rules.history import Memory
+from fl_coordinator.rules.policy import Choice
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,48 @@ def select(
         norm_sigma=_sigmas([math.sqrt(max(value, 0)) for value in norms_squared]),
         refusal=refusal,
     )
+
+
+def decide(
+    policy_name: str,
+    gram: NDArray[np.int64],
+    device_ids: Sequence[str],
+    *,
+    norm_max: int,
+    clip_norm_l2: float,
+    hostile_max: int,
+    hostile_found: int,
+    selected_min: int,
+    memory: Memory | None = None,
+    share_max: float = policy.SHARE_MAX,
+) -> Choice:
+    """The same by a round's policy (`policy.choose`): what is longer than the clip is refused first and uses up f.
+
+    Weights and reasons are for all n rows; verdicts only for those that were not refused for their norm, in their order.
+    Raises Malformed as `policy.choose` does.
+    """
+    count = len(gram)
+    scale = norm_max / clip_norm_l2
+    lengths = [int(value) for value in np.diagonal(gram)]
+    long = {
+        index: f"norm {math.sqrt(value) / scale:.3g} exceeds the clip norm {clip_norm_l2:g}"
+        for index, value in enumerate(lengths)
+        if value > norm_max * norm_max
+    }
+    kept = [index for index in range(count) if index not in long]
+    found = policy.choose(
+        policy_name,
+        gram[np.ix_(kept, kept)],
+        max(0, hostile_max - hostile_found - len(long)),
+        [device_ids[index] for index in kept],
+        selected_min=selected_min,
+        memory=memory,
+        share_max=share_max,
+    )
+    integers = np.zeros(count, dtype=np.int64)
+    integers[kept] = found.integers
+    refused = long | {kept[place]: reason for place, reason in found.refused.items()}
+    return replace(found, integers=integers, refused=dict(sorted(refused.items())))
 
 
 def _sigmas(norms: list[float]) -> tuple[float, ...]:

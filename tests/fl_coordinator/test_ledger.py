@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fl_coordinator.ledger import AdmittedContribution, DeviceRecord, Ledger, ReleaseRecord, StageEvent
+from fl_coordinator.privacy import Spend
 from model_delta.errors import Malformed, NotFound, Unavailable
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
 
@@ -192,6 +193,23 @@ def test_a_newer_schema_and_a_stranger_file_are_refused_by_name(tmp_path: Path) 
     other.write_bytes(b"not a database " * 100)
     with pytest.raises(Malformed, match="not a ledger"):
         Ledger(other)
+
+
+def test_a_ledger_of_the_first_schema_opens_and_gains_the_privacy_account(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = Ledger(path)
+    first.save_round(round_id="r1", model="fraud", state="OPENED", created=1.0, record=b"r")
+    first.close()
+    raw = sqlite3.connect(path)
+    raw.execute("DROP TABLE privacy_openings")
+    raw.execute("DROP TABLE privacy_devices")
+    raw.execute("PRAGMA user_version = 1")
+    raw.close()
+    ledger = Ledger(path)
+    assert ledger.rounds() == [b"r"]
+    ledger.spend_privacy("r1", 1, "fraud", Spend(4.0), ["pos-1"])
+    assert ledger.privacy_of_release("fraud") == [Spend(4.0)]
+    ledger.close()
 
 
 def test_a_second_coordinator_is_told_who_holds_the_ledger(tmp_path: Path) -> None:

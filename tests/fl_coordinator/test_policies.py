@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fl_coordinator.rules import geometry, history, multikrum, outliers, policy, spectral
+from fl_coordinator.rules import geometry, history, multikrum, outliers, policy, selection, spectral
 from fl_coordinator.rules.history import Memory
 from model_delta.errors import Malformed
 
@@ -187,3 +187,25 @@ def test_extreme_entries_are_exact_or_refused() -> None:
     least = np.full((5, 5), np.iinfo(np.int64).min, dtype=np.int64)
     with pytest.raises(Malformed, match="entries up to 2\\^58, found 9223372036854775808"):
         geometry.checked(least)
+
+
+def test_what_is_longer_than_the_clip_is_refused_first_and_uses_up_one_attacker() -> None:
+    vectors = updates(2, hostile=5)
+    vectors[5] *= 50
+    limit = int(1.5 * np.linalg.norm(vectors[6:].astype(float), axis=1).max())
+    found = selection.decide(
+        "robust",
+        vectors @ vectors.T,
+        NAMES,
+        norm_max=limit,
+        clip_norm_l2=1.0,
+        hostile_max=6,
+        hostile_found=0,
+        selected_min=8,
+    )
+    assert found.refused[5].startswith("norm ")
+    assert found.refused[5].endswith("exceeds the clip norm 1")
+    assert set(range(6)) <= set(found.refused)
+    assert len(found.refused) == 1 + 8
+    assert len(found.verdicts) == 23
+    assert found.integers.shape == (24,)

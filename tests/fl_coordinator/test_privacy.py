@@ -1,0 +1,106 @@
+"""Noise that three deal and two suffice for, accounts by device and release, and the round that is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.privacy import (
+    Budget,
+    Spend,
+    account,
+    epsilon,
+    headroom_units,
+    noise,
+    noise_multiplier_for,
+    part_std_units,
+)
+from model_delta.errors import Malformed
+
+DELTA = 1e-6
+
+
+def gaussian_delta(eps: float, sigma: float) -> float:
+    """Delta of one Gaussian mechanism of sensitivity 1 (Balle and Wang, ICML 2018, theorem 8)."""
+
+    def below(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    return below(0.5 / sigma - eps * sigma) - math.exp(eps) * below(-0.5 / sigma - eps * sigma)
+
+
+@pytest.mark.parametrize(("sigma", "rounds"), [(4.0, 1), (4.0, 9), (10.0, 100)])
+def test_epsilon_is_that_of_the_gaussian_mechanism(sigma: float, rounds: int) -> None:
+    found = epsilon([Spend(sigma)] * rounds, DELTA)
+    together = sigma / math.sqrt(rounds)
+    assert gaussian_delta(found, together) <= DELTA * 1.0001
+    assert gaussian_delta(found - 0.01 * math.sqrt(rounds) - 0.01, together) > DELTA
+
+
+def test_sampling_costs_less_and_no_noise_costs_everything() -> None:
+    assert epsilon([Spend(2.0, 0.05)] * 20, DELTA) < 0.3 * epsilon([Spend(2.0)] * 20, DELTA)
+    assert epsilon([Spend(0.0)], DELTA) == math.inf
+    assert epsilon([], DELTA) == 0.0
+
+
+@pytest.mark.parametrize("spend", [Spend(-1.0), Spend(math.nan), Spend(1.0, 0.0), Spend(1.0, 1.5)])
+def test_impossible_spends_are_refused(spend: Spend) -> None:
+    with pytest.raises(Malformed, match="privacy: expected a"):
+        epsilon([spend], DELTA)
+
+
+def test_the_smallest_noise_that_keeps_the_budget() -> None:
+    found = noise_multiplier_for(2.0, DELTA, 10)
+    assert epsilon([Spend(found)] * 10, DELTA) <= 2.0 < epsilon([Spend(found * 0.98)] * 10, DELTA)
+
+
+def test_a_round_that_would_overspend_is_refused_by_device_and_by_release() -> None:
+    one = epsilon([Spend(4.0)], DELTA)
+    two = epsilon([Spend(4.0)] * 2, DELTA)
+    budget = Budget(epsilon_device=(one + two) / 2, epsilon_release=10.0, delta=DELTA)
+    fresh = account(budget, [], {"pos-1": [], "pos-2": []}, Spend(4.0))
+    assert fresh.refusal == ""
+    assert fresh.epsilon_device == pytest.approx(one)
+    again = account(budget, [Spend(4.0)], {"pos-1": [Spend(4.0)], "pos-2": []}, Spend(4.0))
+    assert again.refusal.startswith(f"this opening would bring 1 of 2 devices (first: pos-1) to epsilon {two:.2f} at")
+    tight = Budget(epsilon_device=10.0, epsilon_release=(one + two) / 2, delta=DELTA)
+    assert "would bring the release to epsilon" in account(tight, [Spend(4.0)], {}, Spend(4.0)).refusal
+
+
+def test_two_parts_are_the_noise_that_is_accounted_for() -> None:
+    rng = np.random.default_rng(1)
+    std = part_std_units(2.0, 1_000)
+    parts = [noise(200_001, std, rng.bytes) for _ in range(3)]
+    assert (parts[0] + parts[1]).std() == pytest.approx(2_000, rel=0.01)
+    assert sum(parts).std() == pytest.approx(2_000 * math.sqrt(1.5), rel=0.01)
+    assert abs(np.corrcoef(parts[0], parts[1])[0, 1]) < 0.01
+    kurtosis = float(np.mean((parts[0] / parts[0].std()) ** 4))
+    assert kurtosis == pytest.approx(3, abs=0.1)
+    assert np.abs(sum(parts)).max() < headroom_units(std)  # type: ignore[arg-type]
+
+
+def test_noise_that_would_show_its_rounding_is_refused() -> None:
+    with pytest.raises(Malformed, match="would show its rounding"):
+        part_std_units(1.0, 50)
+
+
+def test_the_ledger_remembers_what_was_spent(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.spend_privacy("r1", 1, "fraud", Spend(4.0), ["pos-1", "pos-2"])
+    ledger.spend_privacy("r1", 2, "fraud", Spend(4.0), ["pos-1", "pos-2"])
+    ledger.spend_privacy("r2", 1, "digits", Spend(3.0, 0.5), ["pos-2"])
+    with pytest.raises(Malformed, match="attempt 1 was paid for already"):
+        ledger.spend_privacy("r2", 1, "digits", Spend(9.0), ["pos-3"])
+    ledger.close()
+    ledger = Ledger(tmp_path / "ledger.db")
+    assert ledger.privacy_of_release("fraud") == [Spend(4.0)] * 2
+    assert ledger.privacy_of_devices(["pos-1", "pos-2", "pos-3"]) == {
+        "pos-1": [Spend(4.0)] * 2,
+        "pos-2": [Spend(4.0)] * 2 + [Spend(3.0, 0.5)],
+        "pos-3": [],
+    }
+    ledger.close()
