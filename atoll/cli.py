@@ -290,6 +290,15 @@ def device_run(
     rate: Annotated[float, typer.Option(help="Payments a second.", min=0.01, max=1000)] = 2.0,
     count: Annotated[int, typer.Option(help="Stop after so many decisions; 0 runs until Ctrl-C.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the simulated payments.")] = 7,
+    update_memory: Annotated[
+        int, typer.Option(help="MiB that a step of an update may work in, beside the files; 0: no limit.", min=0)
+    ] = 0,
+    update_storage: Annotated[
+        int, typer.Option(help="MiB that an update may store on its way; 0: no limit.", min=0)
+    ] = 0,
+    cached_cost: Annotated[
+        float, typer.Option(help="What a byte costs that the region has already, next to 1 for others.", min=0, max=1)
+    ] = 1.0,
     data: DataOption = DEFAULT_DATA,
     contact: ContactOption = DEFAULT_CONTACT,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")] = False,
@@ -299,6 +308,7 @@ def device_run(
     Example: atoll device run --id pos-0002 --count 20
     """
     from atoll.device import run_device
+    from model_delta.patch.route import DeviceLimits
 
     run_device(
         data,
@@ -312,6 +322,8 @@ def device_run(
         model=model,
         contact_s=contact,
         as_json=json,
+        limits=DeviceLimits(update_memory << 20 or None, update_storage << 20 or None),
+        cached_cost=cached_cost,
     )
 
 
@@ -639,6 +651,9 @@ def delta_apply(
 @delta.command("inspect")
 def delta_inspect(
     patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch of any format that `make` writes.")],
+    old: Annotated[
+        Path | None, typer.Option("--old", help="The old file, to name the tensors that change (tp1 only).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show what a patch says about itself: format, sizes, digests, memory to apply it, what it changes.
@@ -647,7 +662,7 @@ def delta_inspect(
     """
     from atoll.delta import inspect_delta
 
-    inspect_delta(patch, as_json=json)
+    inspect_delta(patch, old, as_json=json)
 
 
 def _interrupted(number: int, frame: object) -> None:

@@ -40,6 +40,7 @@ from edge_runtime.link import MqttLink
 from edge_runtime.regions import RegionClient
 from model_delta.errors import Unavailable
 from model_delta.keys.certificates import require_identity
+from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits
 from monitoring.telemetry import Decision, UpdateOutcome
 
@@ -71,6 +72,8 @@ def run_device(
     model: str,
     contact_s: float,
     as_json: bool,
+    limits: DeviceLimits = NO_LIMITS,
+    cached_cost: float = 1.0,
 ) -> None:
     """Enrol the device, let it decide `count` payments (0: until told to stop) and print what it does.
 
@@ -92,7 +95,7 @@ def run_device(
     with data.locked(f"device-{device_id}.lock", f"device {device_id} runs on", "--id"):
         events = Events(device_id, as_json=as_json)
         run_process(
-            _run(data, endpoints, stream, wanted, rate, seed, contact_s, teller, events),
+            _run(data, endpoints, stream, wanted, rate, seed, contact_s, teller, events, limits, cached_cost),
             device_id,
             default_level="WARNING",
             events=events,
@@ -136,6 +139,8 @@ async def _run(
     contact_s: float,
     teller: Teller,
     events: Events,
+    limits: DeviceLimits,
+    cached_cost: float,
 ) -> None:
     tokens, device = data.tokens(), stream.device
     identity = await asyncio.to_thread(
@@ -160,6 +165,8 @@ async def _run(
                     regions if model == MODEL else None,  # regions take the features of the default model only
                     stream.history.arrays,
                     model=model,
+                    limits=limits,
+                    cached_cost=cached_cost,
                 )
                 watch = asyncio.create_task(teller.watch(one, link), name=f"watch {identity.name}")
                 try:

@@ -38,6 +38,7 @@ from edge_runtime.onnx_model import open_model, run_graph
 from edge_runtime.probation import ProbationRules
 from edge_runtime.regions import AskRegion, RegionClient
 from fl_coordinator.shares.client import make_contribution
+from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.task import RoundTask
 from monitoring.metrics import Metrics
 
@@ -197,6 +198,8 @@ def make_device(
     observe: Observe | None = None,
     clock: Callable[[], float] = time.time,
     report_interval_s: float = REPORT_INTERVAL_S,
+    limits: DeviceLimits = NO_LIMITS,
+    cached_cost: float = 1.0,
 ) -> Device:
     """The real device program on an open `link`; without `regions` it decides alone."""
     return Device(
@@ -218,6 +221,8 @@ def make_device(
         probation=PROBATION,
         margin=MARGIN,
         report_interval_s=report_interval_s,
+        limits=limits,
+        cached_cost=cached_cost,
     )
 
 

@@ -658,6 +658,26 @@ def test_the_mirror_says_what_it_has_not_got_and_remembers_for_a_moment(world: W
     run_in(world, story)
 
 
+def test_a_device_may_ask_what_is_kept_without_having_it_fetched(world: World) -> None:
+    async def story(region: Region) -> None:
+        release = world.publisher.publish(mlp(1))
+        name = next(iter(release.blobs))
+        device = Device(world)
+        await device.ask(ChunkRequest(1, "blob", name, 0, 0, kept_only=True))
+        await region.until(lambda: 1 in device.answers)
+        assert f"no blob named {name[:16]}" in device.answers[1].error
+        assert world.publisher.fetched["blob", name] == 0
+        await device.ask(ChunkRequest(2, "blob", name))
+        await region.until(lambda: 2 in device.answers)
+        await device.ask(ChunkRequest(3, "blob", name, 0, 0, kept_only=True))
+        await region.until(lambda: 3 in device.answers)
+        answer = device.answers[3]
+        assert (answer.error, answer.total, answer.data) == ("", len(release.blobs[name]), b"")
+        assert world.publisher.fetched["blob", name] == 1
+
+    run_in(world, story)
+
+
 def test_a_damaged_copy_is_not_kept(world: World) -> None:
     async def story(region: Region) -> None:
         release = world.publisher.publish(mlp(1))
