@@ -102,15 +102,17 @@ def apply_delta(old: Path, patch: Path, out: Path, *, sha256: str, as_json: bool
     show(value, text, as_json=as_json)
 
 
-def inspect_delta(patch: Path, *, as_json: bool) -> None:
-    """Show what a patch says about itself. Raises Malformed."""
+def inspect_delta(patch: Path, old: Path | None, *, as_json: bool) -> None:
+    """Show what a patch says about itself; with `old`, which of its tensors change, where the format tells. Raises
+    Malformed, DigestMismatch when `old` is another file."""
+    before = _read(old) if old is not None else None
     with _opened(patch) as changes:
-        info, size = _named(patch, lambda: container.inspect(changes)), changes.size
+        info, size = _named(patch, lambda: container.inspect(changes, before)), changes.size
     facts = {
         "old": _file_text(info.old_size, info.old_digest),
         "new": _file_text(info.new_size, info.new_digest),
         "window": f"{info.window} B",
-        "changed": "not said" if info.changed is None else f"{len(info.changed)} tensors",
+        "changed": _changed_text(info, old is not None),
     }
     rows = [msgspec.to_builtins(stream) for stream in info.streams]
     lines = [f"{patch}: {info.format}, {size} B", *(f"{name:<9} {value}" for name, value in facts.items())]
@@ -125,6 +127,12 @@ def _named(path: Path, call: Callable[[], T]) -> T:
         return call()
     except Malformed as error:
         raise Malformed(f"{path}: {error}") from None
+
+
+def _changed_text(info: container.PatchInfo, is_old_known: bool) -> str:
+    if info.changed is not None:
+        return f"{len(info.changed)} tensors"
+    return "not said" if is_old_known or info.old_digest is None else "not said without --old"
 
 
 def _file_text(size: int | None, digest: str | None) -> str:

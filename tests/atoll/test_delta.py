@@ -77,6 +77,8 @@ def test_make_apply_inspect(run: Callable[..., Ran], folder: Path, format_name: 
     told = value(run("inspect", patch, "--json"))
     assert (told["format"], told["new_size"]) == (format_name, len(NEW))
     assert told["new_digest"] in (None, digest(NEW))
+    told = value(run("inspect", patch, "--old", old, "--json"))
+    assert format_name == "bsdiff40" or "layer0.weight" in told["changed"]
     applied = value(run("apply", old, patch, out, "--sha256", digest(NEW).upper(), "--json"))
     assert applied["sha256"] == digest(NEW)
     assert applied["compared"]
@@ -92,6 +94,14 @@ def test_a_file_may_be_brought_forward_in_place(run: Callable[..., Ran], folder:
     value(run("make", folder / "old", folder / "new", folder / "patch", "--json"))
     value(run("apply", folder / "old", folder / "patch", folder / "old", "--json"))
     assert (folder / "old").read_bytes() == NEW
+
+
+def test_a_wrong_old_file_is_refused_by_what_the_patch_says(run: Callable[..., Ran], folder: Path) -> None:
+    value(run("make", folder / "old", folder / "new", folder / "patch", "--format", "tp1", "--json"))
+    (folder / "wrong").write_bytes(bytes(len(OLD)))
+    refused(run("apply", folder / "wrong", folder / "patch", folder / "out"), 4, "old file")
+    refused(run("inspect", folder / "patch", "--old", folder / "wrong"), 4)
+    assert not (folder / "out").exists()
 
 
 def test_a_wrong_digest_leaves_what_was_there(run: Callable[..., Ran], folder: Path) -> None:
