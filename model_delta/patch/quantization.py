@@ -169,7 +169,7 @@ def _along(scales: npt.NDArray[Any], axis: int | None) -> npt.NDArray[Any]:
 
 
 def _bits(value: Weights) -> npt.NDArray[np.uint32]:
-    return np.ascontiguousarray(value, np.float32).view(np.uint32)
+    return np.asarray(value, np.float32, order="C").view(np.uint32)  # ascontiguousarray would give a scalar an axis
 
 
 def _ordinal(value: Weights) -> npt.NDArray[np.int64]:

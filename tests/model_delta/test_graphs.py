@@ -477,7 +477,7 @@ def test_telemetry_is_off_in_this_process() -> None:
 
 
 def encoder_like() -> tuple[bytes, dict[str, np.ndarray]]:
-    """ids[n, 3] -> a table -> MatMul, Add, Relu -> Gemm -> score[n, 3, 2]."""
+    """ids[n, 3] -> a table -> MatMul, Add, Max -> Gemm -> score[n, 3, 2]."""
     rng = np.random.default_rng(5)
     tensors = {
         "table": rng.normal(0, 1, (50, 16)).astype(np.float32),
@@ -485,13 +485,14 @@ def encoder_like() -> tuple[bytes, dict[str, np.ndarray]]:
         "b1": rng.normal(0, 0.1, 32).astype(np.float32),
         "w2": rng.normal(0, 0.3, (32, 2)).astype(np.float32),
         "b2": rng.normal(0, 0.1, 2).astype(np.float32),
+        "floor": np.array(0.01, np.float32),
     }
     graph = helper.make_graph(
         [
             helper.make_node("Gather", ["table", "ids"], ["rows"]),
             helper.make_node("MatMul", ["rows", "w1"], ["m"]),
             helper.make_node("Add", ["m", "b1"], ["a"]),
-            helper.make_node("Relu", ["a"], ["r"]),
+            helper.make_node("Max", ["a", "floor"], ["r"]),
             helper.make_node("Gemm", ["r", "w2", "b2"], ["score"]),
         ],
         "g",
@@ -513,7 +514,7 @@ def test_a_dynamic_model_multiplies_integers_and_answers_alike(per_channel: bool
     assert (made.tensors, made.scales) == (3, 16 + 32 + 2 if per_channel else 3)
     assert graphs.form_of(made.file) == ("dynamic", per_channel)
     ids = np.arange(50)
-    exact = np.maximum(tensors["table"][ids] @ tensors["w1"] + tensors["b1"], 0) @ tensors["w2"] + tensors["b2"]
+    exact = np.maximum(tensors["table"][ids] @ tensors["w1"] + tensors["b1"], 0.01) @ tensors["w2"] + tensors["b2"]
     found = run(made.file, ids=ids)["score"]
     assert np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
     assert np.abs(found - exact).max() > 0

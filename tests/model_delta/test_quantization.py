@@ -186,3 +186,10 @@ def test_int8_only_where_it_measures_faster_or_smaller_enough() -> None:
     assert choose(Measured(300, 130.0), plain, Worth(slower_max=2.0)).int8, "a class may weigh bytes more"
     latency = {b"i": 50.0, b"ff": 100.0}.__getitem__
     assert choose_by_measuring(b"i", b"ff", latency).reason == "int8 is faster: 0.50 of the bytes, 0.50 of the time"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (64,), (8, 8), (2, 4, 8)])
+def test_the_grid_keeps_the_shape(shape: tuple[int, ...]) -> None:
+    old = np.full(shape, 2.0, np.float32)
+    assert on_grid(old, old).shape == shape
+    assert on_grid(np.full(shape, 2.5, np.float32), old).shape == shape
