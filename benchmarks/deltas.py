@@ -42,6 +42,8 @@ class Pairs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.moved: dict[str, str] = {}
+        """How large the update of a kind is, in words, once it was quantized."""
 
     def path(self, name: str, data: bytes | None = None) -> Path:
         """A file of that name, written with `data` if given."""
@@ -63,7 +65,8 @@ class Pairs:
         """int8 after, alike its parent; refused when it does not pass the gates."""
         source, before = models.minilm(kind), models.minilm("old")
         made = graphs.quantize(source, self.old, before, form="dynamic", per_channel=False)
-        _say(f"{kind}: {describe(before, source)}; {made.moved:.3%} of the integers, {made.rescaled} new scales")
+        self.moved[kind] = f"{made.moved:.2%} of integers moved, {describe(before, source)}"
+        _say(f"{kind}: {self.moved[kind]}; {made.rescaled} new scales")
         fresh = self.fresh(kind)
         share = fidelity.carried(graphs.weight_changes(source, made.file, fresh, before, self.old))
         inputs = _texts()
@@ -97,7 +100,11 @@ def minilm_round(pairs: Pairs) -> list[Claim]:
     shares = {"tp1": 0.70, "bsdiff40": 0.76}
     return [
         at_most_share(
-            f"delta.minilm_round{'' if form == 'tp1' else '.' + form}", sizes[form], f"B ({form})", share, peer
+            f"delta.minilm_round{'' if form == 'tp1' else '.' + form}",
+            sizes[form],
+            f"B ({form}; {pairs.moved['round']})",
+            share,
+            peer,
         )
         for form, share in shares.items()
         if form in sizes
@@ -192,7 +199,7 @@ def last_layer(pairs: Pairs) -> list[Claim]:
     peer = _peer_bytes(pairs, pairs.old, pairs.fresh("last_layer"))
     patch = pairs.patch(container.FORMATS[-1], pairs.old, new)
     return [
-        at_most_share("delta.last_layer", len(patch), "B", 0.70, peer),
+        at_most_share("delta.last_layer", len(patch), f"B ({pairs.moved['last_layer']})", 0.70, peer),
         at_most("delta.last_layer.others", len(others), f"other tensors changed, of {len(changed)}", 0),
     ]
 
@@ -235,7 +242,7 @@ def describe(old: bytes, new: bytes) -> str:
                 continue
             squares, norm = squares + float((step**2).sum()), norm + float((before**2).sum())
             moved, count = moved + int((step != 0).sum()), count + before.size
-    return f"relative norm {(squares / norm) ** 0.5:.2e}, {moved / count:.1%} of {count:.0f} weights moved"
+    return f"relative norm {(squares / norm) ** 0.5:.1e}, {moved / count:.1%} of {count:.0f} float32 weights"
 
 
 def entropy_bytes(values: np.ndarray) -> float:

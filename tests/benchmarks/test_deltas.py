@@ -30,7 +30,7 @@ def test_float_entropy_is_of_the_steps() -> None:
 
 
 def test_an_update_is_described_by_the_tensors_it_moved() -> None:
-    assert deltas.describe(file(), file(0.01)) == "relative norm 1.00e-02, 100.0% of 64 weights moved"
+    assert deltas.describe(file(), file(0.01)) == "relative norm 1.0e-02, 100.0% of 64 float32 weights"
 
 
 def test_a_share_of_what_was_measured_beside_it() -> None:

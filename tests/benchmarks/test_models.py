@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,25 @@ def test_weights_of_another_model_are_refused() -> None:
         ValueError, match=r"expected embeddings.word_embeddings.weight of finite float32 \(30522, 384\)"
     ):
         models.minilm_weights(safetensors.save({"embeddings.word_embeddings.weight": np.zeros((2, 2), np.float32)}))
+
+
+class Pairs:
+    """Texts whose second is the first with one token changed."""
+
+    def batches(self, client: int, rng: np.random.Generator) -> Iterator[tuple[Batch, Batch]]:
+        while True:
+            first = batch(int(rng.integers(1000)) + client)
+            ids = first.ids.copy()
+            ids[:, 1] = rng.integers(0, 50, len(ids))
+            yield first, Batch(ids, first.mask)
+
+
+def test_a_round_adds_the_mean_of_the_clients_updates_and_touches_nothing_frozen() -> None:
+    old = small()
+    new, lines = models.trained(old, Pairs(), frozen_layers=1)  # type: ignore[arg-type]
+    assert len(lines) == models.CLIENTS
+    moved = {name for name in old if new[name] is not old[name]}
+    assert moved == {name for name in old if name.startswith("encoder.layer.1.")}
+    steps = np.concatenate([(new[name] - old[name]).ravel() for name in sorted(moved)])
+    assert 0 < np.abs(steps).max() < 1.01 * models.STEPS * models.LEARNING_RATE
+    assert all(new[name].dtype == np.float32 for name in new)

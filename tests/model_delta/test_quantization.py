@@ -193,3 +193,14 @@ def test_the_grid_keeps_the_shape(shape: tuple[int, ...]) -> None:
     old = np.full(shape, 2.0, np.float32)
     assert on_grid(old, old).shape == shape
     assert on_grid(np.full(shape, 2.5, np.float32), old).shape == shape
+
+
+def test_many_rounds_on_the_grid_do_not_drift_away() -> None:
+    rng = np.random.default_rng(6)
+    source = rng.normal(0, 1, 1000).astype(np.float32)
+    deployed = source
+    for _ in range(50):
+        trained = (source * (1 + rng.normal(1e-4, 1e-3, 1000))).astype(np.float32)
+        deployed, source = on_grid(trained, deployed, source), trained
+    assert np.abs(deployed / source - 1).max() < 2.5e-3, "a step or two, however many rounds"
+    assert abs((deployed / source - 1).mean()) < 1e-4
