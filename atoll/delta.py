@@ -235,4 +235,4 @@ def _written_aside(target: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         aside.unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -62,6 +62,8 @@ def read_layout(patch: RandomAccess) -> Layout:
     control_size, difference_size, new_size = (_number(header[start : start + 8]) for start in (8, 16, 24))
     if min(control_size, difference_size, new_size) < 0 or control_size + difference_size > patch.size - HEADER_BYTES:
         raise Malformed(f"patch: its header's lengths do not fit its {patch.size} bytes")
+    if new_size > _SIZE_MAX:
+        raise Malformed(f"patch: expected a new file of at most {_SIZE_MAX} bytes, found {new_size}")
     difference_start = HEADER_BYTES + control_size
     return Layout(HEADER_BYTES, difference_start, difference_start + difference_size, patch.size, new_size)
 
@@ -101,7 +103,7 @@ def window_bytes(patch: RandomAccess, layout: Layout) -> int:
     """The largest bz2 block that any of the three streams declares, in bytes; a decoder needs about four times it."""
     starts = (layout.control_start, layout.difference_start, layout.extra_start)
     digits = [patch.pread(start + 3, 1) for start in starts]
-    return max(int(digit) for digit in digits if digit.isdigit()) * _WINDOW_UNIT_BYTES if any(digits) else 0
+    return max((int(digit) for digit in digits if digit.isdigit()), default=0) * _WINDOW_UNIT_BYTES
 
 
 def apply_stream(old: RandomAccess, patch: RandomAccess, new: BinaryIO, size_max: int, *, done: int = 0) -> int:
@@ -112,7 +114,7 @@ def apply_stream(old: RandomAccess, patch: RandomAccess, new: BinaryIO, size_max
     when the damaged place is reached. Memory stays within a few MB, whatever the patch says.
     """
     layout = read_layout(patch)
-    if layout.new_size > min(size_max, _SIZE_MAX):
+    if layout.new_size > size_max:
         raise Malformed(f"patch: expected a new file of at most {size_max} bytes, found {layout.new_size}")
     if not 0 <= done <= layout.new_size:
         raise Malformed(f"new file: {done} bytes are written already, the patch makes {layout.new_size}; start again")

@@ -20,7 +20,7 @@ from model_delta.errors import Malformed
 from model_delta.patch import bspatch
 from model_delta.patch.access import BytesAccess, FileAccess, read_exactly
 from model_delta.patch.bsdiff import make_patch
-from model_delta.patch.container import apply_bytes
+from model_delta.patch.container import apply_bytes, inspect
 
 OLD, NEW = bytes(range(256)) * 8, bytes(range(255, -1, -1)) + bytes(range(256)) * 9
 PATCH = make_patch(OLD, NEW)
@@ -128,6 +128,15 @@ def test_the_hostile_patches_are_hostile_only_where_they_say() -> None:
         apply_bytes(b"old file", patch_of([(4, 1, 0)], bytes(4), b"!", 5, b"BSDIFF41"), 100)
 
 
+def test_lengths_that_would_overflow_are_refused_before_they_are_added_up() -> None:
+    for size in (2**62, 2**63 - 1):
+        patch = patch_of([(2**62, 0, 0)] * 4, b"aa", b"aa", size)
+        with pytest.raises(Malformed, match=f"found {size}"):
+            inspect(BytesAccess(patch))
+        with pytest.raises(Malformed, match=f"found {size}"):
+            apply_bytes(b"old file", patch, size)
+
+
 def test_a_control_block_that_is_cut_within_a_triple_is_malformed() -> None:
     control, packed = bz2.compress(struct.pack("<QQQQ", 4, 0, 0, 0)), bz2.compress(b"aaaa")
     patch = b"BSDIFF40" + struct.pack("<QQQ", len(control), len(packed), 4) + control + packed + bz2.compress(b"")
@@ -153,6 +162,8 @@ def test_bombs_take_no_memory() -> None:
         patch_of([(2**31, 0, 0)], b"aaaa", b"", 2**31),
     ]
     for bomb in bombs:
+        with contextlib.suppress(Malformed):
+            assert inspect(BytesAccess(bomb)).new_size <= 2**31
         tracemalloc.start()
         try:
             with pytest.raises(Malformed):
