@@ -85,6 +85,9 @@ def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
         ("POST", "/v1/notes"): {"admin"},
         ("POST", "/v1/identities/pos-0001/revoke"): {"admin"},
         ("POST", "/v1/rounds"): {"admin"},
+        ("GET", "/v1/keys"): {"admin"},
+        ("POST", "/v1/keys/rotate"): {"admin"},
+        ("POST", "/v1/releases/" + "0" * 64 + "/shred"): {"admin"},
     }
 
     async def story(call: Call) -> None:
@@ -256,6 +259,10 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
         assert (await call("GET", "/v1/releases/" + "0" * 64)).status_code == 404
         assert (await call("GET", "/v1/store/keyring/" + "0" * 64)).status_code == 404
         assert (await call("GET", "/v1/store/blob/..%2Fkeyring")).status_code in (400, 404)
+        assert (await call("GET", "/v1/store/tuf/..%2Fkeyring")).status_code in (400, 404)
+        assert (await call("GET", "/v1/store/tuf/timestamp.json")).status_code == 404  # no ceremony was held
+        platform.store.put("tuf", "timestamp.json", b"{}")
+        assert (await call("GET", "/v1/store/tuf/timestamp.json")).content == b"{}"
 
     calling(platform, story)
 
@@ -352,3 +359,21 @@ def test_an_artifact_is_stored_under_its_digest(tmp_path: Path) -> None:
 )
 def test_one_table_maps_errors_to_http(error: type[AtollError], status: int) -> None:
     assert next(code for kind, code in STATUS if issubclass(error, kind)) == status
+
+
+def test_keys_are_rotated_and_a_version_is_shredded_over_http(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+
+    async def story(call: Call) -> None:
+        published = (await call("POST", "/v1/models?model=fraud&name=v1", content=fraud_model(1))).json()
+        kept = (await call("POST", "/v1/models?model=fraud&name=v2", content=fraud_model(2))).json()
+        assert (await call("GET", "/v1/keys")).json() == {"floor": 1, "latest": 1}
+        assert (await call("POST", "/v1/keys/rotate", json={})).json() == {"floor": 1, "latest": 2}
+        assert (await call("POST", "/v1/keys/rotate", json={"forget": "yes"})).status_code == 400
+        place = f"/v1/releases/{published['manifest']}"
+        assert (await call("GET", f"{place}/source")).content == fraud_model(1)
+        assert (await call("POST", f"{place}/shred")).json() == {"floor": 3, "latest": 3}
+        assert (await call("GET", f"{place}/source")).status_code == 403
+        assert (await call("GET", f"/v1/releases/{kept['manifest']}/source")).content == fraud_model(2)
+
+    calling(platform, story)
