@@ -20,6 +20,8 @@ from atoll.http_server import serving
 from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of, revocation_list_of
 from atoll.revocation import keep_list
 from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
+from atoll.trust import trust_of
+from atoll.vouching import Vouching
 from device_sim.payments import FEATURES, PaymentSpec, generate
 from device_sim.payments_csv import CSV_FEATURES
 from edge_runtime.identity import Identity
@@ -91,6 +93,8 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
         app = control_app(coordinator, tokens=data.tokens(), flower=bridge, pages=list(page_routes()))
         async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run(), name=COORDINATOR)
+            vouching = Vouching(trust_of(data, keyring), ledger, store, REGION)
+            tasks.create_task(vouching.run(), name="vouching")
             events.say("ready", url=endpoints.coordinator, broker=f"mqtts://{broker.host}:{broker.port}")
             if broker.kind == "mosquitto":
                 tasks.create_task(

@@ -67,6 +67,13 @@ class Publishing:
         public = load_public_key(self._keyring.public_key("release"))
         return CallableSigner(public, lambda data: self._keyring.sign_bytes("release", data)[1])
 
+    def vouched(self, region: str) -> frozenset[str]:
+        """The target paths that are vouched for in `region`. Raises NotFound when no ceremony named the region."""
+        role = delegated_role(region, self._keyring.tenant)
+        if all(status.role != role for status in self.repository.status()):
+            raise NotFound(f"role {role!r}: named by no ceremony; `atoll trust rotate targets --region {region}`")
+        return self.repository.vouched(role)
+
     def vouch(self, region: str, add: Mapping[str, Target], now: float, revoke: Sequence[str] = ()) -> int:
         """Add targets of `region` and drop others, in force when this returns; the timestamp's version."""
         role = delegated_role(region, self._keyring.tenant)
@@ -82,6 +89,11 @@ class Publishing:
             regions = [*(role.removesuffix(f".{tenant}") for role in held), *regions]
         keys = RoleKeys((self._keyring.public_key("release"),))
         return [Delegation(region, tenant, keys) for region in dict.fromkeys(regions)]
+
+    @property
+    def tenant(self) -> str:
+        """Whose versions these are."""
+        return self._keyring.tenant
 
     def anchors(self) -> TrustAnchors:
         """The tenant's role keys as the keyring has them."""
@@ -122,10 +134,10 @@ class Publishing:
         return [signer_of(key) for key in keys]
 
 
-def trust_of(data: DataFolder) -> Publishing:
-    """The platform's TUF repository, in the coordinator's store."""
+def trust_of(data: DataFolder, keyring: Keyring | None = None) -> Publishing:
+    """The platform's TUF repository, in the coordinator's store; the folder's keyring is opened if none is given."""
     store = DirectoryStore(data.child("coordinator") / "store")
-    return Publishing(store, data.child("trust"), open_keyring(data))
+    return Publishing(store, data.child("trust"), keyring or open_keyring(data))
 
 
 def trust_init(

@@ -71,7 +71,7 @@ STATUS: tuple[tuple[type[AtollError], int], ...] = (
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost", "testclient"})
 _FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _FRAME = struct.Struct(">I")
-_STORE_KINDS = frozenset({"manifest", "delivery", "blob", "artifact"})
+_STORE_KINDS = frozenset({"manifest", "delivery", "blob", "artifact", "tuf"})
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -297,7 +297,9 @@ class _Control:
         kind, name = request.path_params["kind"], request.path_params["name"]
         if kind not in _STORE_KINDS:
             raise NotFound(f"store: expected a kind of {', '.join(sorted(_STORE_KINDS))}, found {kind[:32]!r}")
-        data = await asyncio.to_thread(self._coordinator.store.get, kind, require_digest(name, f"{kind} name"))
+        if kind != "tuf":  # whose files are named by role and version
+            require_digest(name, f"{kind} name")
+        data = await asyncio.to_thread(self._coordinator.store.get, kind, name)
         return Response(data, media_type="application/octet-stream")
 
     async def _store_artifact(self, request: Request) -> Response:

@@ -254,6 +254,11 @@ class Repository:
         self._put(role, metadata)
         return targets.version
 
+    def vouched(self, role: str) -> frozenset[str]:
+        """The target paths in the newest metadata of a delegated role, in force or not; empty when it has none."""
+        current = self._newest(Targets, role)
+        return frozenset() if current is None else frozenset(current.signed.targets)
+
     # -- online roles
 
     def publish(self, now: float, snapshot: Sequence[Signer], timestamp: Sequence[Signer]) -> int:
