@@ -107,6 +107,6 @@ def refusals(measured: Fidelity) -> tuple[str, ...]:
         if not abs(share.share - share.fresh) <= tolerance:
             reasons.append(
                 f"carried share: expected within {tolerance:.3f} of a fresh requantization's {share.fresh:.3f}, "
-                f"found {share.share:.3f}; the integers ignore the update"
+                f"found {share.share:.3f}; the integers do not carry the update"
             )
     return tuple(reasons)

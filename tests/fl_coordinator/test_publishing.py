@@ -64,3 +64,14 @@ def test_a_model_too_small_for_its_parents_scales_is_quantized_afresh(tmp_path: 
     publisher.publish(wide_model(1.0), model="fraud", now=START)
     second = publisher.publish(wide_model(0.01), model="fraud", now=START + 1)
     assert publisher.file(second.manifest) == graphs.quantize_weights(wide_model(0.01))
+
+
+def test_growth_that_clipping_would_swallow_is_quantized_afresh(tmp_path: Path) -> None:
+    """Channels of six weights that all grow by up to 4 %: the scale still holds by the rule, yet the largest weights,
+    which moved most, would stay where they were, and outputs alone would not tell."""
+    publisher = platform(tmp_path).publisher
+    publisher.publish(wide_model(1.0), model="fraud", now=START)
+    grown = wide_model(1.0, step=-0.04)
+    second = publisher.publish(grown, model="fraud", now=START + 1)
+    assert publisher.file(second.manifest) == graphs.quantize_weights(grown)
+    assert publisher.file(second.manifest) != graphs.quantize_weights(grown, graphs.quantize_weights(wide_model(1.0)))

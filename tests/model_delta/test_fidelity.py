@@ -57,7 +57,7 @@ def test_a_dead_zone_around_the_old_integers_is_refused() -> None:
     assert found.share < 0.02
     (reason,) = refusals(Fidelity(distance=0.16, distance_fresh=0.16, carried=found))
     assert "carried share" in reason
-    assert "the integers ignore the update" in reason
+    assert "the integers do not carry the update" in reason
 
 
 def test_a_version_that_is_the_old_one_is_refused_however_well_it_answers() -> None:
