@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fl_coordinator.flower_carrier import CommandCarrier
+from fl_coordinator.flower_carrier import CARRY_FAILURES_MAX, CommandCarrier
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Unavailable
 from tests.fakes.flower_grid import FakeCoordinator, FakeGrid, FakeNode
@@ -122,3 +122,27 @@ def test_a_coordinator_that_is_away_or_talks_nonsense_is_asked_again(capsys: pyt
         carrier(FakeGrid([answering("a", 1)]), coordinator).run()
     assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
     assert "coordinator: refused" in capsys.readouterr().out
+
+
+def test_a_grid_that_fails_is_tried_again_and_given_up_only_when_it_keeps_failing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class FailingGrid(FakeGrid):
+        failures = 2
+
+        def get_nodes(self) -> list[FakeNode]:
+            if self.failures:
+                self.failures -= 1
+                raise ConnectionError("SuperLink: reset")
+            return super().get_nodes()
+
+    coordinator = FakeCoordinator([command(["a"])] * 3 + [SystemExit()])
+    with pytest.raises(SystemExit):
+        carrier(FailingGrid([answering("a", 1)]), coordinator).run()
+    assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
+    assert capsys.readouterr().out.count("ConnectionError: SuperLink: reset") == 2
+    hopeless = FailingGrid([])
+    hopeless.failures = 9
+    with pytest.raises(ConnectionError):
+        carrier(hopeless, FakeCoordinator([command(["a"])] * 9)).run()
+    assert hopeless.failures == 9 - CARRY_FAILURES_MAX
