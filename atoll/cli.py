@@ -23,7 +23,7 @@ import typer
 import typer.core
 
 from atoll import __version__
-from model_delta.errors import AtollError
+from model_delta.errors import AtollError, Malformed
 
 typer.core.HAS_RICH = False  # with rich installed, typer puts backslashes even into plain help
 
@@ -168,7 +168,7 @@ def publish(
     from atoll.operate import join_releases, publish_model
 
     if join == (model is not None) or (join and (threshold is not None or feature_set)):
-        raise typer.BadParameter("expected MODEL.onnx, or --join alone (with --model and --name)")
+        raise Malformed("publish: expected MODEL.onnx, or --join alone (with --model and --name)")
     if model is None:
         join_releases(data, name, label, contact_s=contact, as_json=json)
         return

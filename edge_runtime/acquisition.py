@@ -165,14 +165,14 @@ class Acquisition:
         when the route goes over it."""
         deliveries = {target: await self._delivery(target)}
         files = set(held.files)
-        if files and not files & _bases(deliveries[target]):
+        if files.isdisjoint(_bases(deliveries[target])):
             deliveries[target] = await self._with_late_patches(deliveries[target], files)
         edge = [target]
         while edge and (files or held.manifests):
             bases = _bases(deliveries[edge.pop(0)])
-            if files & bases and self._cached_cost == 1.0:
+            if not files.isdisjoint(bases) and self._cached_cost == 1.0:
                 break  # where every byte costs the same, two hops do not beat a direct patch
-            for base in sorted(bases):
+            for base in bases:
                 if base in deliveries or len(deliveries) >= CHAIN_VERSIONS_MAX:
                     continue
                 try:
@@ -199,5 +199,6 @@ class Acquisition:
         return unpack(await self._fetcher.object("delivery", digest), Delivery)
 
 
-def _bases(delivery: Delivery) -> set[str]:
-    return {offer.base for offer in delivery.offers}
+def _bases(delivery: Delivery) -> list[str]:
+    """What a version's patches start from, in the order of its delivery."""
+    return list(dict.fromkeys(offer.base for offer in delivery.offers))

@@ -71,6 +71,12 @@ def test_a_folder_keeps_its_ports_and_says_when_one_was_taken(run, stopped: Path
     assert {name: data for name, data in everything(stopped).items() if name != "lock"} == before
 
 
+@pytest.mark.parametrize("words", [(), ("m.onnx", "--join"), ("--join", "--threshold", "0.5")])
+def test_publishing_takes_a_file_or_joins(run, stopped: Path, words: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    code, said = run("publish", *words, "--data", stopped)
+    assert (code, "expected MODEL.onnx, or --join alone" in said) == (2, True), said
+
+
 def test_a_command_whose_extras_are_not_installed(stopped: Path) -> None:
     program = (
         "import sys; sys.modules['uvicorn'] = None; sys.argv = ['atoll', 'gateway', 'run', '--data', sys.argv[1]]\n"
