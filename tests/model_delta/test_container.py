@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,49 @@ def test_what_one_format_makes_the_door_applies(format_name: str, old: bytes, ne
     assert apply(BytesAccess(old), BytesAccess(patch), output, len(new)) == len(new)
     info = inspect(BytesAccess(patch))
     assert (info.format, info.new_size) == (format_name, len(new))
+
+
+RESUMED_OLD = model(layers(1, (6, 96, 64, 1)))
+RESUMED_NEW = model(nudged(layers(1, (6, 96, 64, 1)), 2, 1e-4))
+RESUMED = {name: make(name, RESUMED_OLD, RESUMED_NEW) for name in FORMATS}
+
+
+class _PowerCut(Exception):
+    """The machine went off."""
+
+
+class _Cut(io.BytesIO):
+    """An output on a machine that goes off after so many bytes."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self._left = left
+
+    def write(self, data: Any, /) -> int:
+        written = super().write(memoryview(data)[: self._left])
+        self._left -= written
+        if self._left == 0:
+            raise _PowerCut
+        return written
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@given(cuts=st.lists(st.integers(1, len(RESUMED_NEW) - 1), max_size=4))
+def test_an_applier_that_dies_anywhere_and_often_is_taken_up_by_the_next(format_name: str, cuts: list[int]) -> None:
+    old, patch = BytesAccess(RESUMED_OLD), BytesAccess(RESUMED[format_name])
+    durable = b""
+    for cut in sorted(cuts):
+        output = _Cut(cut - len(durable)) if cut > len(durable) else None
+        if output is not None:
+            io.BytesIO.write(output, durable)
+            output.seek(0)
+            with pytest.raises(_PowerCut):
+                apply(old, patch, output, len(RESUMED_NEW), done=len(durable))
+            durable = output.getvalue()
+            assert durable == RESUMED_NEW[:cut]
+    last = io.BytesIO(durable)
+    assert apply(old, patch, last, len(RESUMED_NEW), done=len(durable)) == len(RESUMED_NEW)
+    assert last.getvalue() == RESUMED_NEW
 
 
 def test_what_a_bsdiff40_patch_says_about_itself() -> None:
