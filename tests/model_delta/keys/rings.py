@@ -30,17 +30,17 @@ class Rings(NamedTuple):
 
 
 @contextmanager
-def rings(kind: str, folder: Path) -> Iterator[Rings]:
-    """Two tenants' keyrings of one kind, at NOW."""
+def rings(kind: str, folder: Path, now: float = NOW) -> Iterator[Rings]:
+    """Two tenants' keyrings of one kind, whose clocks stand at `now`."""
     if kind == "embedded":
-        acme, globex = (EmbeddedKeyring.create(folder / name, name, lambda: NOW) for name in ("acme", "globex"))
-        yield Rings(kind, acme, globex, lambda: EmbeddedKeyring.open(folder / "acme", lambda: NOW))
+        acme, globex = (EmbeddedKeyring.create(folder / name, name, lambda: now) for name in ("acme", "globex"))
+        yield Rings(kind, acme, globex, lambda: EmbeddedKeyring.open(folder / "acme", lambda: now))
         return
     with running() as server:
         for tenant in ("acme", "globex"):
-            setup(server.admin(), TenantPaths(tenant), clock=lambda: NOW)
+            setup(server.admin(), TenantPaths(tenant), clock=lambda: now)
         yield Rings(
-            kind, server.keyring("acme", NOW), server.keyring("globex", NOW), lambda: server.keyring("acme", NOW)
+            kind, server.keyring("acme", now), server.keyring("globex", now), lambda: server.keyring("acme", now)
         )
 
 

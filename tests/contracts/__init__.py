@@ -1,0 +1,1 @@
+"""What holds between tenants, whoever implements it."""
