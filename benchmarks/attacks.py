@@ -50,7 +50,7 @@ class Scene:
 
     def same(self, vector: Floats) -> Floats:
         """Every attacker sends `vector`."""
-        return np.repeat(vector[None, :], self.hostile, axis=0)
+        return np.asarray(np.repeat(vector[None, :], self.hostile, axis=0), dtype=np.float64)
 
 
 def sign_flip(scene: Scene) -> Floats:

@@ -88,7 +88,7 @@ def decide(
 ) -> Choice:
     """The same by a round's policy (`policy.choose`): what is longer than the clip is refused first and uses up f.
 
-    Weights and reasons are for all n rows; verdicts only for those that were not refused for their norm, in their order.
+    Weights and reasons are for all n rows, verdicts for those that were not refused for their norm, in their order.
     Raises Malformed as `policy.choose` does.
     """
     count = len(gram)
