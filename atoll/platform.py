@@ -25,7 +25,6 @@ from atoll.settings import (
     quiet_environment,
     write_private,
 )
-from atoll.vault import keyring_at, place_of
 from edge_runtime.identity import Identity
 from model_delta.encoding import pack, unpack
 from model_delta.keys.certificates import days_left, require_identity
@@ -112,9 +111,10 @@ def prepare(data: DataFolder, layout: Layout, next_port: Callable[[str], int]) -
 
 def open_keyring(data: DataFolder) -> Keyring:
     """The folder's keyring: on the server that its `vault.json` names, or else embedded and made on first use."""
-    place = place_of(data)
-    if place is not None:
-        return keyring_at(place)
+    if data.vault_path.exists():
+        from atoll.vault import keyring_at, place_of  # hvac comes with the extra `coordinator`, and takes its time
+
+        return keyring_at(place_of(data))
     if data.keyring_path.exists():
         return EmbeddedKeyring.open(data.keyring_path)
     return EmbeddedKeyring.create(data.keyring_path, TENANT)

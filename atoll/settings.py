@@ -152,6 +152,11 @@ class DataFolder:
         """The embedded keyring's file."""
         return self.path / "keyring"
 
+    @property
+    def vault_path(self) -> Path:
+        """The file that says on which Vault server the keys are instead; see `vault`."""
+        return self.path / "vault.json"
+
     def identity(self, name: str) -> Path:
         """The folder of one identity."""
         return self.child("identities", name)

@@ -23,7 +23,6 @@ from model_delta.keys.vault_connection import AppRoleLogin, CertificateLogin, Lo
 from model_delta.keys.vault_setup import credentials, setup
 from model_delta.keys.wrapping import LEGACY
 
-PLACE = "vault.json"
 TOKEN_BYTES_MAX = 4096
 
 
@@ -41,13 +40,13 @@ class VaultPlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     key: str = ""
 
 
-def place_of(data: DataFolder) -> VaultPlace | None:
-    """What the data folder says; None when the keys are in the embedded keyring. Raises ConfigurationError."""
-    path = data.path / PLACE
+def place_of(data: DataFolder) -> VaultPlace:
+    """What the data folder says. Raises ConfigurationError when the keys are in the embedded keyring, or unreadable."""
+    path = data.vault_path
     try:
         return msgspec.json.decode(path.read_bytes(), type=VaultPlace)
     except FileNotFoundError:
-        return None
+        raise ConfigurationError(f"{path}: not there; the keys are in the embedded keyring") from None
     except (msgspec.DecodeError, OSError) as error:
         raise ConfigurationError(f"{path}: expected where the keys are, as JSON: {error}") from None
 
@@ -78,10 +77,10 @@ def setup_vault(
     folder = DataFolder.open(data, create=not migrate)
     with folder.locked():
         embedded = folder.keyring_path
-        before = place_of(folder)
+        before = place_of(folder) if folder.vault_path.exists() else None
         if before is not None and (before.address, before.tenant, before.base) != (address, tenant, base):
             raise ConfigurationError(
-                f"{folder.path / PLACE}: names {before.address}, tenant {before.tenant}; move that file away first"
+                f"{folder.vault_path}: names {before.address}, tenant {before.tenant}; move that file away first"
             )
         if embedded.exists() and not migrate:
             raise ConfigurationError(f"{embedded}: is there already; run `atoll vault migrate` to bring its keys along")
@@ -96,7 +95,7 @@ def setup_vault(
                 address=address, tenant=tenant, base=base, ca=ca, role_id=found.role_id, secret_id=found.secret_id
             )
             keyring_at(place).versions()  # the login works, before anything depends on it
-            write_private(folder.path / PLACE, msgspec.json.encode(place))
+            write_private(folder.vault_path, msgspec.json.encode(place))
         if migrate:
             embedded.replace(embedded.with_name("keyring.moved"))
     made = [step.what for step in steps if step.made]
@@ -109,9 +108,8 @@ def setup_vault(
 
 def vault_status(data: Path, *, as_json: bool) -> None:
     """Ask the server, as the coordinator would, what it holds for this platform. Raises ConfigurationError."""
-    place = place_of(DataFolder.open(data))
-    if place is None:
-        raise ConfigurationError(f"{data / PLACE}: not there; the keys are in the embedded keyring")
+    folder = DataFolder.open(data)
+    place = place_of(folder)
     ring: Keyring = keyring_at(place)
     floor, latest = ring.versions()
     found = {
