@@ -54,13 +54,13 @@ async def keep_list(
     """Write the signed list to `path` at the start and whenever somebody else is `revoked`, until cancelled."""
     written: frozenset[int] | None = None
     while True:
-        now = revoked()
-        if now != written:
-            try:
+        try:
+            now = await asyncio.to_thread(revoked)  # a keyring may have to ask its server
+            if now != written:
                 await asyncio.to_thread(lambda: write_private(path, make_list()))
                 written = now
-            except (AtollError, OSError) as error:  # tried again: until then the broker goes by the older list
-                _log.warning("list of revoked certificates: %s", error)
+        except (AtollError, OSError) as error:  # tried again: until then the broker goes by the older list
+            _log.warning("list of revoked certificates: %s", error)
         await asyncio.sleep(every_s)
 
 
