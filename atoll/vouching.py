@@ -3,7 +3,7 @@
 Nobody calls this at publication. It compares, again and again: every version in the ledger that is not withdrawn has a
 target REGION/TENANT/MODEL/DIGEST, and nothing else has. So a version that was published before the ceremony, while the
 disk was full or just before a crash is vouched for a moment later, and a withdrawn or shredded one is not any more.
-Along the way it signs anew what runs out and says which roles people have to renew. Before the ceremony nothing happens.
+Along the way it signs anew what runs out and says which roles people have to renew. Before the ceremony it waits.
 """
 
 from __future__ import annotations
