@@ -95,6 +95,10 @@ _KINDS = {
     "float32": Kind.FLOAT32,
 }
 
+_BITS_OF = {Kind.FLOAT16: Kind.INT16, Kind.FLOAT32: Kind.INT32}
+"""Floats seen as their bits: sign and magnitude. Where weights decay, all magnitudes step down, and that is shorter."""
+_SAMPLE_BYTES = 32_768
+
 
 # Making
 
@@ -203,15 +207,26 @@ def _coded_steps(places: Places, steps: Bytes, size: int, old_start: int) -> Ite
 
 def _coded_numbers(old: Bytes, new: Bytes, old_start: int, kind: Kind) -> Coded:
     """Numbers against the old ones, or against zeros where those would not help."""
+    if kind in _BITS_OF:
+        ways = {
+            way: write_planes(old[:_SAMPLE_BYTES], new[:_SAMPLE_BYTES], WIDTHS[way], floats=way in FLOATS)
+            for way in (kind, _BITS_OF[kind])
+        }
+        kind = min(ways, key=lambda way: _bits_each(ways[way]))
     floats, width = kind in FLOATS, WIDTHS[kind]
     planes = write_planes(old, new, width, floats=floats)
-    bits = sum(prefix_bits(np.frombuffer(octets, np.uint8)) for octets in planes.octets) + (4 if planes.nibbles else 0)
+    bits = _bits_each(planes)
     fresh = bits > 4.0 * width and bits > sum(prefix_bits(new[octet::width]) for octet in range(width))
     if fresh:
         planes = write_planes(np.zeros_like(new), new, width, floats=floats)
     operation = Operation(kind, fresh, 0 if fresh else old_start, len(new))
     control = 2 * planes.divisor + bool(planes.nibbles)
     return Coded(operation, (control,), {NIBBLES: planes.nibbles, **dict(enumerate(planes.octets, PLANES))})
+
+
+def _bits_each(planes: Planes) -> float:
+    """About what each number takes."""
+    return sum(prefix_bits(np.frombuffer(octets, np.uint8)) for octets in planes.octets) + (4 if planes.nibbles else 0)
 
 
 # Applying

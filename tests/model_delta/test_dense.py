@@ -138,6 +138,19 @@ def test_sparse_integers_take_at_most_one_percent_over_their_entropy(share: floa
     assert sum(coded for _, coded, _ in streams) < 1.01 * entropy + 60
 
 
+def test_weights_that_decay_take_less_than_weights_that_step_either_way() -> None:
+    rng = np.random.default_rng(8)
+    old = rng.normal(0, 0.1, 100_000).astype(np.float32)
+    steps = rng.integers(20, 60, old.shape).astype(np.int32)
+    sizes = []
+    for way in (steps, steps * rng.choice(np.array([-1, 1], np.int32), old.shape)):
+        before, after = (weights_file({"w": array}) for array in (old, (old.view(np.int32) - way).view(np.float32)))
+        patch = make_dense(before, after)
+        assert applied(before, patch) == after
+        sizes.append(len(patch))
+    assert sizes[0] < 0.9 * sizes[1]
+
+
 def test_only_tensors_that_changed_are_marked() -> None:
     weights = layers(6, (6, 256, 128, 1))
     old = model(weights)
