@@ -66,7 +66,7 @@ def scaling(scene: Scene) -> Floats:
 def gaussian(scene: Scene) -> Floats:
     """Noise of three times a typical norm."""
     noise = scene.rng.normal(size=scene.own.shape)
-    return 3 * scene.norm * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    return np.asarray(3 * scene.norm * noise / np.linalg.norm(noise, axis=1, keepdims=True), dtype=np.float64)
 
 
 def ipm(strength: float) -> Callable[[Scene], Floats]:

@@ -83,7 +83,7 @@ def behind(runs: Runs, rule: str, alphas: Sequence[float]) -> tuple[int, list[tu
             for attack in UNTARGETED:
                 own = runs.quality(task, alpha, attack, rule, 8, 8)
                 peers = [runs.quality(task, alpha, attack, peer, 8, 8) for peer in ("Multi-Krum", "robust")]
-                if not own.size or any(peer.size != own.size for peer in peers):
+                if own.size < 2 or any(peer.size != own.size for peer in peers):  # One seed has no standard error.
                     continue
                 count += 1
                 gaps = [own - peer for peer in peers]
@@ -263,7 +263,9 @@ def plot(runs: Runs, task: str) -> str:
 
 
 def _mean(values: Values) -> str:
-    return f"{values.mean():.1f} ± {spread(values):.1f}" if values.size else ""
+    if not values.size:
+        return ""
+    return f"{values.mean():.1f}" + (f" ± {spread(values):.1f}" if values.size > 1 else "")
 
 
 def _name(alpha: float) -> str:
