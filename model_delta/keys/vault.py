@@ -52,6 +52,9 @@ REWRAP_BATCH = 2000
 REVOKED_S = 5.0
 """How long the list of revoked serials is believed before it is read again."""
 
+REVOKED_AWAY_S = 60.0
+"""How long it is believed when the server did not answer: who waits for it does so once a minute."""
+
 REVOKED_TRIES = 16
 
 
@@ -277,7 +280,7 @@ class VaultKeyring:
             if self._revoked_at == float("-inf"):
                 raise
             with self._lock:
-                self._revoked_at = self._clock()
+                self._revoked_at = self._clock() + REVOKED_AWAY_S - REVOKED_S
         return self._revoked
 
     def revocation_list(self) -> bytes:

@@ -21,7 +21,10 @@ import hvac.exceptions
 
 from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
 
+CONNECT_S = 3.0
 TIMEOUT_S = 10.0
+"""For the next bytes of an answer; 2,000 rewrapped keys take a busy server less than a second."""
+
 TRIES = 4
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -135,7 +138,7 @@ class VaultConnection:
             token=login.token(),  # an empty text keeps hvac from reading the environment and the home folder
             cert=login.certificate(),
             verify=str(ca_path) if ca_path is not None else True,
-            timeout=timeout_s,
+            timeout=(CONNECT_S, timeout_s),
             allow_redirects=False,
         )
 
@@ -178,8 +181,12 @@ class VaultConnection:
                 fresh_login = True
             except hvac.exceptions.InvalidPath:
                 raise NotFound(f"Vault {self.url}: {path}: nothing there; run `atoll vault setup`") from None
-            except (hvac.exceptions.InvalidRequest, hvac.exceptions.ParamValidationError):
-                raise Untrusted(f"Vault {self.url}: {path}: the request was refused (status 400)") from None
+            except (
+                hvac.exceptions.InvalidRequest,
+                hvac.exceptions.ParamValidationError,
+                hvac.exceptions.UnsupportedOperation,
+            ) as error:
+                raise Untrusted(f"Vault {self.url}: {path}: request refused ({type(error).__name__})") from None
             except (hvac.exceptions.VaultError, OSError) as error:  # the HTTP library's errors are OSErrors
                 if attempt == TRIES - 1:
                     raise self._unavailable(path, error) from None
