@@ -18,7 +18,7 @@ ROOT = "atoll/1"
 CHUNK_BYTES = 32_768
 REQUEST_WINDOW = 8
 
-StoreKind = Literal["manifest", "delivery", "blob", "artifact"]
+StoreKind = Literal["manifest", "delivery", "blob", "artifact", "tuf"]
 
 
 def plan_topic(tenant: str, model: str) -> str:

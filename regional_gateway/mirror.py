@@ -7,7 +7,9 @@ are dropped, so that one device cannot crowd out the others. An object that the 
 not got is remembered as missing for a moment. Only the kinds of `StoreKind` can be asked for: a region's plans and
 sealed keys lie in the same store.
 
-A published version's objects never change, so nothing kept here needs refreshing.
+A published version's objects never change, so nothing kept here needs refreshing, but for one: the timestamp of the TUF
+repository (kind `tuf`, whose files go by role and version) is fetched again when it is asked for and older than
+TIMESTAMP_SECONDS. While the coordinator is away the one that is kept is handed out.
 """
 
 from __future__ import annotations
@@ -43,18 +45,31 @@ CHUNK_BYTES_MAX = 8 * CHUNK_BYTES
 REQUEST_BYTES_MAX = 1_024
 MISSING_SECONDS = 2.0
 MISSING_MAX = 1_024
+TIMESTAMP = "timestamp.json"
+TIMESTAMP_SECONDS = 30.0
 
 
 class Mirror:
     """Answers the chunk requests of `region` out of `store`, fetching what is not there."""
 
-    def __init__(self, *, region: str, link: Link, store: ArtifactStore, fetch: Fetch, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        *,
+        region: str,
+        link: Link,
+        store: ArtifactStore,
+        fetch: Fetch,
+        metrics: Metrics,
+        timestamp_seconds: float = TIMESTAMP_SECONDS,
+    ) -> None:
         self._region, self._link, self._store, self._fetch = region, link, store, fetch
+        self._timestamp_seconds = timestamp_seconds
         self._waiting: asyncio.Queue[tuple[str, ChunkRequest]] = asyncio.Queue(WAITING_MAX)
         self._window: Counter[str] = Counter()
         self._fetches = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._fetching: dict[tuple[StoreKind, str], asyncio.Task[None]] = {}
         self._missing: dict[tuple[StoreKind, str], float] = {}
+        self._timestamp_until = 0.0
         self._requests = metrics.counter("mirror_requests", "Chunk requests by result.", ("result",))
         self._bytes = metrics.counter("mirror_bytes", "Bytes handed to devices, by kind of object.", ("kind",))
         self._fetched = metrics.counter("mirror_fetched_bytes", "Bytes fetched from the coordinator.", ("kind",))
@@ -112,7 +127,10 @@ class Mirror:
     async def _answer(self, request: ChunkRequest) -> ChunkResponse:
         """The chunk, or why there is none."""
         try:
-            require_digest(request.name, request.kind)
+            if request.kind != "tuf":
+                require_digest(request.name, request.kind)
+            elif request.name == TIMESTAMP and not request.kept_only:
+                await self._renew_timestamp()
             length = min(request.length, CHUNK_BYTES_MAX)
             try:
                 total, data = self._read(request, length)
@@ -124,6 +142,17 @@ class Mirror:
         except AtollError as error:
             return ChunkResponse(request.request, error=str(error))
         return ChunkResponse(request.request, total=total, offset=request.offset, data=data)
+
+    async def _renew_timestamp(self) -> None:
+        """Have a timestamp that is not old, if the coordinator gives one."""
+        now = asyncio.get_running_loop().time()
+        if now < self._timestamp_until:
+            return
+        try:
+            await self._have("tuf", TIMESTAMP)
+            self._timestamp_until = now + self._timestamp_seconds
+        except Unavailable as error:
+            log.info("timestamp of the TUF repository: %s", error)
 
     def _read(self, request: ChunkRequest, length: int) -> tuple[int, bytes]:
         """A chunk is a page or eight from the page cache: 20 us, less than the hop to a thread and back."""

@@ -121,7 +121,12 @@ class AskSource:
             left = end - self._monotonic()
             if left <= 0:
                 raise TooSlow(f"{name}: expected within {timeout_s:g} s, found {at} bytes")
-            total, piece = self._ask(name, at, self._piece_bytes, left)
+            try:
+                total, piece = self._ask(name, at, self._piece_bytes, left)
+            except TimeoutError:
+                raise TooSlow(f"{name}: expected within {timeout_s:g} s, found {at} bytes") from None
+            except OSError as error:  # the line's, which must not be taken for the disk's
+                raise Unavailable(f"{name}: {error.strerror or type(error).__name__}") from None
             if total < 0 or at + len(piece) > total or (at < total and not piece):
                 raise Malformed(f"{name}: expected bytes from {at} of {total}, found {len(piece)}")
             at += len(piece)

@@ -75,6 +75,15 @@ def test_asking_ends_at_its_deadline() -> None:
         list(AskSource(slow, monotonic=lambda: clock).open("a.json", 5.0))
 
 
+@pytest.mark.parametrize(("fault", "error"), [(TimeoutError(), TooSlow), (ConnectionResetError(), Unavailable)])
+def test_a_fault_of_the_line_is_not_taken_for_one_of_the_disk(fault: OSError, error: type[AtollError]) -> None:
+    def broken(name: str, at: int, length: int, timeout_s: float) -> tuple[int, bytes]:
+        raise fault
+
+    with pytest.raises(error):
+        list(AskSource(broken).open("a.json", 5.0))
+
+
 def test_bytes_beyond_the_limit_are_not_taken() -> None:
     taken = []
 
