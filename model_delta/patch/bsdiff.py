@@ -60,14 +60,21 @@ def make_patch(old: bytes, new: bytes, *, search_bytes_max: int = SEARCH_BYTES_M
     """
     runs = _worth_a_triple(align(old, new))
     aligned = _aligned(old, new, runs, _LEVELS[0])
-    searchable = max(len(old), len(new)) <= search_bytes_max
-    if _is_enough(len(aligned), old, new, runs) and not (searchable and _has_moved(old, new, runs)):
+    if aligns_well(len(aligned), old, new, runs, search_bytes_max):
         return aligned
     candidates = [aligned, _aligned(old, new, runs, *_LEVELS), _aligned(old, new, (), *_LEVELS)]
-    if searchable:
+    if max(len(old), len(new)) <= search_bytes_max:
         streams = bsdiff4.core.diff(old, new)
         candidates.append(_written(len(new), *(_packed([stream], *_LEVELS) for stream in streams)))
     return min(candidates, key=len)
+
+
+def aligns_well(
+    size: int, old: bytes, new: bytes, runs: Sequence[Run], search_bytes_max: int = SEARCH_BYTES_MAX
+) -> bool:
+    """Whether a patch of `size` bytes made of these runs, in any format, is one that no search would better."""
+    searchable = max(len(old), len(new)) <= search_bytes_max
+    return _is_enough(size, old, new, runs) and not (searchable and _has_moved(old, new, runs))
 
 
 def _is_enough(size: int, old: bytes, new: bytes, runs: Sequence[Run]) -> bool:

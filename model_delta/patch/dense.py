@@ -77,9 +77,6 @@ from model_delta.patch.tp1 import (
 from model_delta.segments import stored_tensors
 
 _SEGMENT_BYTES = 393_216
-_TRIED_BYTES = 524_288
-_COVERED_MIN = 0.99
-_SIZE_SHARE_MAX = 0.75
 _PIECE_BYTES = 65_536
 _NUMBERS_BYTES_MIN = 32
 _OPERATION_BITS = 48
@@ -112,22 +109,12 @@ def make_dense(old: bytes, new: bytes) -> bytes:
     """
     runs = align(old, new)
     bodies = {Body.SEGMENTS: b"".join(_segments(old, new, runs))}
-    if _doubtful(old, new, runs, len(bodies[Body.SEGMENTS])):
+    if not bsdiff.aligns_well(len(bodies[Body.SEGMENTS]), old, new, runs):
         bodies[Body.BSDIFF40] = bsdiff.make_patch(old, new)
         bodies[Body.BROTLI] = squeezed_whole(new, WINDOW_BITS_MAX)
     body = min(bodies, key=lambda kind: len(bodies[kind]))
     digests = hashlib.sha256(old).digest(), hashlib.sha256(new).digest()
     return pack_header(Header(body, WINDOW_BITS_MAX, len(old), len(new), *digests)) + bodies[body]
-
-
-def _doubtful(old: bytes, new: bytes, runs: tuple[Run, ...], size: int) -> bool:
-    """Whether something else than the runs may be shorter, or costs nothing to try."""
-    return (
-        max(len(old), len(new)) <= _TRIED_BYTES
-        or sum(run.size for run in runs) < _COVERED_MIN * len(new)
-        or size > _SIZE_SHARE_MAX * len(new)
-        or not stored_tensors(new)
-    )
 
 
 def _segments(old: bytes, new: bytes, runs: tuple[Run, ...]) -> Iterator[bytes]:
