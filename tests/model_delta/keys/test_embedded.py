@@ -119,6 +119,7 @@ def test_a_rotation_without_room_changes_nothing(tmp_path: Path) -> None:
 def test_the_form_is_transits() -> None:
     """A record spelled out, so that a change of the form is seen: nonce 0..11 under a wrapping key of 32 bytes 7."""
     wrapped = wrap({3: b"\x07" * 32}, "acme/1", b"k" * 32, lambda size: bytes(range(size)))
+    assert wrapped == (b"vault:v3:AAECAwQFBgcICQoLffkxaJhNVPS0Pp4FDlrQMcx9EV+t2cTJUz4HfLiSYTfjS7jZP4Gm8j+Ozqf0JmXI")
     prefix, version, body = wrapped.split(b":")
     assert (prefix, version, base64.b64decode(body)[:12]) == (b"vault", b"v3", bytes(range(12)))
     assert len(base64.b64decode(body)) == 12 + 32 + 16
