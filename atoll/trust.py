@@ -136,8 +136,12 @@ class Publishing:
 
 def trust_of(data: DataFolder, keyring: Keyring | None = None) -> Publishing:
     """The platform's TUF repository, in the coordinator's store; the folder's keyring is opened if none is given."""
-    store = DirectoryStore(data.child("coordinator") / "store")
-    return Publishing(store, data.child("trust"), keyring or open_keyring(data))
+    return Publishing(store_of(data), data.child("trust"), keyring or open_keyring(data))
+
+
+def store_of(data: DataFolder) -> DirectoryStore:
+    """The coordinator's store."""
+    return DirectoryStore(data.child("coordinator") / "store")
 
 
 def trust_init(
@@ -178,7 +182,7 @@ def trust_init(
             repository.add_targets(delegation.role, now, [publishing.release_signer()])
         publishing.publish(now)
         write_private(folder / "root.json", repository.root_bytes(1))
-    _report(data, publishing, now, as_json=as_json, before="The root of trust is in force.")
+    _report(data, repository, now, as_json=as_json, before="The root of trust is in force.")
 
 
 def trust_rotate(
@@ -205,7 +209,7 @@ def trust_rotate(
     if discard:
         with publishing.exclusive():
             _discard(repository, folder)
-        _report(data, publishing, now, as_json=as_json, before="What waited for signatures is forgotten.")
+        _report(data, repository, now, as_json=as_json, before="What waited for signatures is forgotten.")
         return
     following = (folder / f"{ONLINE_ROLES[-1]}.next.pem").exists()
     if "root" in repository.staged() and what != "targets" and (what == "online") != following:
@@ -245,16 +249,16 @@ def trust_rotate(
         else:
             _take_effect(publishing, folder, now, delegations)
             said = f"{' and '.join(f'{progress.role} {progress.version}' for progress in waiting)}: in force."
-    _report(data, publishing, now, as_json=as_json, before=said)
+    _report(data, repository, now, as_json=as_json, before=said)
 
 
 def trust_status(path: Path, *, as_json: bool) -> None:
     """Versions, expiries, days left, who can sign, and what waits for signatures."""
     data = DataFolder.open(path)
-    publishing = trust_of(data)
-    if not _version(publishing.repository):
+    repository = Repository(store_of(data))
+    if not _version(repository):
         raise ConfigurationError(f"{path}: no ceremony was held yet; start with `atoll trust init`")
-    _report(data, publishing, time.time(), as_json=as_json)
+    _report(data, repository, time.time(), as_json=as_json)
 
 
 def _take_effect(publishing: Publishing, folder: Path, now: float, delegations: Sequence[Delegation]) -> None:
@@ -362,8 +366,8 @@ def _missing(folder: Path, waiting: Sequence[Progress]) -> str:
     return "\n".join([*lines, "Run the same command with another --stick."])
 
 
-def _report(data: DataFolder, publishing: Publishing, now: float, *, as_json: bool, before: str = "") -> None:
-    repository, names = publishing.repository, _holders(data.child("trust"))
+def _report(data: DataFolder, repository: Repository, now: float, *, as_json: bool, before: str = "") -> None:
+    names = _holders(data.child("trust"))
     rows = [_row(status, names, now) for status in repository.status()]
     waiting = [
         {**msgspec.to_builtins(progress), "may_sign": [names.get(key, key) for key in progress.may_sign]}

@@ -129,7 +129,7 @@ def passphrases(
     found = {}
     for index, stick in enumerate(sticks):
         if files:
-            found[stick] = files[index if len(files) > 1 else 0].read_text().strip("\r\n")
+            found[stick] = _read(files[index if len(files) > 1 else 0])
         elif environment.get(VARIABLE):
             found[stick] = environment[VARIABLE]
         elif sys.stdin.isatty():
@@ -137,6 +137,13 @@ def passphrases(
         else:
             raise ConfigurationError(f"{stick}: no passphrase; pass --passphrase-file or set {VARIABLE}")
     return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: expected a passphrase as text, found {type(error).__name__}") from None
 
 
 def _asked(stick: Path, *, new: bool) -> str:

@@ -126,6 +126,18 @@ def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "sticks").exists()
 
 
+def test_a_passphrase_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    held = Ceremony(tmp_path)
+    held.words.write_bytes(b"\xff\xfe\x00")
+    assert "expected a passphrase as text" in held.refused("init", sticks="a b c")
+
+
+def test_a_status_makes_nothing(tmp_path: Path) -> None:
+    held = Ceremony(tmp_path)
+    held.refused("status")
+    assert not (held.data / "keyring").exists()
+
+
 def test_the_wrong_passphrase_opens_nothing(ceremony: Ceremony) -> None:
     ceremony.words.write_text("not those words at all")
     assert "the passphrase does not open it" in ceremony.refused("rotate", "root", sticks="ann ben")
