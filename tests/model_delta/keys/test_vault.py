@@ -8,6 +8,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -94,6 +95,18 @@ def test_a_tenant_whose_old_versions_were_trimmed_moves_too(server: Server, tmp_
     assert ring.rotate() == 5
     ring.trim(5)
     assert ring.versions() == KeyVersions(5, 5)
+
+
+def test_a_keyring_of_before_a_role_moves_and_gets_the_role_there(server: Server, tmp_path: Path) -> None:
+    local = EmbeddedKeyring.create(tmp_path / "keyring", "soylent", lambda: NOW)
+    older = msgspec.structs.replace(
+        local.contents, roles={role: keys for role, keys in local.contents.roles.items() if role != "baseline"}
+    )
+    for _ in range(2):
+        setup(server.admin(), TenantPaths("soylent"), moved=older, clock=lambda: NOW)
+    ring = server.keyring("soylent", NOW)
+    assert ring.public_key("plan") == local.public_key("plan")
+    assert ring.public_key("baseline") != local.public_key("baseline")
 
 
 def test_keys_are_not_moved_over_others(server: Server, tmp_path: Path) -> None:
