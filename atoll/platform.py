@@ -116,7 +116,9 @@ def open_keyring(data: DataFolder) -> Keyring:
 
         return keyring_at(place_of(data))
     if data.keyring_path.exists():
-        return EmbeddedKeyring.open(data.keyring_path)
+        keyring = EmbeddedKeyring.open(data.keyring_path)
+        keyring.add_missing_roles()
+        return keyring
     return EmbeddedKeyring.create(data.keyring_path, TENANT)
 
 

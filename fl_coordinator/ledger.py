@@ -28,7 +28,7 @@ from model_delta.task import AggregatorKey
 from monitoring.collector import Fold, judge_range
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, merge_summaries
 
-SCHEMA = 2
+SCHEMA = 3
 EVENTS_KEPT = 5_000
 
 _SCHEMA_1 = """
@@ -80,6 +80,12 @@ CREATE TABLE privacy_openings (
 CREATE TABLE privacy_devices (
     device_id TEXT NOT NULL, round_id TEXT NOT NULL, attempt INTEGER NOT NULL,
     PRIMARY KEY (device_id, round_id, attempt)) WITHOUT ROWID;
+"""
+
+_SCHEMA_3 = """
+CREATE TABLE version_reports (
+    device_id TEXT NOT NULL, model TEXT NOT NULL, counter INTEGER NOT NULL, serial INTEGER NOT NULL DEFAULT 0,
+    heard REAL NOT NULL, report BLOB NOT NULL, plan BLOB NOT NULL DEFAULT x'', PRIMARY KEY (device_id, model));
 """
 
 
@@ -182,6 +188,19 @@ class DeviceOutcome(msgspec.Struct, frozen=True):
     outcome: UpdateOutcome
 
 
+class Directed(msgspec.Struct, frozen=True, kw_only=True):
+    """What is remembered of a device's directing: its newest version report (`counter`, `heard` in Unix seconds, and
+    the signed bytes), and the newest plan that it was sent (`serial`, and the signed bytes; b"" before the first)."""
+
+    device_id: str
+    model: str
+    counter: int
+    serial: int = 0
+    heard: float
+    report: bytes
+    plan: bytes = b""
+
+
 class Ledger:
     """The coordinator's durable memory. Safe to call from several threads; calls are serialised.
 
@@ -214,7 +233,7 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN EXCLUSIVE")
-            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2)):
+            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2), (3, _SCHEMA_3)):
                 if found < version:
                     for statement in schema.split(";\n"):
                         if statement.strip():
@@ -588,6 +607,35 @@ class Ledger:
                 (report.device_id, outcome.manifest, outcome.event, now, pack(outcome)),
             )
 
+    def directed(self, device_id: str) -> dict[str, Directed]:
+        """By model: the newest version report of a device, and the plan that it was sent."""
+        rows = self._rows(
+            "SELECT device_id, model, counter, serial, heard, report, plan FROM version_reports WHERE device_id = ?",
+            (device_id,),
+        )
+        return {row[1]: _directed(row) for row in rows}
+
+    def all_directed(self) -> list[Directed]:
+        """The newest version report and plan of every device and model, the longest unheard first."""
+        return [
+            _directed(row)
+            for row in self._rows(
+                "SELECT device_id, model, counter, serial, heard, report, plan FROM version_reports ORDER BY heard"
+            )
+        ]
+
+    def save_directed(self, records: Iterable[Directed]) -> None:
+        """Keep reports and plans, all in one transaction. Counters and serials never sink: an older record changes
+        nothing."""
+        with self._write() as db:
+            db.executemany(
+                "INSERT INTO version_reports VALUES (?,?,?,?,?,?,?) ON CONFLICT (device_id, model) DO UPDATE SET"
+                " counter = excluded.counter, serial = excluded.serial, heard = excluded.heard,"
+                " report = excluded.report, plan = excluded.plan"
+                " WHERE excluded.counter > counter AND excluded.serial >= serial",
+                [(r.device_id, r.model, r.counter, r.serial, r.heard, r.report, r.plan) for r in records],
+            )
+
     def summaries(self, manifests: Sequence[str] | None = None, plan_serial_min: int = 0) -> list[DeviceSummary]:
         """Folded summaries of some versions (None: of all), of plans not older than `plan_serial_min`."""
         query = "SELECT device_id, plan_serial, record FROM summaries WHERE plan_serial >= ?"
@@ -636,6 +684,18 @@ _DEVICE_COLUMNS = (
     "device_id, kind, tenant, device_class, region, labels, certificate, certificate_serial, enrolled, last_seen,"
     " running, state, safe_mode, plan_serial, dropped, lost_requests"
 )
+
+
+def _directed(row: Any) -> Directed:
+    return Directed(
+        device_id=row[0],
+        model=row[1],
+        counter=int(row[2]),
+        serial=int(row[3]),
+        heard=float(row[4]),
+        report=bytes(row[5]),
+        plan=bytes(row[6]),
+    )
 
 
 def _device(row: Any) -> DeviceRecord:

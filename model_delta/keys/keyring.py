@@ -32,7 +32,9 @@ from model_delta.trust.signing import Envelope, key_id, load_public_key, public_
 from model_delta.trust.signing import sign as sign_envelope
 from model_delta.trust.updater import RoleKeys, TrustAnchors
 
-ROLES = ("release", "plan", "round", "baseline")
+ROLES = ("release", "plan", "round", "baseline", "director")
+LATER_ROLES = frozenset({"director"})
+"""Roles that keyrings made by an earlier program have no keys for; without them everything else still works."""
 SIGNED_BYTES_MAX = 8 << 20
 """What `sign_bytes` takes: far above any metadata file, far below what a key service accepts in one request."""
 
@@ -113,7 +115,6 @@ class EmbeddedKeyring:
     def __init__(self, path: Path, contents: KeyFile, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
-        self._roles = {role: tuple(map(_load_role_key, keys)) for role, keys in contents.roles.items()}
         self._authority_key = _load_authority_key(contents.authority_key)
         self._take(contents)
 
@@ -152,6 +153,22 @@ class EmbeddedKeyring:
     def contents(self) -> KeyFile:
         """All of it, private keys too: for the one ceremony that moves a tenant to a key service."""
         return self._contents
+
+    def add_missing_roles(self) -> tuple[str, ...]:
+        """Make keys for the roles that an earlier program knew nothing of; which these were. Durable."""
+
+        def with_all(before: KeyFile) -> KeyFile:
+            fresh = {
+                role: (_private_bytes(ed25519.Ed25519PrivateKey.generate()),)
+                for role in ROLES
+                if role not in before.roles
+            }
+            return msgspec.structs.replace(before, format=keyfile.FORMAT, roles={**before.roles, **fresh})
+
+        missing = tuple(role for role in ROLES if role not in self._contents.roles)
+        if missing:
+            self._take(keyfile.change(self._path, with_all))
+        return missing
 
     def new_key(self, context: str) -> tuple[bytes, bytes]:
         """A fresh artifact key from the operating system, and the same wrapped."""
@@ -278,6 +295,7 @@ class EmbeddedKeyring:
 
     def _take(self, contents: KeyFile) -> None:
         self._contents = contents
+        self._roles = {role: tuple(map(_load_role_key, keys)) for role, keys in contents.roles.items()}
         self._wrapping = {item.version: item.key for item in contents.wrapping_keys}
         self._revoked = frozenset(int.from_bytes(serial, "big") for serial in contents.revoked)
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from fl_coordinator.ledger import AdmittedContribution, DeviceRecord, Ledger, ReleaseRecord, StageEvent
+from fl_coordinator.ledger import AdmittedContribution, DeviceRecord, Directed, Ledger, ReleaseRecord, StageEvent
 from fl_coordinator.privacy import Spend
 from model_delta.errors import Malformed, NotFound, Unavailable
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
@@ -195,7 +196,7 @@ def test_a_newer_schema_and_a_stranger_file_are_refused_by_name(tmp_path: Path) 
         Ledger(other)
 
 
-def test_a_ledger_of_the_first_schema_opens_and_gains_the_privacy_account(tmp_path: Path) -> None:
+def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     first = Ledger(path)
     first.save_round(round_id="r1", model="fraud", state="OPENED", created=1.0, record=b"r")
@@ -203,12 +204,28 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_the_privacy_account(tmp_pa
     raw = sqlite3.connect(path)
     raw.execute("DROP TABLE privacy_openings")
     raw.execute("DROP TABLE privacy_devices")
+    raw.execute("DROP TABLE version_reports")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
     assert ledger.rounds() == [b"r"]
     ledger.spend_privacy("r1", 1, "fraud", Spend(4.0), ["pos-1"])
     assert ledger.privacy_of_release("fraud") == [Spend(4.0)]
+    assert ledger.all_directed() == []
+    ledger.close()
+
+
+def test_an_older_version_report_changes_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    newer = Directed(device_id="pos-1", model="fraud", counter=7, serial=3, heard=2.0, report=b"r", plan=b"p")
+    ledger.save_directed([newer])
+    ledger.save_directed([msgspec.structs.replace(newer, counter=7, report=b"again")])
+    ledger.save_directed([msgspec.structs.replace(newer, counter=8, serial=2, plan=b"older")])
+    ledger.close()
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert ledger.directed("pos-1") == {"fraud": newer}
+    assert ledger.directed("pos-2") == {}
+    assert ledger.all_directed() == [newer]
     ledger.close()
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,6 +115,27 @@ def test_a_rotation_without_room_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "keyring-acme").read_bytes() == before
     assert ring.versions() == KeyVersions(1, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["keyring-acme"]
+
+
+def test_a_keyring_of_before_a_role_gains_its_key_and_keeps_the_others(tmp_path: Path) -> None:
+    ring = keyring(tmp_path)
+    path = tmp_path / "keyring-acme"
+    before = ring.contents
+
+    def older(contents: keyfile.KeyFile) -> keyfile.KeyFile:
+        return msgspec.structs.replace(contents, roles={k: v for k, v in contents.roles.items() if k != "director"})
+
+    keyfile.change(path, older)
+    opened = EmbeddedKeyring.open(path)
+    assert "director" not in opened.anchors().roles
+    assert opened.add_missing_roles() == ("director",)
+    assert opened.add_missing_roles() == ()
+    again = EmbeddedKeyring.open(path)
+    assert again.anchors() == opened.anchors() != ring.anchors()
+    assert {role: keys for role, keys in again.contents.roles.items() if role != "director"} == {
+        role: keys for role, keys in before.roles.items() if role != "director"
+    }
+    assert again.verify(opened.sign("director", "device-plan", b"p"), "device-plan", "director") == b"p"
 
 
 def test_the_form_is_transits() -> None:
