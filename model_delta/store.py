@@ -4,6 +4,10 @@ A store believes nothing and promises one thing: what `get` returns is what some
 digests. `DirectoryStore` keeps each object as a file `KIND/NAME`: written aside in `.writing`, flushed, renamed, and
 the folder flushed. A crash at any point leaves the old object or the new one, and at most a file in `.writing`, which
 the next store to open the folder sweeps away; a file that another process is still writing is locked and left alone.
+`.removing` is locked shared by each put and exclusively by each removal of something old, so that what was written
+again a moment ago is never taken for garbage.
+
+`store_url.open_store` finds the store that a URL names; those in buckets are in `object_store`.
 """
 
 from __future__ import annotations
@@ -12,8 +16,12 @@ import errno
 import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
@@ -50,8 +58,27 @@ class ArtifactStore(Protocol):
         """Forget an object; nothing happens when it is not there. The caller knows that nothing refers to it."""
 
 
+class StoredObject(msgspec.Struct, frozen=True):
+    """An object in an inventory: its size in bytes, and when it was written last in Unix seconds."""
+
+    kind: str
+    name: str
+    size: int
+    modified: float
+
+
+class InventoriedStore(ArtifactStore, Protocol):
+    """A store that can be cleaned."""
+
+    def entries(self, kind: str) -> tuple[StoredObject, ...]:
+        """What lies in a kind, by name."""
+
+    def remove_unchanged(self, entry: StoredObject) -> bool:
+        """Forget an object unless it was written since it was listed; whether it was removed."""
+
+
 class DirectoryStore:
-    """An `ArtifactStore` in a folder, which is made if it is not there. Any number of processes may share it."""
+    """An `InventoriedStore` in a folder, which is made if it is not there. Any number of processes may share it."""
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
@@ -66,7 +93,9 @@ class DirectoryStore:
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
                 _flush_folder(self._path)
-            if not any(self._write(target, data) for _ in range(_ATTEMPTS)):
+            with self._removals(fcntl.LOCK_SH):
+                written = any(self._write(target, data) for _ in range(_ATTEMPTS))
+            if not written:
                 raise Unavailable(f"store {self._path}: {kind} {name[:16]}: swept away while it was written; try again")
             _flush_folder(target.parent)
         except OSError as error:
@@ -78,12 +107,15 @@ class DirectoryStore:
             raise Unavailable(f"store {self._path}: {kind} {name[:16]}: {error.strerror}") from None
 
     def put_blob(self, data: bytes) -> str:
-        """See `ArtifactStore.put_blob`. A blob that is there already, undamaged, is not written again."""
+        """See `ArtifactStore.put_blob`. A blob that is there already, undamaged, is not written again, but counts as
+        written now."""
         digest = digest_of(data)
         try:
-            if digest_of(self.get(BLOB, digest)) == digest:
-                return digest
-        except NotFound:
+            with self._removals(fcntl.LOCK_SH):
+                if digest_of(self.get(BLOB, digest)) == digest:
+                    os.utime(self._file(BLOB, digest))
+                    return digest
+        except (NotFound, FileNotFoundError):
             pass
         self.put(BLOB, digest, data)
         return digest
@@ -97,8 +129,7 @@ class DirectoryStore:
 
     def read(self, kind: str, name: str, offset: int, length: int) -> tuple[int, bytes]:
         """See `ArtifactStore.read`. Raises Malformed for a negative offset or length."""
-        if offset < 0 or length < 0:
-            raise Malformed(f"{kind} {name[:16]}: expected a range, found offset {offset} and length {length}")
+        require_range(kind, name, offset, length)
         try:
             with self._file(kind, name).open("rb") as file:
                 total = os.fstat(file.fileno()).st_size
@@ -114,7 +145,7 @@ class DirectoryStore:
     def names(self, kind: str) -> tuple[str, ...]:
         """See `ArtifactStore.names`."""
         try:
-            return tuple(sorted(entry.name for entry in os.scandir(self._folder(kind)) if _NAME.fullmatch(entry.name)))
+            return tuple(sorted(entry.name for entry in os.scandir(self._folder(kind)) if is_name(entry.name)))
         except FileNotFoundError:
             return ()
 
@@ -122,16 +153,44 @@ class DirectoryStore:
         """See `ArtifactStore.remove`."""
         self._file(kind, name).unlink(missing_ok=True)
 
+    def entries(self, kind: str) -> tuple[StoredObject, ...]:
+        """See `InventoriedStore.entries`."""
+        found = []
+        for name in self.names(kind):
+            try:
+                state = self._file(kind, name).stat()
+            except FileNotFoundError:
+                continue
+            found.append(StoredObject(kind, name, state.st_size, state.st_mtime))
+        return tuple(found)
+
+    def remove_unchanged(self, entry: StoredObject) -> bool:
+        """See `InventoriedStore.remove_unchanged`."""
+        target = self._file(entry.kind, entry.name)
+        try:
+            with self._removals(fcntl.LOCK_EX):
+                state = target.stat()
+                if (state.st_size, state.st_mtime) != (entry.size, entry.modified):
+                    return False
+                target.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
     def _folder(self, kind: str) -> Path:
-        if not _KIND.fullmatch(kind):
-            raise Malformed(f"store: expected a kind of small letters, digits and '-', found {kind[:80]!r}")
-        return self._path / kind
+        return self._path / require_kind(kind)
 
     def _file(self, kind: str, name: str) -> Path:
-        folder = self._folder(kind)
-        if not _NAME.fullmatch(name):
-            raise Malformed(f"{kind}: expected a name of letters, digits, '.', '_', '-', found {name[:80]!r}")
-        return folder / name
+        return self._path / require_place(kind, name)
+
+    @contextmanager
+    def _removals(self, how: int) -> Iterator[None]:
+        descriptor = os.open(self._path / ".removing", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, how)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _write(self, target: Path, data: bytes) -> bool:
         aside = self._writing / f"{os.getpid()}-{os.urandom(8).hex()}"
@@ -165,6 +224,32 @@ class DirectoryStore:
                 pass  # somebody is writing it
             finally:
                 os.close(descriptor)
+
+
+def is_name(text: str) -> bool:
+    """Whether an object may be called that."""
+    return _NAME.fullmatch(text) is not None
+
+
+def require_kind(kind: str) -> str:
+    """`kind`. Raises Malformed unless it is one."""
+    if not _KIND.fullmatch(kind):
+        raise Malformed(f"store: expected a kind of small letters, digits and '-', found {kind[:80]!r}")
+    return kind
+
+
+def require_place(kind: str, name: str) -> str:
+    """KIND/NAME. Raises Malformed unless both are what they should be."""
+    require_kind(kind)
+    if not is_name(name):
+        raise Malformed(f"{kind}: expected a name of letters, digits, '.', '_', '-', found {name[:80]!r}")
+    return f"{kind}/{name}"
+
+
+def require_range(kind: str, name: str, offset: int, length: int) -> None:
+    """Raises Malformed for a negative offset or length."""
+    if offset < 0 or length < 0:
+        raise Malformed(f"{kind} {name[:16]}: expected a range, found offset {offset} and length {length}")
 
 
 def _flush_folder(path: Path) -> None:
