@@ -6,6 +6,7 @@ that is published. So a `kill -9` at any point is followed by a start that conti
 published again, rounds go on in the state in which they were, devices repeat what was not acknowledged.
 
     reception        reports, greetings and key requests of devices
+    director         which steps a device takes to its version
     intake           contributions, until they are in the updates log
     round_driver     each round through the table in `rounds`, a task per round
     rollout_driver   judges the rollouts every second
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fl_coordinator.desired_state import DesiredState
+from fl_coordinator.director import Director
 from fl_coordinator.enrolment import Enrolled, Enrolment, Registrar
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.intake import Intake
@@ -102,6 +104,17 @@ class Coordinator:
             clock=clock,
             note=self.note,
         )
+        self._director = Director(
+            tenant=tenant,
+            ledger=ledger,
+            keyring=keyring,
+            link=link,
+            publisher=publisher,
+            metrics=self.metrics,
+            clock=clock,
+            note=self.note,
+            want_direct=self._reception.want_direct,
+        )
         self._intake = Intake(ledger=ledger, log=log, keyring=keyring, link=link, metrics=self.metrics, clock=clock)
         self._rollouts = RolloutDriver(
             tenant=tenant,
@@ -152,15 +165,18 @@ class Coordinator:
             ("hello", "requests", self._reception.requests),
             ("key", "requests", self._reception.requests),
             ("report", "reports", self._reception.reports),
+            ("version", "versions", self._director.inbox),
             ("contribution", "contributions", self._intake.inbox),
         ):
             self._link.subscribe(f"{base}/{leaf}", self._into(inbox, queue))
         await asyncio.to_thread(self._reception.recall)
+        await asyncio.to_thread(self._director.recall)
         for round_id in await asyncio.to_thread(self._rounds.recall):
             self._rounds.due.put_nowait(round_id)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._forever("reports", self._reception.fold_reports), name="reports")
             tasks.create_task(self._forever("requests", self._reception.answer_request), name="requests")
+            tasks.create_task(self._forever("director", self._director.answer), name="director")
             tasks.create_task(self._forever("late patches", self._reception.make_late_patch), name="late patches")
             tasks.create_task(self._forever("contributions", self._intake.take), name="contributions")
             tasks.create_task(self._forever("tick", self._tick), name="tick")

@@ -366,6 +366,10 @@ class Publisher:
             if other.manifest not in offered and other.file_bytes == record.file_bytes
         )
 
+    def has_direct(self, base: str, target: str) -> bool:
+        """Whether a direct patch for late devices was tried already; see `offer_direct`."""
+        return self._store.has("delivery", late_delivery_name(target, base))
+
     def offer_direct(self, base: str, target: str) -> bool:
         """Make a direct patch from `base` to `target` for late devices; whether one was made. None is where there is
         one already, where it saves nothing, and between models. Blocking. Raises NotFound, Untrusted, StorageFull."""

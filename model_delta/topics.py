@@ -32,12 +32,12 @@ def round_topic(tenant: str, model: str) -> str:
 
 
 def up(device: str, channel: str) -> str:
-    """A topic the device writes. Channels: hello, report, contribution, key, req/{region}."""
+    """A topic the device writes. Channels: hello, report, version, contribution, key, req/{region}, trust/{region}."""
     return f"{ROOT}/dev/{device}/up/{channel}"
 
 
 def down(device: str, channel: str) -> str:
-    """A topic the device reads. Channels: res (chunks), key, ack (reports), receipt (contributions)."""
+    """A topic the device reads. Channels: res (chunks), key, plan, trust, ack (reports), receipt (contributions)."""
     return f"{ROOT}/dev/{device}/down/{channel}"
 
 
@@ -96,6 +96,17 @@ class KeyResponse(msgspec.Struct, frozen=True):
 
     request: int
     sealed: bytes = b""
+    error: str = ""
+
+
+class PlanAnswer(msgspec.Struct, frozen=True):
+    """What the director says to the version report with this `nonce`: `plan` is a sealed envelope of type
+    `device-plan`, or empty with an `error`. `rollout`: the newest sealed rollout plan, where the report shows that the
+    device does not know it. Nothing outside the envelopes is believed."""
+
+    nonce: bytes
+    plan: bytes = b""
+    rollout: bytes = b""
     error: str = ""
 
 
