@@ -125,6 +125,10 @@ def up(
     learning: Annotated[
         bool, typer.Option("--learning", help="Also start Flower and three aggregators, for federated rounds.")
     ] = False,
+    updates_log: Annotated[
+        str,
+        typer.Option(help="Where contributions are kept: kafka://host:port/topic or embedded; default: as before."),
+    ] = "",
     json: JsonOption = False,
 ) -> None:
     """Start a platform here: coordinator, broker and one gateway, with their state in a data folder.
@@ -133,7 +137,17 @@ def up(
     """
     from atoll.up import run_up
 
-    raise typer.Exit(run_up(data, port=port, region=region, broker=broker, learning=learning, as_json=json))
+    raise typer.Exit(
+        run_up(
+            data,
+            port=port,
+            region=region,
+            broker=broker,
+            learning=learning,
+            updates_log=updates_log,
+            as_json=json,
+        )
+    )
 
 
 @app.command()

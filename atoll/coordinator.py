@@ -21,6 +21,7 @@ from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, po
 from atoll.revocation import keep_list
 from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
 from atoll.trust import trust_of
+from atoll.updates import open_log, place_of
 from atoll.vouching import Vouching
 from device_sim.payments import FEATURES, PaymentSpec, generate
 from device_sim.payments_csv import CSV_FEATURES
@@ -35,7 +36,6 @@ from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.promotion import Evaluate, Evaluation
 from fl_coordinator.publishing import Publisher
-from fl_coordinator.updates_log import SegmentLog
 from model_delta.manifest import Manifest, TensorSpec
 from model_delta.store import DirectoryStore
 from monitoring.dashboard import page_routes
@@ -66,6 +66,7 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
     keyring = open_keyring(data)
     ledger = Ledger(folder / "ledger.sqlite")
     store = DirectoryStore(folder / "store")
+    log = await asyncio.to_thread(open_log, place_of(data), folder, ledger)
     bridge = FlowerBridge()
     broker = endpoints.broker
     async with MqttLink(host=broker.host, port=broker.port, client_id=COORDINATOR, tls=identity.tls()) as link:
@@ -73,7 +74,7 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
             tenant=TENANT,
             model=MODEL,
             ledger=ledger,
-            log=SegmentLog(folder / "updates"),
+            log=log,
             store=store,
             keyring=keyring,
             link=link,

@@ -39,7 +39,7 @@ class Bridge(Protocol):
 
 
 class UpdatesLog(Protocol):
-    """See `updates_log`."""
+    """See `updates_log`, which is embedded, and `kafka_log`."""
 
     def append(self, records: Sequence[bytes]) -> list[int]:
         """Make records durable; their offsets."""
@@ -52,4 +52,7 @@ class UpdatesLog(Protocol):
         """The offset that the next record gets."""
 
     def remove_before(self, offset: int) -> int:
-        """Let go of records below `offset`, as far as that saves something; how many files or segments."""
+        """Let go of records below `offset`, as far as that saves something; how many files or records."""
+
+    def close(self) -> None:
+        """Let go of files and connections; what was appended is durable already."""

@@ -7,7 +7,7 @@
 
 An offset is a byte position in the whole log and never changes. A power cut can leave a torn last frame; it was never
 acknowledged, so opening the log cuts it off. Damage anywhere else is not repaired but said. `ports.UpdatesLog` is what
-the coordinator needs of any log, embedded or not.
+the coordinator needs of any log; `kafka_log` is the other one.
 """
 
 from __future__ import annotations

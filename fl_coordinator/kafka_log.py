@@ -1,0 +1,277 @@
+"""Admitted contributions in a topic of Apache Kafka, for platforms whose updates must outlive one machine's disk.
+
+It does what the embedded log does (`ports.UpdatesLog`; one suite of tests holds both to it). The topic has a single
+partition, so that its offsets are one order of admission; they never change, and are what the ledger keeps. A record
+counts once it is on all in-sync replicas (`acks=all`) and the producer is idempotent, so that what it sends again after
+a lost answer is stored once. A coordinator that starts again goes on at the end of the topic: what a crash left there
+unnamed, the ledger does not know, and nobody counts; a record that the ledger does know is never appended again.
+
+Records are contributions: signed by devices and encrypted for the aggregators. Whoever runs the broker learns who sent
+how much and when, and can withhold, but neither read nor change one unnoticed (the ledger holds every digest).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
+
+from fl_coordinator.updates_log import RECORD_BYTES_MAX
+from model_delta.errors import Malformed, NotFound, Unavailable
+
+PATIENCE_S = 10.0
+_SLACK_BYTES = 2**20
+_PROPERTIES = ("security.protocol", "sasl.", "ssl.", "client.id")
+_NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
+
+_log = logging.getLogger("atoll.kafka")
+
+
+def place_of(url: str) -> tuple[str, str]:
+    """Brokers and topic of `kafka://host:port[,host:port]/topic`. Raises Malformed."""
+    parts = urlsplit(url)
+    topic = parts.path.removeprefix("/")
+    allowed = topic and len(topic) <= 249 and all(c.isascii() and (c.isalnum() or c in "._-") for c in topic)
+    if parts.scheme != "kafka" or not parts.netloc or not allowed or parts.query or "@" in parts.netloc:
+        raise Malformed(f"updates log: expected kafka://host:port/topic, found {url[:200]!r}")
+    return parts.netloc, topic
+
+
+class KafkaLog:
+    """The updates log in one topic, for one process that appends. Safe to call from several threads."""
+
+    def __init__(
+        self, url: str, properties: Mapping[str, str] | None = None, *, patience_s: float = PATIENCE_S
+    ) -> None:
+        """Reach the brokers, and create the topic when there is none. `properties` are librdkafka's for authentication
+        and TLS; every call ends within about `patience_s`.
+
+        Raises Unavailable when no broker answers, Malformed for a URL, a property or a topic that will not do.
+        """
+        self._url = url
+        brokers, self._topic = place_of(url)
+        for name in properties or {}:
+            if not name.startswith(_PROPERTIES):
+                raise Malformed(f"updates log: property {name!r}: expected one of {', '.join(_PROPERTIES)}")
+        self._patience_s = patience_s
+        self._settings: dict[str, Any] = {
+            **(properties or {}),
+            "bootstrap.servers": brokers,
+            "message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
+            "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 500,
+            "socket.connection.setup.timeout.ms": max(1000, int(patience_s * 1000)),
+            "log_level": 0,  # it tells of every broken connection; ours to tell is what failed in the end
+        }
+        self._lock = threading.Lock()
+        self._admin = AdminClient(self._settings, logger=_log)
+        self._require_topic()
+        self._producer = self._new_producer()
+        self._consumer = self._new_consumer()
+        self._next = -1
+        try:
+            self._low, self._end = self._bounds()
+        except Unavailable:
+            self.close()
+            raise
+
+    @property
+    def end(self) -> int:
+        """The offset that the next record gets. Raises Unavailable."""
+        with self._lock:
+            self._low, self._end = self._bounds()
+            return self._end
+
+    def append(self, records: Sequence[bytes]) -> list[int]:
+        """Hand `records` to the brokers, and return once all replicas have them; their offsets.
+
+        Raises Malformed for a record that is too long, with none appended, and Unavailable when an acknowledgement did
+        not come: some of the records may be there then, at offsets that nobody learns.
+        """
+        for record in records:
+            if len(record) > RECORD_BYTES_MAX:
+                raise Malformed(f"updates log: expected at most {RECORD_BYTES_MAX} bytes, found {len(record)}")
+        with self._lock:
+            offsets: dict[int, int] = {}
+            errors: list[str] = []
+
+            def settled(place: int) -> Any:
+                def tell(error: KafkaError | None, message: Message) -> None:
+                    offset = message.offset()
+                    if error is not None or offset is None:
+                        errors.append(str(error))
+                    else:
+                        offsets[place] = offset
+
+                return tell
+
+            try:
+                for place, record in enumerate(records):
+                    self._producer.produce(self._topic, record, partition=0, on_delivery=settled(place))
+                self._producer.flush(self._patience_s + 1.0)
+            except (BufferError, KafkaException) as error:
+                errors.append(str(error))
+            if errors or len(offsets) < len(records):
+                self._replace_producer()
+                raise Unavailable(f"updates log {self._url}: {errors[0] if errors else 'no acknowledgement'}")
+            self._end = max(self._end, *(offset + 1 for offset in offsets.values())) if offsets else self._end
+            return [offsets[place] for place in range(len(records))]
+
+    def read(self, offset: int) -> bytes:
+        """The record at `offset`. Raises NotFound outside of what the topic holds, Unavailable without an answer."""
+        with self._lock:
+            if not self._low <= offset < self._end:
+                self._low, self._end = self._bounds()
+            if not self._low <= offset < self._end:
+                raise NotFound(
+                    f"updates log {self._url}: no record at offset {offset}, it holds {self._low} to {self._end}"
+                )
+            if self._next != offset:
+                with _told(self._url):
+                    self._consumer.assign([TopicPartition(self._topic, 0, offset)])
+            self._next = -1
+            deadline = time.monotonic() + self._patience_s
+            while (left := deadline - time.monotonic()) > 0:
+                with _told(self._url):
+                    message = self._consumer.poll(left)
+                if message is None:
+                    continue
+                error, value = message.error(), message.value()
+                if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
+                    self._low, self._end = self._bounds()
+                    raise NotFound(f"updates log {self._url}: the record at offset {offset} was removed")
+                if error is not None:  # passing troubles are librdkafka's to cure; what lasts ends at the deadline
+                    continue
+                if message.offset() != offset:
+                    raise NotFound(f"updates log {self._url}: no record at offset {offset}, the next is another")
+                self._next = offset + 1
+                return bytes(value or b"")
+            raise Unavailable(f"updates log {self._url}: offset {offset} did not come within {self._patience_s:g} s")
+
+    def remove_before(self, offset: int) -> int:
+        """Have the brokers delete the records below `offset`; how many. Raises Unavailable."""
+        with self._lock:
+            self._low, self._end = self._bounds()
+            before = self._low
+            wanted = min(offset, self._end)
+            if wanted > before:
+                partition = TopicPartition(self._topic, 0, wanted)
+                asked = self._admin.delete_records([partition], request_timeout=self._patience_s)
+                with _told(self._url):
+                    asked[partition].result()
+                self._low = wanted
+            return max(0, wanted - before)
+
+    def close(self) -> None:
+        """Leave the brokers; everything appended is already durable."""
+        with contextlib.suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+        self._producer.purge()
+
+    def _bounds(self) -> tuple[int, int]:
+        with _told(self._url):
+            found = self._consumer.get_watermark_offsets(
+                TopicPartition(self._topic, 0), timeout=self._patience_s, cached=False
+            )
+        if found is None:
+            raise Unavailable(f"updates log {self._url}: no answer within {self._patience_s:g} s")
+        low, end = found
+        return max(low, 0), max(end, 0)
+
+    def _new_producer(self) -> Producer:
+        return Producer(
+            {
+                **self._settings,
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": 0,
+                "queue.buffering.max.kbytes": 2 * 2**20 - 1,
+                "message.timeout.ms": int(self._patience_s * 1000),
+                "request.timeout.ms": int(self._patience_s * 1000),
+            },
+            logger=_log,
+        )
+
+    def _replace_producer(self) -> None:
+        """A message that was given up must not be sent later on; an idempotent producer may also be beyond repair."""
+        self._producer.purge()
+        self._producer = self._new_producer()
+
+    def _new_consumer(self) -> Consumer:
+        return Consumer(
+            {
+                **self._settings,
+                "group.id": "atoll-updates-log",  # required, and never joined: positions are in the ledger
+                "enable.auto.commit": False,
+                "auto.offset.reset": "error",
+                "fetch.message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
+                "receive.message.max.bytes": 4 * RECORD_BYTES_MAX,
+                "queued.max.messages.kbytes": 65_536,
+                "fetch.wait.max.ms": 50,
+                "check.crcs": True,
+            },
+            logger=_log,
+        )
+
+    def _require_topic(self) -> None:
+        """The topic as it must be: one partition, nothing deleted by age or size or merged by key."""
+        with _told(self._url):
+            found = self._admin.list_topics(self._topic, timeout=self._patience_s).topics.get(self._topic)
+        if found is None or (found.error is not None and found.error.code() in _NO_TOPIC):
+            self._create_topic()
+            return
+        if len(found.partitions) != 1:
+            raise Malformed(
+                f"updates log {self._url}: expected a topic with 1 partition, found {len(found.partitions)}; "
+                "offsets of several have no common order, so name another topic"
+            )
+        resource = ConfigResource(ResourceType.TOPIC, self._topic)
+        with _told(self._url):
+            asked = self._admin.describe_configs([resource], request_timeout=self._patience_s)[resource].result()
+        values = {name: str(entry.value) for name, entry in asked.items()}
+        for name, expected in _TOPIC.items():
+            if name in values and values[name] != expected:
+                raise Malformed(
+                    f"updates log {self._url}: expected the topic's {name} to be {expected}, found {values[name]}; "
+                    "change it, or name a topic that is not there yet"
+                )
+
+    def _create_topic(self) -> None:
+        topic = NewTopic(self._topic, num_partitions=1, config=dict(_TOPIC))
+        try:
+            self._admin.create_topics([topic], request_timeout=self._patience_s)[self._topic].result()
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise Unavailable(f"updates log {self._url}: the topic cannot be created: {error}") from None
+        deadline = time.monotonic() + self._patience_s
+        while time.monotonic() < deadline:  # its leader is chosen a moment later
+            with _told(self._url):
+                found = self._admin.list_topics(self._topic, timeout=self._patience_s).topics[self._topic]
+            if found.error is None and found.partitions and found.partitions[0].leader >= 0:
+                return
+            time.sleep(0.05)
+        raise Unavailable(f"updates log {self._url}: the topic has no leader within {self._patience_s:g} s")
+
+
+_TOPIC: Mapping[str, str] = {
+    "cleanup.policy": "delete",
+    "retention.ms": "-1",
+    "retention.bytes": "-1",
+    "max.message.bytes": str(RECORD_BYTES_MAX + _SLACK_BYTES),
+}
+
+
+@contextlib.contextmanager
+def _told(url: str) -> Any:
+    """librdkafka's failures as ours. Raises Unavailable."""
+    try:
+        yield
+    except KafkaException as error:
+        raise Unavailable(f"updates log {url}: {error}") from None

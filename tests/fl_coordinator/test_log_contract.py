@@ -1,0 +1,233 @@
+"""What the coordinator needs of an updates log, asked of the embedded one and of a real Kafka broker alike."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fl_coordinator.kafka_log import KafkaLog, place_of
+from fl_coordinator.ports import UpdatesLog
+from fl_coordinator.updates_log import RECORD_BYTES_MAX, SegmentLog
+from model_delta.errors import Malformed, NotFound, Unavailable
+from tests.fakes.kafka_server import Broker, running
+
+Open = Callable[[], UpdatesLog]
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with running(tmp_path_factory.mktemp("kafka")) as found:
+        yield found
+
+
+@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a log is: a folder, or the URL of a topic that nobody has used."""
+    if request.param == "embedded":
+        return str(tmp_path)
+    return topic_on(request.getfixturevalue("broker"))
+
+
+@pytest.fixture
+def opened(place: str) -> Iterator[Open]:
+    """Opens the log, as often as a test likes, as a process that starts again does."""
+    logs: list[UpdatesLog] = []
+
+    def open_log() -> UpdatesLog:
+        if logs:
+            logs[-1].close()
+        logs.append(KafkaLog(place) if place.startswith("kafka:") else SegmentLog(Path(place), segment_bytes=4096))
+        return logs[-1]
+
+    yield open_log
+    if logs:
+        logs[-1].close()
+
+
+def topic_on(broker: Broker) -> str:
+    return f"kafka://{broker.address}/updates-{uuid.uuid4().hex}"
+
+
+def test_records_are_read_at_their_offsets_by_whoever_opens_the_log_next(opened: Open) -> None:
+    log = opened()
+    records = [b"one", b"", b"three" * 1000, bytes(range(256))]
+    offsets = log.append(records) + log.append([b"five"])
+    assert offsets == sorted(set(offsets))
+    assert [log.read(offset) for offset in reversed(offsets)] == [b"five", *reversed(records)]
+    again = opened()
+    assert again.end > offsets[-1]
+    assert [again.read(offset) for offset in offsets] == [*records, b"five"]
+    [new] = again.append([b"six"])
+    assert new > offsets[-1]
+    assert again.read(new) == b"six"
+
+
+def test_the_end_is_the_offset_of_what_comes_next(opened: Open) -> None:
+    log = opened()
+    for number in range(5):
+        end = log.end
+        assert log.append([b"x" * number]) == [end]
+    assert opened().append([b"y"]) != [end]
+
+
+def test_nothing_is_there_beyond_the_end(opened: Open) -> None:
+    log = opened()
+    with pytest.raises(NotFound):
+        log.read(0)
+    [offset] = log.append([b"one"])
+    with pytest.raises(NotFound):
+        log.read(log.end)
+    with pytest.raises(NotFound):
+        log.read(10**12)
+    assert log.read(offset) == b"one"
+    assert log.append([]) == []
+
+
+def test_old_records_go_and_the_offsets_of_the_others_stay(opened: Open) -> None:
+    log = opened()
+    offsets = [log.append([bytes([number]) * 3000])[0] for number in range(6)]
+    assert log.remove_before(offsets[4]) > 0
+    assert log.remove_before(offsets[4]) == 0
+    assert log.read(offsets[4]) == b"\x04" * 3000
+    with pytest.raises(NotFound):
+        log.read(offsets[0])
+    again = opened()
+    with pytest.raises(NotFound):
+        again.read(offsets[0])
+    assert again.read(offsets[5]) == b"\x05" * 3000
+    assert again.append([b"next"])[0] > offsets[5]
+    log = opened()
+    log.remove_before(log.end)
+    assert log.end > offsets[5]
+
+
+def test_a_record_that_is_too_long_is_refused_with_all_that_came_with_it(opened: Open) -> None:
+    log = opened()
+    with pytest.raises(Malformed, match="at most"):
+        log.append([b"small", bytes(RECORD_BYTES_MAX + 1)])
+    assert opened().end == 0
+
+
+def test_a_record_of_a_million_parameters_fits(opened: Open) -> None:
+    log = opened()
+    record = os.urandom(8 << 20)
+    [offset] = log.append([record])
+    assert log.read(offset) == record
+
+
+def test_threads_may_read_while_one_appends(opened: Open) -> None:
+    log = opened()
+    offsets = log.append([str(number).encode() for number in range(20)])
+    found: dict[int, bytes] = {}
+
+    def read(mine: list[int]) -> None:
+        found.update({offset: log.read(offset) for offset in mine})
+
+    threads = [threading.Thread(target=read, args=(offsets[part::3],)) for part in range(3)]
+    for thread in threads:
+        thread.start()
+    more = log.append([b"more"])
+    for thread in threads:
+        thread.join()
+    assert [found[offset] for offset in offsets] == [str(number).encode() for number in range(20)]
+    assert log.read(more[0]) == b"more"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fl_coordinator.kafka_log import KafkaLog
+from fl_coordinator.updates_log import SegmentLog
+place = sys.argv[1]
+log = KafkaLog(place) if place.startswith("kafka:") else SegmentLog(Path(place), segment_bytes=20_000)
+number = 0
+while True:
+    number += 1
+    offsets = log.append([f"{number}-{part}".encode() * 100 for part in range(3)])
+    for part, offset in enumerate(offsets):
+        print(offset, f"{number}-{part}", flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_a_writer_that_is_killed(place: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", WRITER, place], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    lines = [child.stdout.readline() for _ in range(40)]
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    lines += child.stdout.read().splitlines(keepends=True)
+    child.stdout.close()
+    log: UpdatesLog = KafkaLog(place) if place.startswith("kafka:") else SegmentLog(Path(place))
+    told = [line.split() for line in lines if line.endswith("\n")]
+    for offset, text in told:
+        assert log.read(int(offset)) == text.encode() * 100
+    assert log.end > int(told[-1][0])
+    log.close()
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_killed_keeps_what_it_acknowledged_and_is_waited_for(broker: Broker) -> None:
+    log = KafkaLog(topic_on(broker), patience_s=2.0)
+    offsets = log.append([b"before", b"the end"])
+    broker.end(signal.SIGKILL)
+    with pytest.raises(Unavailable, match="updates log kafka://"):
+        log.append([b"nobody takes this"])
+    with pytest.raises(Unavailable):
+        assert log.end
+    broker.start()
+    [after] = append_soon(log, b"after")
+    assert [log.read(offset) for offset in (*offsets, after)] == [b"before", b"the end", b"after"]
+    log.close()
+
+
+def append_soon(log: KafkaLog, record: bytes) -> list[int]:
+    """As the coordinator's loop does: again and again until the broker is back."""
+    for _ in range(30):
+        try:
+            return log.append([record])
+        except Unavailable:
+            continue
+    pytest.fail("the broker did not come back")
+
+
+@pytest.mark.slow
+def test_a_topic_that_would_lose_or_reorder_records_is_refused(broker: Broker) -> None:
+    from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+
+    admin = AdminClient({"bootstrap.servers": broker.address})
+    several, short = f"several-{uuid.uuid4().hex}", f"short-{uuid.uuid4().hex}"
+    wanted = [NewTopic(several, 3), NewTopic(short, 1, config={"retention.ms": "1000"})]
+    for made in admin.create_topics(wanted).values():
+        made.result(30)
+    with pytest.raises(Malformed, match="1 partition, found 3"):
+        KafkaLog(f"kafka://{broker.address}/{several}")
+    with pytest.raises(Malformed, match=r"retention\.ms to be -1, found 1000"):
+        KafkaLog(f"kafka://{broker.address}/{short}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["kafka://", "kafka://host:1", "kafka://host:1/", "http://host:1/t", "kafka://me:pw@host:1/t", "kafka://h:1/a b"],
+)
+def test_a_url_that_names_no_topic_is_refused(url: str) -> None:
+    with pytest.raises(Malformed, match="expected kafka://host:port/topic"):
+        place_of(url)
+
+
+def test_several_brokers_may_be_named_and_properties_only_for_security() -> None:
+    assert place_of("kafka://one:9092,two:9092/fraud.updates") == ("one:9092,two:9092", "fraud.updates")
+    with pytest.raises(Malformed, match="property 'acks'"):
+        KafkaLog("kafka://127.0.0.1:1/t", {"acks": "0"})
+
+
+def test_without_a_broker_the_log_is_unavailable_by_name() -> None:
+    with pytest.raises(Unavailable, match="updates log kafka://127"):
+        KafkaLog("kafka://127.0.0.1:1/t", patience_s=0.3)
