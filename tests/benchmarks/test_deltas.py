@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ from benchmarks import all as all_subjects
 from benchmarks import cost, deltas
 from benchmarks.claims import at_most_share
 from model_delta import graphs
+from model_delta.keys.keyring import EmbeddedKeyring
+from tests.model_delta.models import FEATURES, layers, model, nudged
 
 
 def file(step: float = 0.0) -> bytes:
@@ -37,6 +42,24 @@ def test_a_share_of_what_was_measured_beside_it() -> None:
     claim = at_most_share("x", 70.0, "B", 0.7, 100.0)
     assert (claim.ratio, claim.met, claim.target) == (0.7, True, "<= 0.7 x baseline")
     assert not at_most_share("x", 70.1, "B", 0.7, 100.0).met
+
+
+def test_the_planner_takes_the_direct_patch(tmp_path: Path) -> None:
+    sizes = (FEATURES, 96, 48, 1)
+    weights = [layers(1, sizes)]
+    for seed in range(3):
+        weights.append(nudged(weights[-1], seed))
+    sources = [model(one) for one in weights]
+    versions = [graphs.quantize_weights(sources[0])]
+    for before, source in pairwise(sources):
+        versions.append(graphs.quantize_weights(source, versions[-1], before))
+    chain, planned = deltas.behind(versions, EmbeddedKeyring.create(tmp_path / "keyring", "acme"))
+    assert (planned.kind, len(planned.steps)) == ("patch", 1)
+    assert 0 < planned.bytes < chain
+
+
+def test_everything_of_the_table_is_one_command() -> None:
+    assert {"checkin", "rewrap"} <= set(deltas.PARTS)
 
 
 @pytest.mark.slow

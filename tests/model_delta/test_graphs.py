@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model_delta import graphs
 from model_delta.errors import Malformed
+from model_delta.patch import container
 from model_delta.patch.bsdiff import make_patch
 from model_delta.segments import operators, read_tensor, stored_tensors
 from tests.model_delta.models import FEATURES, Layers, layers, model, normalisation, nudged, run, session_of
@@ -250,6 +251,29 @@ def test_a_parent_that_does_not_fit_is_ignored(parent: bytes) -> None:
         parent = graphs.quantize_weights(model(layers(1, (FEATURES, 8, 12, 1))))
     file = model(layers(1))
     assert graphs.quantize_weights(file, parent) == graphs.quantize_weights(file)
+
+
+def test_integers_stand_behind_everything_else() -> None:
+    dtypes = [tensor.dtype for tensor in stored_tensors(graphs.quantize_weights(model(layers(1))))]
+    assert dtypes.index("int8") == len(dtypes) - dtypes.count("int8")
+
+
+@pytest.mark.parametrize("format_", ["bsdiff40", "tp1"])
+def test_a_parent_in_another_order_aligns_by_name(format_: str) -> None:
+    weights = layers(1, (FEATURES, 256, 128, 1))
+    source, moved = model(weights), model(nudged(weights, 2, 1e-4))
+    parent = graphs.quantize_weights(source)
+    proto = onnx.ModelProto.FromString(parent)
+    named = {tensor.name: tensor for tensor in proto.graph.initializer}
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(named[name] for name in sorted(named))  # weights, scales and biases in turn
+    earlier = proto.SerializeToString(deterministic=True)
+    assert earlier != parent
+    child = graphs.quantize_weights(moved, earlier, source)
+    assert child == graphs.quantize_weights(moved, parent, source)
+    patch = container.make(format_, earlier, child)
+    assert container.apply_bytes(earlier, patch, len(child)) == child
+    assert len(patch) < len(container.make(format_, parent, child)) + 300
 
 
 def test_quantizing_is_deterministic_and_happens_once() -> None:
