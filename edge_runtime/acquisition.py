@@ -5,25 +5,32 @@ what the device holds is walked: a patch, a chain of patches, the segments that 
 that is damaged or was changed is no base, but its whole segments count: a device with a spoilt sector fetches the
 segments it stands in. A route that turns out spoilt (a patch that does not open, a base that is not what it seemed) is
 given up for the whole segments. Nothing here changes what runs.
+
+The new file is made from files, beside the inactive slot's, in a thread: payments are answered meanwhile, and memory
+does not grow with the model. Whether it fits is known before the first byte is fetched; if only the inactive slot's old
+version is in the way, that goes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping
 
 import msgspec
 
 from edge_runtime.fetching import Fetcher
-from edge_runtime.slots import Slots
-from model_delta.digest import require_match
+from edge_runtime.slots import InstalledVersion, SlotName, SlotRoom, Slots
+from model_delta.assembly import MemoryRoom, Room, check_file, is_finished, pieces_of, write_release
 from model_delta.encoding import unpack
-from model_delta.errors import AtollError, Malformed, NotFound, Unavailable
-from model_delta.manifest import Delivery, Manifest, late_delivery_name
+from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
+from model_delta.manifest import Delivery, Manifest, late_delivery_name, manifest_digest
+from model_delta.patch.access import BytesAccess, RandomAccess, require_match_at
 from model_delta.patch.route import NO_LIMITS, DeviceLimits, LinkCosts, Route, plan_update
 from model_delta.plan import RolloutPlan
-from model_delta.release import check_file, open_release, pieces_of, with_offers
+from model_delta.release import with_offers
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, check_release
 
 CHAIN_VERSIONS_MAX = 8
@@ -33,11 +40,11 @@ _log = logging.getLogger(__name__)
 
 
 class Acquired(msgspec.Struct, frozen=True):
-    """A version ready to be written to a slot (`file` None: it stands there already), the route taken, and the trust
-    state to store before it is switched to."""
+    """A version whose file is in the inactive slot's room, to be installed (or `stands` there already), the route taken
+    ("none" for one that an interrupted attempt had finished), and the trust state to store before it is switched to."""
 
     envelope: bytes
-    file: bytes | None
+    stands: bool
     route: str
     trust: TrustState
 
@@ -46,15 +53,16 @@ class Held(msgspec.Struct, frozen=True):
     """What is at hand: complete files by manifest digest, plain segments by their own, and the manifests of all files
     that stand in the slots, damaged ones too."""
 
-    files: dict[str, bytes]
-    pieces: dict[str, memoryview]
+    files: dict[str, RandomAccess]
+    pieces: dict[str, RandomAccess]
     manifests: dict[str, Manifest]
 
 
 class Acquisition:
-    """Brings versions for one device. `received` hears of every blob, so that the byte count survives a power cut.
-    `limits`: what the device can apply and hold; `cached_cost`: what a byte that the region's mirror has already costs,
-    when one from its origin costs 1 (1 where the device's own link is what is dear: then nobody is asked)."""
+    """Brings versions for one device. `received` hears of every blob, so that the byte count survives a power cut, and
+    `chosen` of the route before its file is made. `limits`: what the device can apply and hold; `cached_cost`: what a
+    byte that the region's mirror has already costs, when one from its origin costs 1 (1 where the device's own link is
+    what is dear: then nobody is asked)."""
 
     def __init__(
         self,
@@ -64,11 +72,12 @@ class Acquisition:
         anchors: TrustAnchors,
         clock: Callable[[], float],
         received: Callable[[], None],
+        chosen: Callable[[str], None],
         limits: DeviceLimits = NO_LIMITS,
         cached_cost: float = 1.0,
     ) -> None:
         self._slots, self._fetcher, self._anchors = slots, fetcher, anchors
-        self._clock, self._received = clock, received
+        self._clock, self._received, self._chosen = clock, received, chosen
         self._limits, self._cached_cost = limits, cached_cost
 
     async def bring(self, target: str, plan: RolloutPlan, trust: TrustState) -> Acquired:
@@ -80,27 +89,44 @@ class Acquisition:
             manifest = accept_manifest(present.envelope, target, self._anchors, self._clock())
             trust = check_release(manifest, plan, trust)
             with contextlib.suppress(AtollError):  # damaged on disk: what is whole of it is a start
-                check_file(manifest, self._slots.read_file(present))
-                return Acquired(present.envelope, None, "none", trust)
+                check_file(manifest, self._slots.read(present))
+                return Acquired(present.envelope, True, "none", trust)
         envelope = await self._fetcher.object("manifest", target)
         manifest = accept_manifest(envelope, target, self._anchors, self._clock())
         trust = check_release(manifest, plan, trust)
-        file, route = await self._by_cheapest(target, manifest, self._held())
-        return Acquired(envelope, file, route, trust)
+        room = self._slots.room(inactive)
+        room.adopt(target)
+        if await asyncio.to_thread(is_finished, manifest, room.read(target)):
+            return Acquired(envelope, False, "none", trust)
+        try:
+            route = await self._by_cheapest(target, manifest, await asyncio.to_thread(self._held), room)
+        except StorageFull:
+            if present is None:
+                raise
+            active = await asyncio.to_thread(self._held, self._slots.pointer())
+            route = await self._by_cheapest(target, manifest, active, room, given_up=present)
+        return Acquired(envelope, False, route.kind, trust)
 
     async def file_of(self, target: str, also_held: Mapping[str, bytes]) -> bytes:
-        """The checked file of a version that is read (trained from), not run; `also_held` are files by digest that are
-        at hand beside those in the slots. Raises as `bring`."""
-        held = self._held()
-        held = msgspec.structs.replace(held, files={**held.files, **also_held})
-        if target in held.files:
-            return held.files[target]
-        return (await self._by_cheapest(target, await self._believed(target), held))[0]
+        """The checked file of a version that is read (trained from), not run, in memory; `also_held` are files by
+        digest that are at hand beside those in the slots. Raises as `bring`."""
+        held, room = await asyncio.to_thread(self._held), MemoryRoom()
+        held.files.update({digest: BytesAccess(file) for digest, file in also_held.items()})
+        file = held.files.get(target)
+        if file is None:
+            await self._by_cheapest(target, await self._believed(target), held, room)
+            file = room.read(target)
+        if file is None:
+            raise NotFound(f"version {target[:16]}…: its file was not made")
+        return file.pread(0, file.size)
 
-    async def _by_cheapest(self, target: str, manifest: Manifest, held: Held) -> tuple[bytes, str]:
+    async def _by_cheapest(
+        self, target: str, manifest: Manifest, held: Held, room: Room, *, given_up: InstalledVersion | None = None
+    ) -> Route:
+        """Make the target's file in `room`; the route that was taken. `given_up`: what may go to make room for it."""
         deliveries = await self._ways_to(target, held)
         route = plan_update(
-            {digest: len(file) for digest, file in held.files.items()},
+            {digest: file.size for digest, file in held.files.items()},
             manifest,
             deliveries,
             pieces=held.pieces,
@@ -109,7 +135,8 @@ class Acquisition:
             limits=self._limits,
         )
         try:
-            return await self._walk(manifest, route, held), route.kind
+            await self._walk(manifest, route, held, room, given_up)
+            return route
         except AtollError as error:
             if isinstance(error, Unavailable) and not isinstance(error, NotFound):
                 raise
@@ -120,18 +147,60 @@ class Acquisition:
             if whole == route:
                 raise
             _log.warning("%s route to %s failed (%s): taking the whole", route.kind, target[:12], error)
-            return await self._walk(manifest, whole, Held({}, {}, {})), whole.kind
+            await self._walk(manifest, whole, Held({}, {}, {}), room, given_up)
+            return whole
 
-    async def _walk(self, manifest: Manifest, route: Route, held: Held) -> bytes:
-        between = [step.target for step in route.steps[:-1]]
-        manifests = {digest: await self._believed(digest) for digest in between}
+    async def _walk(
+        self, manifest: Manifest, route: Route, held: Held, room: Room, given_up: InstalledVersion | None
+    ) -> None:
+        manifests = {
+            step.target: held.manifests.get(step.target) or await self._believed(step.target)
+            for step in route.steps[:-1]
+        }
+        if isinstance(room, SlotRoom):
+            self._make_room(manifest, route, manifests, room, given_up)
+            self._chosen(route.kind)
         keys = {step.target: await self._fetcher.artifact_key(step.target) for step in route.steps}
         blobs = {}
         for step in route.steps:
             for blob in step.blobs:
                 blobs[blob.digest] = await self._fetcher.blob(blob)
                 self._received()
-        return open_release(manifest, route, blobs, keys, held=held.files, manifests=manifests, pieces=held.pieces)
+        await _in_thread(
+            lambda interrupted: write_release(
+                manifest,
+                route,
+                blobs,
+                keys,
+                room,
+                held=held.files,
+                manifests=manifests,
+                pieces=held.pieces,
+                interrupted=interrupted,
+            )
+        )
+
+    def _make_room(
+        self,
+        manifest: Manifest,
+        route: Route,
+        between: Mapping[str, Manifest],
+        room: SlotRoom,
+        given_up: InstalledVersion | None,
+    ) -> None:
+        """Raise StorageFull unless everything fits that is yet to be written: the rest of the blobs, the largest patch
+        once more (opened), and the files, of which two in a row stand here at a time."""
+        blobs = {blob.digest: blob.size for step in route.steps for blob in step.blobs}
+        patches = [step.blobs[0].size for step in route.steps if step.kind == "patch"]
+        sizes = [between[step.target].size for step in route.steps[:-1]] + [manifest.size]
+        pairs = [sum(sizes[max(0, index - 1) : index + 1]) for index in range(len(sizes))]
+        here = sum(room.size(step.target) for step in route.steps)
+        needed = sum(max(0, size - self._slots.received(digest)) for digest, size in blobs.items())
+        needed += max(patches, default=0) + max(0, max(pairs) - here)
+        freed = 0 if given_up is None else self._slots.read(given_up).size
+        self._slots.require_room(needed - freed, f"version {manifest_digest(manifest)[:12]} of {manifest.model}")
+        if given_up is not None:
+            self._slots.clear_slot(given_up.slot)
 
     async def _costs(self, deliveries: Mapping[str, Delivery], bases: set[str]) -> LinkCosts:
         """What the blobs cost here. The mirror is asked what it has only where that makes a difference, and only about
@@ -143,18 +212,19 @@ class Acquisition:
         near = [offer.blob for offer in offers if offer.base in deliveries or offer.base in bases][:CACHE_QUESTIONS_MAX]
         return LinkCosts(cached=self._cached_cost, in_region=await self._fetcher.in_region(near), at_hand=at_hand)
 
-    def _held(self) -> Held:
-        """What both slots hold; of a file that is not what its manifest says, the segments that are."""
+    def _held(self, *slots: SlotName | None) -> Held:
+        """What the slots hold, both unless named; of a file that is not what its manifest says, the segments that are.
+        Where both have a segment it is the active slot's."""
         held = Held({}, {}, {})
-        for slot in (self._slots.pointer(), self._slots.inactive()):
+        for slot in slots or (self._slots.inactive(), self._slots.pointer()):
             version = self._slots.installed(slot)
             if version is None:
                 continue
             with contextlib.suppress(AtollError):
-                file = self._slots.read_unchecked(version)
+                file = self._slots.read(version)
                 held.pieces.update(pieces_of(version.manifest, file))
                 held.manifests[version.digest] = version.manifest
-                require_match(file, version.manifest.file_digest, f"model file of slot {slot}")
+                require_match_at(file, version.manifest.file_digest, f"model file of slot {slot}")
                 held.files[version.digest] = file
         return held
 
@@ -202,3 +272,16 @@ class Acquisition:
 def _bases(delivery: Delivery) -> list[str]:
     """What a version's patches start from, in the order of its delivery."""
     return list(dict.fromkeys(offer.base for offer in delivery.offers))
+
+
+async def _in_thread(work: Callable[[Callable[[], bool]], object]) -> None:
+    """Do blocking `work` beside the event loop. It is told when the caller is cancelled, and has ended when this has:
+    two writers in one room would be one too many."""
+    cancelled = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, cancelled.is_set))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        cancelled.set()
+        await asyncio.gather(task, return_exceptions=True)
+        raise

@@ -24,6 +24,7 @@ from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, DigestMismatch, Malformed, NotFound, Unavailable
 from model_delta.keys.encryption import open_sealed
 from model_delta.manifest import Blob
+from model_delta.patch.access import RandomAccess
 from model_delta.topics import (
     CHUNK_BYTES,
     REQUEST_WINDOW,
@@ -86,8 +87,8 @@ class Fetcher:
             parts.append(chunk)
         return b"".join(parts)
 
-    async def blob(self, blob: Blob) -> bytes:
-        """A sealed blob, checked against its digest; resumes at the first chunk not on disk. Raises Unavailable,
+    async def blob(self, blob: Blob) -> RandomAccess:
+        """A sealed blob on disk, checked against its digest; resumes at the first chunk not there. Raises Unavailable,
         NotFound, StorageFull, and DigestMismatch when every region gives other bytes."""
         for attempt in range(len(self._regions) + 1):
             async with self._blob_lock:  # an update and a round may want the same blob at the same time

@@ -6,6 +6,7 @@ The runtime behind it is handed in (`OpenModel`), so that a device without onnxr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,8 @@ class LoadedModel(Protocol):
     def run(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]: ...
 
 
-OpenModel = Callable[[Manifest, bytes], LoadedModel]
+OpenModel = Callable[[Manifest, Path], LoadedModel]
+"""Opens a version from the path of its file, which has just been checked."""
 RunGraph = Callable[[bytes, Arrays], dict[str, NDArray[np.generic]]]
 
 

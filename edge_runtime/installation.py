@@ -29,10 +29,10 @@ from edge_runtime.probation import LiveRecord, ProbationRules, Verdict, judge_go
 from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, other_slot
 from edge_runtime.update import Command, Event, Refusal, State, step
 from edge_runtime.waiting import wait_at_most
+from model_delta.assembly import root_of
 from model_delta.errors import AtollError, Expired, StorageFull, Unavailable
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
-from model_delta.release import root_of
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan
 from monitoring.telemetry import UpdateOutcome
 
@@ -85,6 +85,7 @@ class Installation:
             anchors=anchors,
             clock=clock,
             received=self._count_received,
+            chosen=self._note_route,
             limits=limits,
             cached_cost=cached_cost,
         )
@@ -137,7 +138,7 @@ class Installation:
         if version is None:
             return ""
         try:
-            return root_of(version.manifest, self._slots.read_unchecked(version))
+            return root_of(version.manifest, self._slots.read(version))
         except AtollError:
             return ""
 
@@ -275,9 +276,8 @@ class Installation:
             raise Unavailable("no valid plan at hand that asks for this version")
         slot = self._slots.inactive()
         acquired = await self._acquisition.bring(self.record.target, self._plan, self.record.trust)
-        if acquired.file is not None:
-            self._write(route=acquired.route)  # first: a power cut behind the next line must not forget it
-            self._slots.write_slot(slot, acquired.envelope, acquired.file)
+        if not acquired.stands:
+            self._slots.install(slot, acquired.envelope)
         self._slots.clear_incoming()
         return {
             "slot": slot,
@@ -298,6 +298,11 @@ class Installation:
         total, self._fetcher.bytes_received = self._bytes_received(), 0
         self.record = msgspec.structs.replace(self.record, bytes_received=total)
         self._slots.write_record(self.record, durable=False)
+
+    def _note_route(self, route: str) -> None:
+        """Durable before the file is made: a power cut behind that must not forget how it was made."""
+        if route != self.record.route:
+            self._write(route=route)
 
     # -- switch, judge, restore
 
@@ -409,7 +414,7 @@ class Installation:
         """Open a slot's version after checking signature and file. Expiry is judged at each answer instead."""
         with contextlib.suppress(Expired):
             accept_manifest(version.envelope, version.digest, self._anchors, self._clock())
-        return self._open_model(version.manifest, self._slots.read_file(version))
+        return self._open_model(version.manifest, self._slots.model_file(version))
 
     # -- the record
 

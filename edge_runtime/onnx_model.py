@@ -7,11 +7,13 @@ version share one session: it is thread-safe, costs nothing per device and keeps
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ _GRAPHS_MAX = 4
 class OnnxModel:
     """One session. `digest` is the manifest's (or, for a bare graph, the file's)."""
 
-    def __init__(self, digest: str, file: bytes, what: str) -> None:
+    def __init__(self, digest: str, file: bytes | Path, what: str) -> None:
         self.digest = digest
         self._session = _open_session(file, what)
         self._inputs = {item.name: item for item in self._session.get_inputs()}
@@ -46,9 +48,10 @@ class OnnxModel:
         return dict(zip(self._outputs, results, strict=True))
 
 
-def open_model(manifest: Manifest, file: bytes) -> OnnxModel:
-    """The version as a loaded model; the one that is already open in this process, if it is. `file` has been checked
-    against the manifest. Raises Malformed when onnxruntime refuses it or its inputs are not the manifest's."""
+def open_model(manifest: Manifest, file: bytes | Path) -> OnnxModel:
+    """The version as a loaded model; the one that is already open in this process, if it is. `file`, in memory or by
+    its path (which saves a copy of it), has been checked against the manifest. Raises Malformed when onnxruntime
+    refuses it or its inputs are not the manifest's."""
     digest = manifest_digest(manifest)
     with _lock:
         found = _models.get(digest)
@@ -77,7 +80,7 @@ def run_graph(graph: bytes, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDA
     return found.run(inputs)
 
 
-def _open_session(file: bytes, what: str) -> Any:
+def _open_session(file: bytes | Path, what: str) -> Any:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -88,15 +91,26 @@ def _open_session(file: bytes, what: str) -> Any:
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    kinds = operators(file)
+    kinds = operators(file) if isinstance(file, bytes) else _operators_at(file)
     if "DequantizeLinear" in kinds and "QuantizeLinear" not in kinds:
         # Only weights are int8: restore them once, at load. By default the runtime restores them on every run, and
         # rounds the activations of some layers to int8, which moves scores by up to 4e-3.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            file if isinstance(file, bytes) else str(file), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         raise Malformed(f"{what}: onnxruntime cannot open it: {_first_line(error)}") from None
+
+
+def _operators_at(path: Path) -> frozenset[str]:
+    """The operators of a model file, of which only the parts that name them are read."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return frozenset()  # an empty file cannot be mapped
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return operators(cast(bytes, view))
 
 
 def _first_line(error: Exception) -> str:

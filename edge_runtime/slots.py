@@ -2,6 +2,7 @@
 
     slots/a/manifest.envelope, model.bin     a complete version, or nothing
     slots/b/...
+    slots/b/<name>.part                      a file in the making (see `SlotRoom`), in the slot that is not in use
     pointer                                  "a", "b" or "-": which slot answers
     update.record                            State, target, counters, TrustState: one file, replaced as a whole
     incoming/<digest>.part                   the chunks of a blob received so far, in order, without a hole
@@ -9,8 +10,9 @@
 
 Every replacement is write to a temporary file, fsync, rename, fsync of the directory (POSIX rename is atomic; the
 second fsync makes it durable): after a power cut a reader sees the old or the new content, never a mixture. Parts are
-the exception: they are appended with plain writes, since what a power cut may do to them (a shorter file, a tail of
-zeros) is found when the blob's digest is checked, and costs one blob.
+the exception: they are written with plain writes, since what a power cut may do to them (a shorter file, a tail of
+zeros) is found when digests are checked, and costs one blob, or the segments that are not whole. A part becomes a
+slot's file as every replacement does: fsync, rename, fsync.
 
 Compatibility promise: see `encoding` for `update.record`; file names are never changed.
 """
@@ -21,17 +23,18 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import msgspec
 
 from edge_runtime.update import State
-from model_delta.digest import digest_of, require_digest, require_match
+from model_delta.digest import require_digest, require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, NotFound, StorageFull
+from model_delta.errors import AtollError, DigestMismatch, Malformed, NotFound, StorageFull
 from model_delta.manifest import Manifest, manifest_digest, parse_manifest
+from model_delta.patch.access import Part, PathAccess, RandomAccess, require_match_at
 from model_delta.trust.signing import open_envelope
 from model_delta.trust.updater import TrustState
 from monitoring.telemetry import UpdateOutcome
@@ -76,11 +79,55 @@ class InstalledVersion(msgspec.Struct, frozen=True):
     envelope: bytes
 
 
-class Slots:
-    """The device's folder. One process at a time; the holder of the object is the only writer."""
+class SlotRoom:
+    """Where a slot's next file is made: `assembly.Room` in the slot's folder. What was written stays there over a power
+    cut, until the version is installed or the update has ended."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """The file to read and write, with what is in it. Raises StorageFull; what was written is kept."""
+        path = self._path(name)
+        with storage_errors(path), os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            yield file
+
+    def read(self, name: str) -> RandomAccess | None:
+        """What stands there by that name."""
+        path = self._path(name)
+        return PathAccess(path) if path.exists() else None
+
+    def remove(self, name: str) -> None:
+        """Forget the file, if there is one."""
+        self._path(name).unlink(missing_ok=True)
+
+    def adopt(self, name: str) -> None:
+        """Take up a file whose installation a power cut ended between the file and its manifest."""
+        model = self._folder / "model.bin"
+        if model.exists() and not (self._folder / "manifest.envelope").exists() and not self._path(name).exists():
+            model.rename(self._path(name))
+
+    def size(self, name: str) -> int:
+        """How many bytes stand there by that name."""
+        found = self.read(name)
+        return 0 if found is None else found.size
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.part"
+
+
+def free_bytes(path: Path) -> int:
+    """How many bytes the file system of `path` has left for us."""
+    return shutil.disk_usage(path).free
+
+
+class Slots:
+    """The device's folder. One process at a time; the holder of the object is the only writer. `free`: how many bytes
+    there is room for."""
+
+    def __init__(self, directory: Path, *, free: Callable[[Path], int] = free_bytes) -> None:
+        self.directory, self._free = directory, free
         self._incoming = directory / "incoming"
         for folder in (self._incoming, *(directory / "slots" / name for name in SLOTS)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,21 +166,55 @@ class Slots:
         """The slot that a new version goes to."""
         return "b" if self.pointer() == "a" else "a"
 
-    def write_slot(self, slot: SlotName, envelope: bytes, file: bytes) -> None:
-        """Fill `slot` with a version. The manifest is written last: a slot without one is empty. Raises Malformed for
-        the slot that is in use (it must stay whole), DigestMismatch if the file is not the manifest's, StorageFull."""
+    def room(self, slot: SlotName) -> SlotRoom:
+        """Where the next file of `slot` is made. Raises Malformed for the slot that is in use (it must stay whole)."""
         if slot == self.pointer():
             raise Malformed(f"slot {slot}: in use; a version is only ever written to the other one")
+        return SlotRoom(self._folder(slot))
+
+    def require_room(self, size: int, what: str) -> None:
+        """Raise StorageFull, with both numbers, unless `size` bytes more can be written now."""
+        free = self._free(self.directory)
+        if free < size:
+            raise StorageFull(
+                f"{what}: needs {size} bytes more on {self.directory}, which has {free}: free some space; "
+                "nothing was changed"
+            )
+
+    def install(self, slot: SlotName, envelope: bytes) -> None:
+        """Make the version of `envelope`, whose file was made and checked in the slot's room, what stands in `slot`.
+
+        The manifest is written last: a slot without one is empty. A power cut before that leaves the file to be adopted
+        by the room. Raises Malformed for the slot that is in use, NotFound for a file that was not made, StorageFull.
+        """
+        room = self.room(slot)
+        digest = manifest_digest(parse_manifest(open_envelope(envelope).payload))
+        room.adopt(digest)
+        folder = self._folder(slot)
+        part = folder / f"{digest}.part"
+        if not part.exists():
+            raise NotFound(f"slot {slot}: expected a finished file of version {digest[:12]}, found none")
+        with storage_errors(part):
+            sync_file(part)
+        self.clear_slot(slot)
+        part.rename(folder / "model.bin")
+        sync_directory(folder)
+        replace_file(folder / "manifest.envelope", envelope)
+        _remove_parts(folder)
+
+    def write_slot(self, slot: SlotName, envelope: bytes, file: bytes) -> None:
+        """Fill `slot` with a version whose file is at hand in memory. Raises as `install`, and DigestMismatch if the
+        file is not the manifest's."""
         manifest = parse_manifest(open_envelope(envelope).payload)
         require_match(file, manifest.file_digest, f"model file for slot {slot}")
-        folder = self.directory / "slots" / slot
-        self.clear_slot(slot)
-        replace_file(folder / "model.bin", file)
-        replace_file(folder / "manifest.envelope", envelope)
+        with self.room(slot).open(manifest_digest(manifest)) as new:
+            new.truncate()
+            new.write(file)
+        self.install(slot, envelope)
 
     def clear_slot(self, slot: SlotName) -> None:
         """Empty `slot`: first its manifest, so that half a deletion is an empty slot."""
-        folder = self.directory / "slots" / slot
+        folder = self._folder(slot)
         for name in ("manifest.envelope", "model.bin"):
             (folder / name).unlink(missing_ok=True)
         sync_directory(folder)
@@ -142,7 +223,7 @@ class Slots:
         """What stands in `slot`, or None if it is empty or unreadable. The file itself is not read."""
         if slot is None:
             return None
-        folder = self.directory / "slots" / slot
+        folder = self._folder(slot)
         try:
             envelope = (folder / "manifest.envelope").read_bytes()
             manifest = parse_manifest(open_envelope(envelope).payload)
@@ -150,21 +231,18 @@ class Slots:
             return None
         return InstalledVersion(slot, manifest_digest(manifest), manifest, envelope)
 
-    def read_file(self, version: InstalledVersion) -> bytes:
-        """The model file of a slot, checked against its manifest. Raises NotFound and DigestMismatch."""
-        file = self.read_unchecked(version)
-        require_match(file, version.manifest.file_digest, f"model file of slot {version.slot}")
-        return file
+    def model_file(self, version: InstalledVersion) -> Path:
+        """The path of a slot's model file, which is now what its manifest says. Raises NotFound and DigestMismatch."""
+        require_match_at(self.read(version), version.manifest.file_digest, f"model file of slot {version.slot}")
+        return self._folder(version.slot) / "model.bin"
 
-    def read_unchecked(self, version: InstalledVersion) -> bytes:
-        """The bytes that stand in a slot, damaged or not: at most one more than the file should have, so that a file
-        that grew costs no memory. Raises NotFound."""
-        path = self.directory / "slots" / version.slot / "model.bin"
-        try:
-            with path.open("rb") as file:
-                return file.read(version.manifest.size + 1)
-        except OSError:
-            raise NotFound(f"model file of slot {version.slot}: expected {path}, found none") from None
+    def read(self, version: InstalledVersion) -> RandomAccess:
+        """What stands in a slot, damaged or not: at most one byte more than the file should have, so that a file that
+        grew is found and costs no time. Raises NotFound."""
+        path = self._folder(version.slot) / "model.bin"
+        if not path.exists():
+            raise NotFound(f"model file of slot {version.slot}: expected {path}, found none")
+        return Part(PathAccess(path), 0, version.manifest.size + 1)
 
     # -- incoming blobs
 
@@ -179,7 +257,7 @@ class Slots:
     def append(self, digest: str, offset: int, data: bytes) -> None:
         """Add the next chunk of a blob. `offset` must be where the part ends: a hole is a bug. Raises StorageFull."""
         _, part = self._blob_paths(digest)
-        with _storage_errors(part):
+        with storage_errors(part):
             handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
                 found = os.fstat(handle).st_size
@@ -191,30 +269,23 @@ class Slots:
             finally:
                 os.close(handle)
 
-    def complete(self, digest: str) -> bytes:
-        """The whole blob: its part is checked, kept under its final name and returned. Raises DigestMismatch (the part
-        is then gone, so that a retry starts afresh)."""
+    def complete(self, digest: str) -> RandomAccess:
+        """The whole blob: its part is checked, kept under its final name and handed out to be read by position. Raises
+        DigestMismatch (the part is then gone, so that a retry starts afresh), NotFound for one damaged since."""
         whole, part = self._blob_paths(digest)
-        if whole.exists():
-            data = whole.read_bytes()
-            if digest_of(data) == digest:
-                return data
-            whole.unlink()
-            raise NotFound(f"blob {digest[:16]}…: damaged on disk, dropped")
-        data = part.read_bytes() if part.exists() else b""
+        found = whole if whole.exists() else part
         try:
-            require_match(data, digest, f"blob {digest[:16]}…")
-        except AtollError:
-            part.unlink(missing_ok=True)
+            require_match_at(PathAccess(found), digest, f"blob {digest[:16]}…")
+        except DigestMismatch:
+            found.unlink(missing_ok=True)
+            if found == whole:
+                raise NotFound(f"blob {digest[:16]}…: damaged on disk, dropped") from None
             raise
-        handle = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        part.rename(whole)
-        sync_directory(self._incoming)
-        return data
+        if found == part:
+            sync_file(part)
+            part.rename(whole)
+            sync_directory(self._incoming)
+        return PathAccess(whole)
 
     def has(self, digest: str) -> bool:
         """Whether the blob is here as a whole."""
@@ -234,6 +305,11 @@ class Slots:
         """Forget every blob and part: the update they belonged to has ended."""
         shutil.rmtree(self._incoming, ignore_errors=True)
         self._incoming.mkdir(parents=True, exist_ok=True)
+        for slot in SLOTS:
+            _remove_parts(self._folder(slot))
+
+    def _folder(self, slot: str) -> Path:
+        return self.directory / "slots" / slot
 
     def _blob_paths(self, digest: str) -> tuple[Path, Path]:
         require_digest(digest, "blob")
@@ -250,7 +326,7 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     certain that the death of this process does (and it costs no disk wait). Raises StorageFull with the old content in
     place."""
     temporary = path.with_name(path.name + ".new")
-    with _storage_errors(path):
+    with storage_errors(path):
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
@@ -269,6 +345,15 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
             sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to a file durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and deletions in a directory durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -279,10 +364,16 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
+    """A full disk as StorageFull."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageFull(f"no room left for {path}: free some space; nothing was changed") from None
         raise
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.glob("*.part"):
+        part.unlink(missing_ok=True)

@@ -1,11 +1,8 @@
 """From a model file to a release, and back.
 
 `build_release` turns a file into what is published: a signed manifest, an unsigned delivery, and sealed blobs (the
-segments, and a patch from each earlier version that is named, in every format that earns its place). `open_release` is
-the other end: it walks a route, opens the blobs under the versions' keys, applies patches, puts segments at hand beside
-those that came, and returns a file only after size, every segment's digest, the Merkle root and the file's digest have
-matched the signed manifest; so do the files in between. There is no other way out of this module for bytes that came
-from outside. `pieces_of` says which segments of a file that may be damaged or changed are still the version's.
+segments, and a patch from each earlier version that is named, in every format that earns its place). The way back is
+`assembly`; `open_release` is that way where memory holds the files.
 
 Blobs are sealed under the key of the version that they make, with the labels `segment:INDEX` and `patch:BASE DIGEST`
 (`patch:FORMAT:BASE DIGEST` for formats other than BSDIFF40).
@@ -17,11 +14,19 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from model_delta import graphs, merkle
-from model_delta.digest import digest_of, require_match
+from model_delta import graphs
+from model_delta.assembly import (
+    MemoryRoom,
+    check_file,
+    patch_label,
+    segment_label,
+    segments_root,
+    write_release,
+)
+from model_delta.digest import digest_of
 from model_delta.encoding import pack
-from model_delta.errors import DigestMismatch, Malformed, NotFound
-from model_delta.keys.encryption import open_blob, seal_blob
+from model_delta.errors import Malformed
+from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.manifest import (
     MANIFEST_TYPE,
@@ -37,8 +42,9 @@ from model_delta.manifest import (
     TensorSpec,
     manifest_digest,
 )
-from model_delta.patch.container import FORMATS, apply_bytes, make
-from model_delta.patch.route import Route, Step
+from model_delta.patch.access import BytesAccess, RandomAccess
+from model_delta.patch.container import FORMATS, make
+from model_delta.patch.route import Route
 from model_delta.segments import cut, stored_tensors
 from model_delta.trust.signing import seal_envelope
 from model_delta.version import is_private, show
@@ -49,8 +55,6 @@ LIFETIME_S = 400 * 86_400
 DENSE_GAIN = 0.03
 """A patch in a further format is offered when it is smaller than the BSDIFF40 one by more than this share: each offer
 makes the delivery larger for every device."""
-
-_PATCH_BYTES_EXTRA = 65_536
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -144,7 +148,7 @@ def build_release(
         blobs[blob.digest] = sealed
         return blob
 
-    whole = tuple(seal(_segment_label(index), data) for index, (_, data) in enumerate(pieces))
+    whole = tuple(seal(segment_label(index), data) for index, (_, data) in enumerate(pieces))
     delivery = Delivery(digest, whole)
     for base, base_file in {manifest_digest(base): (base, data) for base, data in (*parents, *patch_from)}.values():
         offered, sealed = offer_patches(manifest, file, key, base, base_file, sum(blob.size for blob in whole))
@@ -169,7 +173,7 @@ def offer_patches(
     if digest == base_digest:
         return delivery, blobs
     sealed_by_format = {
-        form: seal_blob(key, digest, _patch_label(base_digest, form), make(form, base_file, file)) for form in FORMATS
+        form: seal_blob(key, digest, patch_label(base_digest, form), make(form, base_file, file)) for form in FORMATS
     }
     first = len(sealed_by_format["bsdiff40"])
     for form, sealed in sealed_by_format.items():
@@ -200,141 +204,21 @@ def open_release(
     *,
     held: Mapping[str, bytes] | None = None,
     manifests: Mapping[str, Manifest] | None = None,
-    pieces: Mapping[str, bytes | memoryview] | None = None,
+    pieces: Mapping[str, bytes | RandomAccess] | None = None,
 ) -> bytes:
-    """The checked file of `manifest`, by the steps of `route` (see `patch.route.plan_update`).
-
-    `blobs`: sealed bytes by digest, all that the route names. `keys`: artifact key by manifest digest, of every step's
-    target. `held`: files at hand by manifest digest; a patch's base, or for a route without steps the file itself.
-    `manifests`: verified manifests by digest, of the versions in between on a chain, and of held bases so that a
-    damaged base is told from a damaged patch (both optional otherwise). `pieces`: plain segments at hand by digest, for
-    the steps that replace the others.
-
-    Raises NotFound for something missing, DigestMismatch for bytes that are not what they are called, Malformed and
-    Untrusted for blobs that do not open. After any of these but NotFound the whole route may be tried instead.
-    """
-    goal = manifest_digest(manifest)
-    known = {**(manifests or {}), goal: manifest}
-    files = dict(held or {})
-    for step in route.steps:
-        target = known.get(step.target)
-        if target is None or manifest_digest(target) != step.target:
-            raise NotFound(f"version {step.target[:16]}…: the route passes through it, its manifest is not at hand")
-        key = keys.get(step.target)
-        if key is None:
-            raise NotFound(f"version {step.target[:16]}… of {target.model}: its key is not at hand; ask for it")
-        sealed = [_checked_blob(blob, blobs) for blob in step.blobs]
-        if step.kind != "patch":
-            file = _join(target, step, sealed, key, pieces or {})
-        else:
-            base_file = files.get(step.base)
-            if base_file is None or len(sealed) != 1:
-                raise NotFound(f"version {step.base[:16]}…: the patch's base is not at hand; take the whole route")
-            if step.base in known:
-                check_file(known[step.base], base_file)
-            file = _patched(target, step, base_file, sealed[0], key)
-        check_file(target, file)
-        files[step.target] = file
-    if goal not in files:
-        raise NotFound(f"version {goal[:16]}… of {manifest.model}: the route does not lead to it")
-    check_file(manifest, files[goal])
-    return files[goal]
+    """The checked file of `manifest` in memory, where there is room for it: `assembly.write_release` between bytes."""
+    file = write_release(
+        manifest,
+        route,
+        _by_position(blobs),
+        keys,
+        MemoryRoom(),
+        held=_by_position(held or {}),
+        manifests=manifests,
+        pieces=_by_position(pieces or {}),
+    )
+    return file.pread(0, file.size)
 
 
-def check_file(manifest: Manifest, file: bytes) -> None:
-    """Raise DigestMismatch unless `file` is the one that `manifest` describes: size, segments, Merkle root, digest."""
-    what = f"file of {manifest.model} release {manifest.release}"
-    if len(file) != manifest.size:
-        raise DigestMismatch(f"{what}: expected {manifest.size} bytes, found {len(file)}")
-    view, start = memoryview(file), 0
-    for segment in manifest.segments:
-        require_match(view[start : start + segment.size], segment.digest, f"{what}, segment {segment.name!r}")
-        start += segment.size
-    if start != len(file):
-        raise DigestMismatch(f"{what}: its segments cover {start} of {len(file)} bytes")
-    if segments_root(manifest.segments) != manifest.merkle_root:
-        raise DigestMismatch(f"{what}: its segments are not the ones under the manifest's Merkle root")
-    require_match(file, manifest.file_digest, what)
-
-
-def segments_root(segments: Sequence[Segment]) -> str:
-    """The Merkle root of a version: leaf i is the 32 bytes of segment i's digest."""
-    return merkle.root([bytes.fromhex(segment.digest) for segment in segments])
-
-
-def pieces_of(manifest: Manifest, file: bytes) -> dict[str, memoryview]:
-    """The segments of `file` that are those of `manifest`, by digest, as views; of a damaged file those that are whole.
-
-    The file's tree is walked against the manifest's from the root down. Raises DigestMismatch when the manifest's own
-    segments are not under its root.
-    """
-    tree, parts = _tree(manifest, file)
-    theirs = merkle.Tree([bytes.fromhex(segment.digest) for segment in manifest.segments])
-    spoilt = set(merkle.differences(tree, manifest.merkle_root, theirs.digests))
-    return {
-        segment.digest: part
-        for index, (segment, part) in enumerate(zip(manifest.segments, parts, strict=True))
-        if index not in spoilt
-    }
-
-
-def root_of(manifest: Manifest, file: bytes) -> str:
-    """The Merkle root of `file` cut as `manifest` says: the manifest's own unless the file was damaged or changed.
-
-    Bytes behind the last segment belong to it, so that they change the root."""
-    return _tree(manifest, file)[0].root
-
-
-def _tree(manifest: Manifest, file: bytes) -> tuple[merkle.Tree, list[memoryview]]:
-    view, start, parts = memoryview(file), 0, []
-    for segment in manifest.segments:
-        parts.append(view[start : start + segment.size])
-        start += segment.size
-    if parts and start < len(file):
-        parts[-1] = view[start - manifest.segments[-1].size :]
-    return merkle.Tree([bytes.fromhex(digest_of(part)) for part in parts]), parts
-
-
-def _join(
-    target: Manifest, step: Step, sealed: Sequence[bytes], key: bytes, pieces: Mapping[str, bytes | memoryview]
-) -> bytes:
-    """The file out of segments that came and, for a replace, those at hand."""
-    numbers = step.segments if step.kind == "replace" else tuple(range(len(target.segments)))
-    if len(sealed) != len(numbers) or not set(numbers) <= set(range(len(target.segments))):
-        raise Malformed(
-            f"version {step.target[:16]}… of {target.model}: expected {len(numbers)} of {len(target.segments)} "
-            f"segments, found {len(sealed)} blobs"
-        )
-    opened: dict[str, bytes | memoryview] = dict(pieces) if step.kind == "replace" else {}
-    for index, data in zip(numbers, sealed, strict=True):
-        segment = target.segments[index]
-        plain = open_blob(key, step.target, _segment_label(index), data, segment.size)
-        require_match(plain, segment.digest, f"segment {segment.name!r} of {target.model}")
-        opened[segment.digest] = plain
-    missing = next((segment for segment in target.segments if segment.digest not in opened), None)
-    if missing is not None:
-        raise NotFound(f"segment {missing.name!r} of {target.model}: not at hand and not fetched; take the whole route")
-    return b"".join(opened[segment.digest] for segment in target.segments)
-
-
-def _patched(target: Manifest, step: Step, base_file: bytes, sealed: bytes, key: bytes) -> bytes:
-    size_max = 2 * (target.size + len(base_file)) + _PATCH_BYTES_EXTRA
-    patch = open_blob(key, step.target, _patch_label(step.base, step.format), sealed, size_max)
-    return apply_bytes(base_file, patch, target.size)
-
-
-def _checked_blob(blob: Blob, blobs: Mapping[str, bytes]) -> bytes:
-    data = blobs.get(blob.digest)
-    if data is None:
-        raise NotFound(f"blob {blob.digest[:16]}…: not at hand; fetch it")
-    require_match(data, blob.digest, f"blob {blob.digest[:16]}…")
-    return data
-
-
-def _segment_label(index: int) -> str:
-    return f"segment:{index}"
-
-
-def _patch_label(base: str, form: str) -> str:
-    """A BSDIFF40 patch's label is older than the other formats and names none."""
-    return f"patch:{base}" if form in ("", "bsdiff40") else f"patch:{form}:{base}"
+def _by_position(files: Mapping[str, bytes | RandomAccess] | Mapping[str, bytes]) -> dict[str, RandomAccess]:
+    return {name: BytesAccess(file) if isinstance(file, bytes) else file for name, file in files.items()}

@@ -23,6 +23,7 @@ from __future__ import annotations
 import bz2
 import hmac
 import os
+from collections.abc import Iterator
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -32,6 +33,7 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from model_delta.errors import Malformed, Untrusted
+from model_delta.patch.access import BytesAccess, RandomAccess, read_exactly
 
 KEY_BYTES = 32
 CHUNK_BYTES = 65_536
@@ -65,34 +67,44 @@ def seal_blob(key: bytes, manifest_digest: str, label: str, plaintext: bytes) ->
 
 
 def open_blob(key: bytes, manifest_digest: str, label: str, sealed: bytes, size_max: int) -> bytes:
-    """The plaintext of a sealed blob, at most `size_max` bytes.
+    """The plaintext of a sealed blob, at most `size_max` bytes. Raises as `open_stream`."""
+    return b"".join(open_stream(key, manifest_digest, label, BytesAccess(sealed), size_max))
 
-    Raises Malformed for a bad header, a cut-off blob or one that unpacks to more than `size_max` (memory stays
-    bounded), and Untrusted for a chunk that does not open under this key, manifest and label.
+
+def open_stream(key: bytes, manifest_digest: str, label: str, sealed: RandomAccess, size_max: int) -> Iterator[bytes]:
+    """The plaintext of a sealed blob in pieces of at most CHUNK_BYTES, at most `size_max` bytes in all.
+
+    A piece comes from chunks that have opened; that none is missing is only certain when the last piece has come
+    without an error, so nothing may be relied on before. Memory: two chunks and, for a compressed blob, a bz2 decoder
+    (4 bytes for each byte of a block, which has at most 900,000).
+    Raises Malformed for a bad header, a cut-off blob or one that unpacks to more than `size_max`, and Untrusted for a
+    chunk that does not open under this key, manifest and label.
     """
     _require_key(key)
     what = f"sealed blob {label!r} of {manifest_digest[:16]}…"
-    if len(sealed) < _HEADER_BYTES + _TAG_BYTES or sealed[:4] != _MAGIC or sealed[4] > 1:
+    size = sealed.size
+    header = sealed.pread(0, _HEADER_BYTES)
+    if size < _HEADER_BYTES + _TAG_BYTES or len(header) < _HEADER_BYTES or header[:4] != _MAGIC or header[4] > 1:
         raise Malformed(f"{what}: expected a blob of at least {_HEADER_BYTES + _TAG_BYTES} bytes that starts with ATB1")
-    header, body = sealed[:_HEADER_BYTES], memoryview(sealed)[_HEADER_BYTES:]
     bound = header + _bound(manifest_digest, label)
     cipher = AESGCM(_subkey(key, header[5:]))
-    starts = range(0, len(body), CHUNK_BYTES + _TAG_BYTES)
-    unpacker = bz2.BZ2Decompressor() if sealed[4] else None
-    plain = bytearray()
+    starts = range(_HEADER_BYTES, size, CHUNK_BYTES + _TAG_BYTES)
+    unpacker = bz2.BZ2Decompressor() if header[4] else None
+    found = 0
     for index, start in enumerate(starts):
+        data = read_exactly(sealed, start, min(CHUNK_BYTES + _TAG_BYTES, size - start), what)
         try:
-            chunk = cipher.decrypt(
-                _nonce(index, index == len(starts) - 1), body[start : start + CHUNK_BYTES + _TAG_BYTES], bound
-            )
+            chunk = cipher.decrypt(_nonce(index, index == len(starts) - 1), data, bound)
         except InvalidTag:
             raise Untrusted(f"{what}: chunk {index} does not open under this key") from None
-        plain += _unpacked(unpacker, chunk, size_max + 1 - len(plain), what) if unpacker else chunk
-        if len(plain) > size_max:
-            raise Malformed(f"{what}: expected at most {size_max} bytes, found more")
+        for piece in _unpacked(unpacker, chunk, what) if unpacker else (chunk,):
+            found += len(piece)
+            if found > size_max:
+                raise Malformed(f"{what}: expected at most {size_max} bytes, found more")
+            if piece:
+                yield piece
     if unpacker is not None and not unpacker.eof:
         raise Malformed(f"{what}: compressed data ends early")
-    return bytes(plain)
 
 
 def seal_to(public_x25519_raw: bytes, plaintext: bytes, info: bytes) -> bytes:
@@ -113,16 +125,22 @@ def open_sealed(private: X25519PrivateKey | bytes, data: bytes, info: bytes) -> 
         raise Untrusted(f"sealed message of {len(data)} bytes: does not open under this key and context") from None
 
 
-def _unpacked(unpacker: bz2.BZ2Decompressor, chunk: bytes, room: int, what: str) -> bytes:
-    if unpacker.eof:
-        raise Malformed(f"{what}: bytes follow the compressed data")
-    try:
-        plain = unpacker.decompress(chunk, max(room, 1))
-    except OSError:
-        raise Malformed(f"{what}: compressed data is damaged") from None
+def _unpacked(unpacker: bz2.BZ2Decompressor, chunk: bytes, what: str) -> Iterator[bytes]:
+    """What a chunk adds to the plaintext, in pieces."""
+    while True:
+        try:
+            piece = unpacker.decompress(chunk, CHUNK_BYTES)
+        except EOFError:
+            raise Malformed(f"{what}: bytes follow the compressed data") from None
+        except OSError:
+            raise Malformed(f"{what}: compressed data is damaged") from None
+        if piece:
+            yield piece
+        chunk = b""
+        if unpacker.eof or unpacker.needs_input:
+            break
     if unpacker.unused_data:
         raise Malformed(f"{what}: bytes follow the compressed data")
-    return plain
 
 
 def _bound(manifest_digest: str, label: str) -> bytes:

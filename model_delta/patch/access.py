@@ -6,10 +6,16 @@ position, a piece at a time, and do not care whether a file or bytes stand behin
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from model_delta.errors import Malformed
+from model_delta.errors import DigestMismatch, Malformed, NotFound
+
+PIECE_BYTES = 65_536
+"""How much is read at a time where a file is gone through from its start to its end."""
 
 
 class RandomAccess(Protocol):
@@ -26,7 +32,7 @@ class RandomAccess(Protocol):
 class BytesAccess:
     """Bytes in memory as a `RandomAccess`."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
         self._view = memoryview(data)
 
     @property
@@ -54,6 +60,75 @@ class FileAccess:
     def pread(self, offset: int, size: int) -> bytes:
         """At most `size` bytes from `offset`; fewer only at the end."""
         return os.pread(self._descriptor, size, offset)
+
+
+class PathAccess:
+    """A file by its path as a `RandomAccess`. It is opened for each read, so that hundreds cost no descriptors.
+
+    Raises NotFound when the file is gone or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are now."""
+        try:
+            return self._path.stat().st_size
+        except OSError:
+            raise NotFound(f"file {self._path}: it is gone") from None
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """At most `size` bytes from `offset`; fewer only at the end."""
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY)
+        except OSError:
+            raise NotFound(f"file {self._path}: it is gone") from None
+        try:
+            return os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise NotFound(f"file {self._path}: cannot be read at {offset}: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+
+
+class Part:
+    """At most `size` bytes of another `RandomAccess` from `start` on, seen as a whole."""
+
+    def __init__(self, whole: RandomAccess, start: int, size: int) -> None:
+        self._whole, self._start, self._size = whole, start, size
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return max(0, min(self._size, self._whole.size - self._start))
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """At most `size` bytes from `offset`; fewer only at the end."""
+        return self._whole.pread(self._start + offset, max(0, min(size, self._size - offset)))
+
+
+def pieces_from(source: RandomAccess, start: int = 0) -> Iterator[bytes]:
+    """The bytes from `start` to the end, at most PIECE_BYTES at a time."""
+    while piece := source.pread(start, PIECE_BYTES):
+        yield piece
+        start += len(piece)
+
+
+def digest_at(source: RandomAccess) -> str:
+    """SHA-256 of what `source` holds, as `digest.digest_of` writes it. Memory: one piece."""
+    digest = hashlib.sha256()
+    for piece in pieces_from(source):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def require_match_at(source: RandomAccess, expected: str, what: str) -> None:
+    """Raise DigestMismatch unless what `source` holds hashes to `expected`. Memory: one piece."""
+    found = digest_at(source)
+    if found != expected:
+        raise DigestMismatch(f"{what}: expected sha256 {expected[:16]}…, found {found[:16]}…")
 
 
 def read_exactly(source: RandomAccess, offset: int, size: int, what: str) -> bytes:

@@ -179,7 +179,7 @@ def test_a_model_that_breaks_still_leaves_every_payment_answered_and_is_thrown_o
         world.start()
         bad = world.publish(world.model(seed=1))
 
-        def opening(manifest: Manifest, file: bytes) -> LoadedModel:
+        def opening(manifest: Manifest, file: Path) -> LoadedModel:
             return Failing(open_model(manifest, file))
 
         world.plan(bad)

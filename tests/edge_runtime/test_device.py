@@ -202,7 +202,7 @@ def test_a_slow_version_is_rolled_back_by_the_device_itself_and_not_tried_again(
         first = world.publish(world.model(seed=1))
         slow = world.publish(world.model(seed=2), first, requirements=requirements(latency_ms_max=5.0))
 
-        def open_slowly(manifest: Manifest, file: bytes) -> LoadedModel:
+        def open_slowly(manifest: Manifest, file: Path) -> LoadedModel:
             found = open_model(manifest, file)
             return Slow(found, 0.02) if found.digest == slow.digest else found
 

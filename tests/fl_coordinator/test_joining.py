@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import ReleaseRecord
 from fl_coordinator.publishing import Publisher
+from model_delta.assembly import pieces_of
 from model_delta.errors import Malformed
 from model_delta.manifest import late_delivery_name
 from model_delta.patch.route import plan_update
-from model_delta.release import open_release, pieces_of
+from model_delta.release import open_release
 from model_delta.segments import read_tensor, stored_tensors
 from model_delta.version import concurrent, dominates, dot_of, show
 from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, SumModel, fraud_model, golden_inputs, until

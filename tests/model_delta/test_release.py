@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model_delta import graphs, merkle
+from model_delta.assembly import check_file, pieces_of, root_of, segments_root
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import DigestMismatch, Malformed, NotFound, Untrusted
@@ -37,11 +38,7 @@ from model_delta.release import (
     DENSE_GAIN,
     Release,
     build_release,
-    check_file,
     open_release,
-    pieces_of,
-    root_of,
-    segments_root,
     with_offers,
 )
 from model_delta.segments import read_tensor
@@ -555,7 +552,7 @@ def test_pieces_that_are_not_what_they_are_called_do_no_harm(large: tuple[Releas
     made, file = large
     pieces = pieces_of(made.manifest, file)
     victim = made.manifest.segments[1].digest
-    lying = {**pieces, victim: b"x" * len(pieces[victim])}
+    lying = {**pieces, victim: b"x" * pieces[victim].size}
     route = plan_update({}, made.manifest, {made.digest: made.delivery}, pieces=lying)
     with pytest.raises(DigestMismatch):
         open_release(made.manifest, route, made.blobs, {made.digest: KEYS[0]}, pieces=lying)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_delta.assembly import segments_root
 from model_delta.digest import digest_of
 from model_delta.errors import NotFound
 from model_delta.manifest import Blob, Delivery, DenseOffer, Manifest, PatchOffer, Segment, manifest_digest
 from model_delta.patch.route import APPLY_BYTES, STEP_BYTES, DeviceLimits, LinkCosts, Route, Step, plan_update
-from model_delta.release import segments_root
 
 BOTH = frozenset({"bsdiff40", "tp1"})
 

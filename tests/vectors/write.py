@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fl_coordinator.shares.client import make_contribution
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution
 from model_delta import graphs
+from model_delta.assembly import segments_root
 from model_delta.baseline import BASELINE_TYPE, BaselineModel, codes_of_scale, quantized, sealed_form
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack, unpack_plain
@@ -43,7 +44,6 @@ from model_delta.manifest import (
 )
 from model_delta.patch.bsdiff import make_patch
 from model_delta.plan import PLAN_TYPE, Cohort, RolloutPlan
-from model_delta.release import segments_root
 from model_delta.task import TASK_TYPE, AggregatorKey, Parameter, RoundTask
 from model_delta.topics import Hello, KeyRequest
 from model_delta.trust.signing import (
