@@ -3,9 +3,9 @@
 Versions are nodes; a `PatchOffer` is an edge from its base to its version, the whole segments an edge from nothing, and
 so are the segments that no file at hand has (`replace`: it heals a damaged file, and takes tensors that did not change
 from wherever they are). The route is a shortest path (Dijkstra, 1959, with labels of cost and flash as in Martins,
-1984) by bytes received times what the link takes for them; each step costs a little more for the manifest and the key
-that it needs. Steps that the device cannot perform (format, memory) are no edges, and a route that does not fit its
-flash is no route.
+1984) by bytes received times what the link takes for them; each step costs a little more for the key that it needs, and
+for the manifest of a version that is only passed through, which for a large model is not little. Steps that the device
+cannot perform (format, memory) are no edges, and a route that does not fit its flash is no route.
 
 Deliveries are not signed: a lie in them can waste bytes and can change nothing else, because each blob is opened under
 the version's key and the file is checked against the signed manifest.
@@ -25,11 +25,21 @@ from model_delta.errors import NotFound
 from model_delta.manifest import Blob, Delivery, Manifest, manifest_digest
 from model_delta.patch.container import FORMATS
 
-STEP_BYTES = 2048
-"""What a step costs beside its blobs: a signed manifest and a key request."""
+STEP_BYTES = 512
+"""What a step costs beside its blobs: a key request and its answer."""
+
+MANIFEST_BYTES, MANIFEST_SEGMENT_BYTES = 1_200, 240
+"""What the signed manifest of a version takes that is passed through and not at hand: with one golden case, and for
+each segment with its tensor."""
+
+OPEN_BYTES = 1 << 19
+"""Working memory for opening sealed blobs, in bytes, beside that of unpacking them."""
 
 APPLY_BYTES = {"bsdiff40": 1 << 20, "tp1": 2 << 20}
-"""Working memory of an applier by format, in bytes, beside the patch itself. It does not grow with the model."""
+"""Working memory of an applier by format, in bytes. It does not grow with the model, since files are streams."""
+
+_UNPACK_BLOCK_BYTES = 900_000
+_UNPACK_FACTOR = 4
 
 LABELS_MAX = 64
 """How many routes to one version in between are looked at: no delivery can make planning long."""
@@ -41,7 +51,7 @@ class LinkCosts(msgspec.Struct, frozen=True):
     """What a byte costs by where it comes from, in any unit; `step` is counted in bytes from the origin.
 
     `in_region`: blobs that the region's mirror has already; they cost `cached` a byte, others `origin`. `at_hand`:
-    blobs that an interrupted attempt left here; they cost nothing.
+    blobs that an interrupted attempt left here; they cost nothing. `step`: see STEP_BYTES.
     """
 
     origin: float = 1.0
@@ -50,9 +60,9 @@ class LinkCosts(msgspec.Struct, frozen=True):
     at_hand: frozenset[str] = frozenset()
     step: float = STEP_BYTES
 
-    def of(self, blobs: tuple[Blob, ...]) -> float:
-        """What fetching `blobs` and taking one step costs."""
-        return self.step * self.origin + sum(
+    def of(self, blobs: tuple[Blob, ...], manifest_bytes: int = 0) -> float:
+        """What fetching `blobs`, and a manifest of `manifest_bytes`, and taking one step costs."""
+        return (self.step + manifest_bytes) * self.origin + sum(
             blob.size * (self.cached if blob.digest in self.in_region else self.origin)
             for blob in blobs
             if blob.digest not in self.at_hand
@@ -62,8 +72,8 @@ class LinkCosts(msgspec.Struct, frozen=True):
 class DeviceLimits(msgspec.Struct, frozen=True):
     """What a device can do. None is no limit, sizes are bytes.
 
-    `memory_bytes`: for taking a step, beside the old and the new file. `flash_bytes`: for all blobs of a route and each
-    file that is rebuilt on it. `formats`: the patches that it can apply.
+    `memory_bytes`: for taking a step, over the program that runs anyway. `flash_bytes`: for all blobs of a route and
+    each file that is rebuilt on it. `formats`: the patches that it can apply.
     """
 
     memory_bytes: int | None = None
@@ -77,7 +87,8 @@ BYTES_ALONE = LinkCosts()
 
 class Step(msgspec.Struct, frozen=True):
     """Make the file of version `target` out of `blobs`: with the file of version `base` for a patch (else ""), with
-    segments at hand for a replace, whose blobs are the segments of these numbers."""
+    segments at hand for a replace, whose blobs are the segments of these numbers. `segment_bytes`: the size of the
+    largest segment among the blobs when it is opened, where that is known."""
 
     kind: Literal["patch", "whole", "replace"]
     base: str
@@ -85,11 +96,17 @@ class Step(msgspec.Struct, frozen=True):
     blobs: tuple[Blob, ...]
     segments: tuple[int, ...] = ()
     format: str = ""
+    segment_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        """What taking this step needs beside the old and the new file: a sealed and an opened blob, and the applier."""
-        return 2 * max((blob.size for blob in self.blobs), default=0) + APPLY_BYTES.get(self.format, 0)
+        """What taking this step needs (`assembly.write_release`): for a patch the applier, else the opener of sealed
+        blobs, whose bz2 decoder takes 4 bytes for each of a block. A patch is packed already, so it is sealed as it
+        is."""
+        if self.kind == "patch":
+            return max(OPEN_BYTES, APPLY_BYTES.get(self.format, 0))
+        largest = self.segment_bytes or max((blob.size for blob in self.blobs), default=0)
+        return OPEN_BYTES + _UNPACK_FACTOR * min(_UNPACK_BLOCK_BYTES, largest)
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -142,7 +159,7 @@ def plan_update(
         for step in edges.get(here, ()):
             room = flash + sum(blob.size for blob in step.blobs) + _file_bytes(step.target, known, deliveries, want)
             if limits.flash_bytes is None or room <= limits.flash_bytes:
-                price = cost + costs.of(step.blobs)
+                price = cost + costs.of(step.blobs, _manifest_bytes(step.target, known, deliveries, want))
                 heapq.heappush(queue, (price, next(order), step.target, room, (*steps, step)))
     raise NotFound(
         f"version {goal[:16]}… of {want.model}: none of {len(deliveries)} deliveries leads there"
@@ -166,12 +183,14 @@ def _steps_to(
 ) -> Iterator[Step]:
     complete = manifest is None or len(delivery.segments) == len(manifest.segments)
     if delivery.segments and complete and all(map(_is_sound, delivery.segments)):
-        yield Step("whole", "", digest, delivery.segments)
+        sizes = [] if manifest is None else [segment.size for segment in manifest.segments]
+        yield Step("whole", "", digest, delivery.segments, segment_bytes=max(sizes, default=0))
         if manifest is not None:
             missing = _missing(manifest, pieces)
             if len(missing) < len(manifest.segments):
                 blobs = tuple(delivery.segments[index] for index in missing)
-                yield Step("replace", "", digest, blobs, missing)
+                largest = max((sizes[index] for index in missing), default=0)
+                yield Step("replace", "", digest, blobs, missing, segment_bytes=largest)
     cheapest: dict[tuple[str, str], Blob] = {}
     for offer in delivery.offers:
         if offer.format in limits.formats and _is_sound(offer.blob) and _DIGEST.fullmatch(offer.base):
@@ -198,6 +217,16 @@ def _file_bytes(target: str, known: Mapping[str, Manifest], deliveries: Mapping[
     if target in known:
         return known[target].size
     return sum(blob.size for blob in deliveries[target].segments) or want.size
+
+
+def _manifest_bytes(
+    target: str, known: Mapping[str, Manifest], deliveries: Mapping[str, Delivery], want: Manifest
+) -> int:
+    """What fetching a version's manifest takes: nothing where it is at hand. Its segments are counted by its delivery,
+    else it has as many as the wanted one."""
+    if target in known:
+        return 0
+    return MANIFEST_BYTES + MANIFEST_SEGMENT_BYTES * (len(deliveries[target].segments) or len(want.segments))
 
 
 def _is_sound(blob: Blob) -> bool:

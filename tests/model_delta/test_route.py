@@ -14,7 +14,16 @@ from model_delta.assembly import segments_root
 from model_delta.digest import digest_of
 from model_delta.errors import NotFound
 from model_delta.manifest import Blob, Delivery, DenseOffer, Manifest, PatchOffer, Segment, manifest_digest
-from model_delta.patch.route import APPLY_BYTES, STEP_BYTES, DeviceLimits, LinkCosts, Route, Step, plan_update
+from model_delta.patch.route import (
+    APPLY_BYTES,
+    OPEN_BYTES,
+    STEP_BYTES,
+    DeviceLimits,
+    LinkCosts,
+    Route,
+    Step,
+    plan_update,
+)
 
 BOTH = frozenset({"bsdiff40", "tp1"})
 
@@ -115,10 +124,12 @@ def every_route(world: World) -> Iterator[tuple[Step, ...]]:
         delivery, segments = world.deliveries[target], manifests[target].segments
         if target in world.have:
             yield ()
-        yield (Step("whole", "", target, delivery.segments),)
+        sizes = [one.size for one in segments]
+        yield (Step("whole", "", target, delivery.segments, segment_bytes=max(sizes)),)
         missing = tuple(index for index, one in enumerate(segments) if one.digest not in world.pieces)
         if len(missing) < len(segments):
-            yield (Step("replace", "", target, tuple(delivery.segments[index] for index in missing), missing),)
+            blobs, largest = tuple(delivery.segments[i] for i in missing), max((sizes[i] for i in missing), default=0)
+            yield (Step("replace", "", target, blobs, missing, segment_bytes=largest),)
         for offer in delivery.offers:
             if offer.format in world.limits.formats and offer.base not in seen:
                 for before in to(offer.base, (*seen, offer.base)):
@@ -275,3 +286,33 @@ def test_a_damaged_base_is_healed_and_then_patched() -> None:
     assert route.bytes == 10_040 + 100
     assert plan_update({}, want, deliveries, pieces=pieces).kind == "whole"
     assert STEP_BYTES * 2 + route.bytes < 20_080
+
+
+def test_the_manifest_of_a_version_on_the_way_is_paid_for_by_its_size() -> None:
+    """A large model's has a hundred kilobytes: two small hops then cost more than one larger patch."""
+    first, middle, last = version("first"), version("middle"), version("last")
+    base, via, goal = map(manifest_digest, (first, middle, last))
+
+    def kind(segments: int, at_hand: bool = False) -> str:
+        parts = tuple(blob("part", index, size=100_000) for index in range(segments))
+        deliveries = {
+            goal: Delivery(
+                goal, (blob(size=10**8),), (PatchOffer(base, blob(size=80_000)), PatchOffer(via, blob(2, size=10_000)))
+            ),
+            via: Delivery(via, parts, (PatchOffer(base, blob(1, size=10_000)),)),
+        }
+        known = {via: middle} if at_hand else {}
+        return plan_update({base: 1}, last, deliveries, manifests=known).kind
+
+    assert kind(10) == "chain"
+    assert kind(400) == "patch"
+    assert kind(400, at_hand=True) == "chain"
+
+
+def test_no_step_s_memory_grows_with_the_model() -> None:
+    small, large = (
+        Step("patch", "b" * 64, "a" * 64, (blob(size=size),), format="tp1").memory_bytes for size in (1_000, 10**9)
+    )
+    assert small == large == APPLY_BYTES["tp1"]
+    pieces = [Step("whole", "", "a" * 64, (), segment_bytes=size).memory_bytes for size in (0, 1_000_000, 10**9)]
+    assert pieces[0] == OPEN_BYTES < pieces[1] == pieces[2] < 5_000_000
