@@ -30,12 +30,14 @@ from edge_runtime.link import MqttLink
 from edge_runtime.onnx_model import open_model
 from fl_coordinator.control import control_app
 from fl_coordinator.coordinator import Coordinator
+from fl_coordinator.distant_keyring import DistantKeyring
 from fl_coordinator.flower import node_public_key
 from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.promotion import Evaluate, Evaluation
 from fl_coordinator.publishing import Publisher
+from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Manifest, TensorSpec
 from model_delta.store import DirectoryStore
 from monitoring.dashboard import page_routes
@@ -64,6 +66,8 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
     folder = data.child("coordinator")
     identity = Identity.load(data.identity(COORDINATOR), COORDINATOR)
     keyring = open_keyring(data)
+    if not isinstance(keyring, EmbeddedKeyring):
+        keyring = DistantKeyring(keyring)
     ledger = Ledger(folder / "ledger.sqlite")
     store = DirectoryStore(folder / "store")
     log = await asyncio.to_thread(open_log, place_of(data), folder, ledger)

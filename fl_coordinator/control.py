@@ -434,7 +434,8 @@ class _Control:
         return JSONResponse({})
 
     async def _revoked(self, request: Request) -> Response:
-        return JSONResponse({"serials": [str(serial) for serial in sorted(self._coordinator.keyring.revoked())]})
+        revoked = await asyncio.to_thread(self._coordinator.keyring.revoked)
+        return JSONResponse({"serials": [str(serial) for serial in sorted(revoked)]})
 
     # The Flower ServerApp
 

@@ -236,7 +236,7 @@ class RoundDriver:
             }
             found = msgspec.structs.replace(found, state=state.value, seconds=taken)
             if not found.live or state is State.FROZEN:
-                found = self._closed(found)
+                found = await asyncio.to_thread(self._closed, found)
             await asyncio.to_thread(self._save_round, found)
             if event is not Event.ATTEMPT_FAILED:
                 kind = "alert" if state in (State.FAILED, State.REFUSED) else "info"
@@ -354,7 +354,7 @@ class RoundDriver:
         payload = {
             "round_id": found.round_id,
             "attempt": found.attempt,
-            "task": seal_envelope(self._keyring.sign(ROLE_ROUND, TASK_TYPE, pack(found.task))),
+            "task": seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, TASK_TYPE, pack(found.task))),
             "contributions": list(found.frozen),
             "root": found.root,
             "deadline_s": found.spec.aggregation_s,
