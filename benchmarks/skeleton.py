@@ -1,8 +1,8 @@
 """The whole product's weight: the demo's time and memory, install sizes, `atoll --help`, the test suite's time.
 
 `python -m benchmarks.skeleton [--only ID ...] [--json]`. Install sizes are the growth of `site-packages` in fresh
-environments by a plain `pip install` from this checkout, the bytecode that pip compiles included; the demo's figures
-are those of its own report.
+environments by a plain `pip install` from this checkout, the bytecode that pip compiles included; `no_bytecode` is the
+same by `pip install --no-compile`, for devices with little storage. The demo's figures are those of its own report.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def demo() -> list[Claim]:
 
 def install() -> list[Claim]:
     """Install the device and everything into fresh environments; MB on disk without pip itself."""
-    sizes = {extra: _installed_mb(extra) for extra in ("", "[all]")}
     return [
-        at_most("install.mb", sizes[""], "MB (device)", 160),
-        at_most("install.mb.all", sizes["[all]"], "MB (atoll[all])", 600),
+        at_most("install.mb", _installed_mb(), "MB (device)", 160),
+        at_most("install.mb.no_bytecode", _installed_mb(options=["--no-compile"]), "MB (device, --no-compile)", 160),
+        at_most("install.mb.all", _installed_mb("[all]"), "MB (atoll[all])", 600),
     ]
 
 
-def _installed_mb(extra: str) -> float:
+def _installed_mb(extra: str = "", options: Sequence[str] = ()) -> float:
     with tempfile.TemporaryDirectory() as folder:
         environment = Path(folder) / "venv"
         venv.create(environment, with_pip=True)
         library = next(environment.glob("lib/python*/site-packages"))
         before = _bytes(library)
         command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*command, f"{ROOT}{extra}"], check=True)
+        subprocess.run([*command, *options, f"{ROOT}{extra}"], check=True)
         return (_bytes(library) - before) / 1e6
 
 
