@@ -21,9 +21,10 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from edge_runtime.direction import Direction, held_files
 from edge_runtime.fetching import Fetcher
-from edge_runtime.slots import InstalledVersion, SlotName, SlotRoom, Slots
-from model_delta.assembly import MemoryRoom, Room, check_file, is_finished, pieces_of, write_release
+from edge_runtime.slots import SLOTS, InstalledVersion, SlotName, SlotRoom, Slots
+from model_delta.assembly import MemoryRoom, Room, check_file, is_finished, pieces_of, root_of, write_release
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
 from model_delta.manifest import Delivery, Manifest, late_delivery_name, manifest_digest
@@ -31,6 +32,7 @@ from model_delta.patch.access import BytesAccess, RandomAccess, require_match_at
 from model_delta.patch.route import NO_LIMITS, DeviceLimits, LinkCosts, Route, plan_update
 from model_delta.plan import RolloutPlan
 from model_delta.release import with_offers
+from model_delta.trust.director import HeldFile
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, check_release
 
 CHAIN_VERSIONS_MAX = 8
@@ -62,7 +64,7 @@ class Acquisition:
     """Brings versions for one device. `received` hears of every blob, so that the byte count survives a power cut, and
     `chosen` of the route before its file is made. `limits`: what the device can apply and hold; `cached_cost`: what a
     byte that the region's mirror has already costs, when one from its origin costs 1 (1 where the device's own link is
-    what is dear: then nobody is asked)."""
+    what is dear: then nobody is asked). `direction`: whom to ask for a route first."""
 
     def __init__(
         self,
@@ -75,10 +77,12 @@ class Acquisition:
         chosen: Callable[[str], None],
         limits: DeviceLimits = NO_LIMITS,
         cached_cost: float = 1.0,
+        direction: Direction | None = None,
     ) -> None:
         self._slots, self._fetcher, self._anchors = slots, fetcher, anchors
         self._clock, self._received, self._chosen = clock, received, chosen
         self._limits, self._cached_cost = limits, cached_cost
+        self._direction = direction
 
     async def bring(self, target: str, plan: RolloutPlan, trust: TrustState) -> Acquired:
         """The version `target`, which `plan` asks for. Raises Unavailable (later may be better) and Untrusted or
@@ -99,7 +103,9 @@ class Acquisition:
         if await asyncio.to_thread(is_finished, manifest, room.read(target)):
             return Acquired(envelope, False, "none", trust)
         try:
-            route = await self._by_cheapest(target, manifest, await asyncio.to_thread(self._held), room)
+            held = await asyncio.to_thread(self._held)
+            route = await self._as_directed(manifest, held, room)
+            route = route or await self._by_cheapest(target, manifest, held, room)
         except StorageFull:
             if present is None:
                 raise
@@ -119,6 +125,45 @@ class Acquisition:
         if file is None:
             raise NotFound(f"version {target[:16]}…: its file was not made")
         return file.pread(0, file.size)
+
+    def held_files(self) -> tuple[HeldFile, ...]:
+        """What stands in the slots, as the device tells it. Blocking: the files are read."""
+        return self._told(self._held())
+
+    def _told(self, held: Held) -> tuple[HeldFile, ...]:
+        return held_files(held.manifests, held.files, held.pieces, self._root_there)
+
+    def _root_there(self, digest: str) -> str:
+        """The Merkle root of the file of a version in the slots as it stands; zeros when it cannot be read."""
+        for version in map(self._slots.installed, SLOTS):
+            if version is not None and version.digest == digest:
+                with contextlib.suppress(AtollError):
+                    return root_of(version.manifest, self._slots.read(version))
+        return "0" * 64
+
+    async def _as_directed(self, manifest: Manifest, held: Held, room: Room) -> Route | None:
+        """The director's route, walked; None when there is none, or when it does not lead to the version: then the
+        device plans for itself. Raises Unavailable where that would not help either."""
+        if self._direction is None:
+            return None
+        route = await self._direction.route(
+            manifest,
+            held=await asyncio.to_thread(self._told, held),
+            files=held.files,
+            pieces=held.pieces,
+            manifests=held.manifests,
+            at_hand=self._slots.complete_blobs(),
+        )
+        if route is None:
+            return None
+        try:
+            await self._walk(manifest, route, held, room, None)
+        except AtollError as error:
+            if isinstance(error, Unavailable) and not isinstance(error, NotFound):
+                raise
+            self._direction.failed(f"its {route.kind} route to {manifest_digest(manifest)[:12]} failed: {error}")
+            return None
+        return route
 
     async def _by_cheapest(
         self, target: str, manifest: Manifest, held: Held, room: Room, *, given_up: InstalledVersion | None = None

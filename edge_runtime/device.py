@@ -2,6 +2,7 @@
 
     Answers         a payment in, a decision out                           answers.py
     Installation    which version answers, and how the next one gets here  installation.py
+    Direction       asks the director how to get to a version              direction.py
     Participation   one step of training for a federated round             participation.py
     Outbox          what happened, until the coordinator has it            outbox.py
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from edge_runtime import training
 from edge_runtime.answers import Answers, Running
+from edge_runtime.direction import Direction
 from edge_runtime.fetching import Fetcher
 from edge_runtime.identity import Identity
 from edge_runtime.inference import OpenModel, RunGraph
@@ -117,6 +119,22 @@ class Device:
             answer_deadline_s=answer_deadline_s,
         )
         self._report_now = asyncio.Event()
+        self.direction = Direction(
+            identity=identity,
+            traits=traits,
+            model=model,
+            link=link,
+            path=directory / "direction.record",
+            anchors=lambda: anchors,
+            rollout=lambda: self.installation.plan,
+            offered=lambda sealed: self.installation.offered(plan_topic(traits.tenant, model), sealed),
+            standing=lambda: self.installation.standing(),
+            held=lambda: self.installation.held_files(),
+            clock=clock,
+            limits=limits,
+            cached_cost=cached_cost,
+            answer_deadline_s=answer_deadline_s,
+        )
         self.installation = Installation(
             traits=traits,
             model=model,
@@ -133,6 +151,7 @@ class Device:
             retry_first_s=retry_first_s,
             limits=limits,
             cached_cost=cached_cost,
+            direction=self.direction,
         )
         self.participation: Participation | None = None
         if data is not None and contribute is not None and run_graph is not None:
@@ -204,6 +223,7 @@ class Device:
         """Live until cancelled: follow plans, report, take part in rounds."""
         tenant = self.traits.tenant
         self.fetcher.start()
+        self.direction.start()
         self._link.subscribe(down(self.device_id, "ack"), self._acknowledged)
         if self.participation is not None:
             self.participation.start()
@@ -212,6 +232,7 @@ class Device:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.installation.run(), name=f"{self.device_id} installation")
+                group.create_task(self.direction.run(), name=f"{self.device_id} version reports")
                 group.create_task(self._greet(), name=f"{self.device_id} hello")
                 group.create_task(self._report(), name=f"{self.device_id} report")
                 if self.participation is not None:

@@ -70,10 +70,9 @@ _log = logging.getLogger(__name__)
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """What a report says of the device's state; the fields are those of `VersionReport`."""
+    """What a report says of the device beside its files; the fields are those of `VersionReport`."""
 
     running: str
-    held: tuple[HeldFile, ...]
     release_floor: int
     plan_serial: int
 
@@ -88,9 +87,10 @@ class DirectionRecord(msgspec.Struct, frozen=True):
 class Direction:
     """One model's questions on one device. For one event loop.
 
-    `anchors`, `rollout` and `standing` are asked whenever they are needed (`standing` in a thread, since it reads the
-    files): the role keys of the day, the newest accepted rollout plan, the device's state. `offered` takes a sealed
-    rollout plan that the director sent along. `clock` is wall time; `draw` gives bytes that nobody can foresee.
+    `anchors`, `rollout`, `standing` and `held` are asked whenever they are needed (`held` in a thread, since it reads
+    the files): the role keys of the day, the newest accepted rollout plan, the device's state, the files that stand
+    there. `offered` takes a sealed rollout plan that the director sent along. `clock` is wall time; `draw` gives bytes
+    that nobody can foresee.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Direction:
         rollout: Callable[[], RolloutPlan | None],
         offered: Callable[[bytes], None],
         standing: Callable[[], Standing],
+        held: Callable[[], tuple[HeldFile, ...]],
         clock: Callable[[], float],
         limits: DeviceLimits,
         cached_cost: float = 1.0,
@@ -114,7 +115,7 @@ class Direction:
     ) -> None:
         self._identity, self._traits, self._model = identity, traits, model
         self._link, self._path, self._anchors = link, path, anchors
-        self._rollout, self._offered, self._standing = rollout, offered, standing
+        self._rollout, self._offered, self._standing, self._held = rollout, offered, standing, held
         self._clock, self._limits, self._cached_cost = clock, limits, cached_cost
         self._answer_deadline_s, self._ask_again_s, self._draw = answer_deadline_s, ask_again_s, draw
         self._record = _read(path)
@@ -145,7 +146,7 @@ class Direction:
             if self._has_director() and self._link.connected:
                 self._installed.clear()
                 try:
-                    await self._send(await self._report(""))
+                    await self._send(self._report("", await asyncio.to_thread(self._held)))
                 except AtollError as error:  # the broker went away, or the disk is full
                     _log.info("%s: version report: %s", self._traits.device_id, error)
                     self._installed.set()
@@ -155,6 +156,7 @@ class Direction:
         self,
         want: Manifest,
         *,
+        held: tuple[HeldFile, ...],
         files: Container[str],
         pieces: Container[str],
         manifests: Mapping[str, Manifest],
@@ -162,10 +164,11 @@ class Direction:
     ) -> Route | None:
         """The director's steps to `want`, checked; None when the device has to plan for itself.
 
-        `files`, `pieces` and `manifests`: what stands here, as for `patch.route.plan_update`. `at_hand`: sealed blobs
-        on disk. Raises StorageFull when the counter cannot be written down.
+        `held`: what the device tells of its files. `files`, `pieces` and `manifests`: what it has, as for
+        `patch.route.plan_update`. `at_hand`: sealed blobs on disk. Raises StorageFull when the
+        counter cannot be written down.
         """
-        answer, question = await self._ask(manifest_digest(want), at_hand)
+        answer, question = await self._ask(manifest_digest(want), held, at_hand)
         if answer is None:
             return None
         if answer.rollout:
@@ -195,12 +198,14 @@ class Direction:
         _log.warning("%s: the director's plan: %s", self._traits.device_id, reason)
         self._raise_alarm(reason)
 
-    async def _ask(self, wanted: str, at_hand: Iterable[str]) -> tuple[PlanAnswer | None, Question]:
+    async def _ask(
+        self, wanted: str, held: tuple[HeldFile, ...], at_hand: Iterable[str]
+    ) -> tuple[PlanAnswer | None, Question]:
         """The answer to a fresh question, or None when there is nobody to ask, or no answer in time."""
         question = Question(self._model, self._draw(NONCE_BYTES))
         if not self._has_director() or not self._link.connected or time.monotonic() < self._quiet_until:
             return None, question
-        report = await self._report(wanted, question.nonce, at_hand)
+        report = self._report(wanted, held, question.nonce, at_hand)
         answer: asyncio.Future[PlanAnswer] = asyncio.get_running_loop().create_future()
         self._waiting[question.nonce] = answer
         try:
@@ -220,10 +225,12 @@ class Direction:
         self._silences = 0
         return found, question
 
-    async def _report(self, wanted: str, nonce: bytes = b"", at_hand: Iterable[str] = ()) -> VersionReport:
+    def _report(
+        self, wanted: str, held: tuple[HeldFile, ...], nonce: bytes = b"", at_hand: Iterable[str] = ()
+    ) -> VersionReport:
         """The next report, after its counter is on disk. A device whose folder was lost goes on above its old counters
         by the clock."""
-        standing = await asyncio.to_thread(self._standing)
+        standing = self._standing()
         now, state = self._clock(), self._record.state
         counter = max(state.counter + 1, int(now * 1000))
         self._write(msgspec.structs.replace(self._record, state=msgspec.structs.replace(state, counter=counter)))
@@ -233,7 +240,7 @@ class Direction:
             model=self._model,
             wanted=wanted,
             running=standing.running,
-            held=standing.held[:HELD_MAX],
+            held=held[:HELD_MAX],
             release_floor=standing.release_floor,
             plan_serial=standing.plan_serial,
             director_serial=state.serial,

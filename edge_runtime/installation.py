@@ -22,6 +22,7 @@ import numpy as np
 
 from edge_runtime.acquisition import Acquisition
 from edge_runtime.answers import Running
+from edge_runtime.direction import Direction, Standing
 from edge_runtime.fetching import Fetcher
 from edge_runtime.inference import LoadedModel, OpenModel, array_of
 from edge_runtime.outbox import Outbox
@@ -33,6 +34,7 @@ from model_delta.assembly import root_of
 from model_delta.errors import AtollError, Expired, StorageFull, Unavailable
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
+from model_delta.trust.director import HeldFile
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan
 from monitoring.telemetry import UpdateOutcome
 
@@ -73,6 +75,7 @@ class Installation:
         retry_most_s: float = 15.0,
         limits: DeviceLimits = NO_LIMITS,
         cached_cost: float = 1.0,
+        direction: Direction | None = None,
     ) -> None:
         self._traits, self._model, self._anchors = traits, model, anchors
         self._slots, self._fetcher, self._outbox, self._running = slots, fetcher, outbox, running
@@ -88,7 +91,9 @@ class Installation:
             chosen=self._note_route,
             limits=limits,
             cached_cost=cached_cost,
+            direction=direction,
         )
+        self._direction = direction
         self.record = slots.read_record()
         self.refused = 0
         self.last_refusal = ""
@@ -124,6 +129,19 @@ class Installation:
     def plan_serial(self) -> int:
         """The serial of the newest accepted plan."""
         return self.record.trust.plan_serial
+
+    @property
+    def plan(self) -> RolloutPlan | None:
+        """The newest accepted plan, if there is one."""
+        return self._plan
+
+    def standing(self) -> Standing:
+        """What the device tells its director of itself, beside its files."""
+        return Standing(self._running.digest, self.record.trust.release_floor, self.plan_serial)
+
+    def held_files(self) -> tuple[HeldFile, ...]:
+        """What stands in the slots; see `Acquisition.held_files`. Blocking."""
+        return self._acquisition.held_files()
 
     def wanted(self) -> str:
         """The version this device should run by the newest plan; "" when no valid plan says anything."""
@@ -204,9 +222,12 @@ class Installation:
         match command:
             case Command.RUN | Command.COMMIT | Command.REPORT:
                 self._run_slot(self._slots.pointer())
+                if command is not Command.RUN:
+                    self._tell_director()
                 return await self._next_offer()
             case Command.FALL_BACK:
                 self._running.clear()
+                self._tell_director()
                 return await self._next_offer()
             case Command.FETCH:
                 return await self._unless_withdrawn(self._fetch())
@@ -254,6 +275,10 @@ class Installation:
             active = self._running.digest == self.record.target
             return Happened(Event.WITHDRAWN, self._outcome("rolled_back", "withdrawn by the plan", active=active))
         return Happened(Event.WITHDRAWN, self._outcome("withdrawn", "the plan no longer wants it here"))
+
+    def _tell_director(self) -> None:
+        if self._direction is not None:
+            self._direction.installed()
 
     # -- fetch
 

@@ -36,6 +36,8 @@ from tests.model_delta.trust.test_director import BAD, DEVICE, MODEL, NOW, OLD, 
 
 Answer = Callable[[VersionReport, DevicePlan], bytes | PlanAnswer | None]
 
+HELD = (HeldFile(OLD, OLD),)
+
 
 class Desk:
     """A director's desk on a broker in memory. `answer` decides what is sent to a report; mutate it."""
@@ -95,7 +97,8 @@ class Desk:
             "anchors": self.keyring.anchors,
             "rollout": lambda: self.rollout,
             "offered": self.offered.append,
-            "standing": lambda: Standing(OLD, (HeldFile(OLD, OLD),), 1, 7),
+            "standing": lambda: Standing(OLD, 1, 7),
+            "held": lambda: HELD,
             "clock": lambda: self.now,
             "limits": NO_LIMITS,
             "answer_deadline_s": 0.1,
@@ -107,7 +110,7 @@ class Desk:
 
 
 async def asked(direction: Direction) -> Route | None:
-    return await direction.route(WANT, files={OLD}, pieces=(), manifests={}, at_hand=("b" * 64,))
+    return await direction.route(WANT, held=HELD, files={OLD}, pieces=(), manifests={}, at_hand=("b" * 64,))
 
 
 def play(story: Callable[[Desk], Awaitable[None]], folder: Path) -> None:
