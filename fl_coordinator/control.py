@@ -11,7 +11,7 @@
     GET  /v1/rounds/{id}/transcript               canonical CBOR: the three signed openings
     POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
     GET  /v1/revoked
-    GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}
+    GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}   POST /v1/store/clean   body: JSON dry_run
     GET  /v1/flower/commands?wait=                POST /v1/flower/replies
 
 Every call carries `Authorization: Bearer TOKEN`, with a token per role, compared in constant time; a role may call only
@@ -149,6 +149,7 @@ class _Control:
             Route("/v1/notes", self._guard(self._note), methods=["POST"]),
             Route("/v1/store/{kind}/{name}", self._guard(self._stored, "gateway"), methods=["GET"]),
             Route("/v1/store/artifact/{name}", self._guard(self._store_artifact), methods=["PUT"]),
+            Route("/v1/store/clean", self._guard(self._clean_store), methods=["POST"]),
             Route("/v1/flower/commands", self._guard(self._flower_command, "flower")),
             Route("/v1/flower/replies", self._guard(self._flower_reply, "flower"), methods=["POST"]),
             *pages,
@@ -308,6 +309,13 @@ class _Control:
         require_match(data, name, "artifact")
         await asyncio.to_thread(self._coordinator.store.put, "artifact", name, data)
         return JSONResponse({"name": name, "size": len(data)})
+
+    async def _clean_store(self, request: Request) -> Response:
+        dry_run = (await _object(request)).get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise Malformed(f"clean: dry_run: expected true or false, found {dry_run!r}")
+        cleaned = await asyncio.to_thread(self._coordinator.clean_store, dry_run=dry_run)
+        return JSONResponse(msgspec.to_builtins(cleaned))
 
     # Rollouts
 

@@ -12,6 +12,7 @@ published again, rounds go on in the state in which they were, devices repeat wh
     rollout_driver   judges the rollouts every second
     desired_state    publishes what is not published yet
     enrolment        identities, on request
+    cleaning         removes from the store what nothing needs any more
     overview         what the page and the command line see
 
 Handlers of the link only put messages into bounded inboxes; what does not fit is dropped, and devices send it again.
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fl_coordinator.cleaning import EVERY_S, FIRST_S, Cleaned, Cleaning
 from fl_coordinator.desired_state import DesiredState
 from fl_coordinator.director import Director
 from fl_coordinator.enrolment import Enrolled, Enrolment, Registrar
@@ -37,6 +39,7 @@ from fl_coordinator.ports import Bridge, Clock, Link, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.reception import Reception
+from fl_coordinator.retention import Terms
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rollout_driver import RolloutDriver
 from fl_coordinator.round_driver import RoundDriver
@@ -44,7 +47,7 @@ from fl_coordinator.rounds import Round, RoundSpec
 from model_delta import topics
 from model_delta.errors import AtollError, Malformed
 from model_delta.keys.keyring import Keyring
-from model_delta.store import ArtifactStore
+from model_delta.store import InventoriedStore
 from model_delta.version import show
 from monitoring.metrics import Metrics
 from monitoring.snapshot import Snapshot
@@ -64,19 +67,22 @@ class Coordinator:
         model: str,
         ledger: Ledger,
         log: UpdatesLog,
-        store: ArtifactStore,
+        store: InventoriedStore,
         keyring: Keyring,
         link: Link,
         publisher: Publisher,
         evaluate: Evaluate | None,
         bridge: Bridge,
         limits: Limits | None = None,
+        terms: Terms | None = None,
+        clean_every_s: float = EVERY_S,
         metrics: Metrics | None = None,
         clock: Clock = time.time,
         tick_s: float = TICK_S,
     ) -> None:
         """`model` is the one that the page shows; any number may be published. `evaluate` measures candidates on a
-        held-out set; without it every candidate of a round is released, and the canary alone judges it."""
+        held-out set; without it every candidate of a round is released, and the canary alone judges it. `terms` say
+        how long the store keeps what only age speaks against."""
         self.tenant = tenant
         self.model = model
         self.ledger = ledger
@@ -144,6 +150,9 @@ class Coordinator:
             note=self.note,
             publish_soon=self._publish_soon,
         )
+        self._cleaning = Cleaning(ledger=ledger, store=store, metrics=self.metrics, clock=clock, terms=terms)
+        self._clean_every_s = clean_every_s
+        self._clean_pause_s = min(FIRST_S, clean_every_s)
         self._overview = Overview(
             tenant=tenant,
             model=model,
@@ -179,6 +188,7 @@ class Coordinator:
             tasks.create_task(self._forever("director", self._director.answer), name="director")
             tasks.create_task(self._forever("late patches", self._reception.make_late_patch), name="late patches")
             tasks.create_task(self._forever("contributions", self._intake.take), name="contributions")
+            tasks.create_task(self._forever("cleaning", self._clean), name="cleaning")
             tasks.create_task(self._forever("tick", self._tick), name="tick")
             await self._rounds.run(tasks)
 
@@ -206,6 +216,14 @@ class Coordinator:
         await asyncio.sleep(self._tick_s)
         await self._rollouts.advance()
         await self._desired.publish()
+
+    async def _clean(self) -> None:
+        await asyncio.sleep(self._clean_pause_s)
+        self._clean_pause_s = self._clean_every_s
+        cleaned = await asyncio.to_thread(self._cleaning.run)
+        if cleaned.freed_bytes:
+            said = f"{sum(cleaned.removed.values())} objects, {cleaned.freed_bytes} bytes"
+            await asyncio.to_thread(self.note, "info", f"removed from the store: {said}")
 
     async def _publish_soon(self) -> None:
         await self._desired.publish_soon()
@@ -285,6 +303,10 @@ class Coordinator:
     def round(self, round_id: str) -> Round:
         """A round as it stands. Raises NotFound. Blocking."""
         return self._rounds.round(round_id)
+
+    def clean_store(self, *, dry_run: bool) -> Cleaned:
+        """Remove from the store what nothing needs any more; see `Cleaning.run`. Blocking."""
+        return self._cleaning.run(dry_run=dry_run)
 
     def frozen_contributions(self, round_id: str) -> list[bytes]:
         """The contributions of a round in the frozen order; see `RoundDriver.frozen_contributions`. Blocking."""

@@ -28,7 +28,7 @@ from model_delta.task import AggregatorKey
 from monitoring.collector import Fold, judge_range
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, merge_summaries
 
-SCHEMA = 3
+SCHEMA = 4
 EVENTS_KEPT = 5_000
 
 _SCHEMA_1 = """
@@ -86,6 +86,12 @@ _SCHEMA_3 = """
 CREATE TABLE version_reports (
     device_id TEXT NOT NULL, model TEXT NOT NULL, counter INTEGER NOT NULL, serial INTEGER NOT NULL DEFAULT 0,
     heard REAL NOT NULL, report BLOB NOT NULL, plan BLOB NOT NULL DEFAULT x'', PRIMARY KEY (device_id, model));
+"""
+
+_SCHEMA_4 = """
+CREATE TABLE retired (manifest TEXT PRIMARY KEY, time REAL NOT NULL);
+CREATE TABLE identity (id TEXT NOT NULL);
+INSERT INTO identity VALUES (lower(hex(randomblob(16))));
 """
 
 
@@ -233,7 +239,7 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN EXCLUSIVE")
-            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2), (3, _SCHEMA_3)):
+            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2), (3, _SCHEMA_3), (4, _SCHEMA_4)):
                 if found < version:
                     for statement in schema.split(";\n"):
                         if statement.strip():
@@ -339,12 +345,46 @@ class Ledger:
         rows = self._rows("SELECT stable FROM models WHERE model = ?", (model,))
         return str(rows[0][0]) if rows else ""
 
+    # What the store no longer holds
+
+    def identity(self) -> str:
+        """This ledger's own id, 32 hex digits; a copy of the ledger has the same."""
+        return str(self._rows("SELECT id FROM identity")[0][0])
+
+    def retired(self) -> frozenset[str]:
+        """Versions whose objects were given up: no rollout or round can name them any more."""
+        return frozenset(row[0] for row in self._rows("SELECT manifest FROM retired"))
+
+    def standing(self) -> str:
+        """A text that changes whenever a version, plan, rollout or round is added, or one of them changes its state."""
+        return str(self._rows(_STANDING)[0][0])
+
+    def retire(self, manifests: Iterable[str], standing: str, now: float) -> bool:
+        """Give versions up, unless something was added since `standing`; whether they are given up now."""
+        with self._write() as db:
+            if str(db.execute(_STANDING).fetchone()[0]) != standing:
+                return False
+            db.executemany("INSERT OR IGNORE INTO retired VALUES (?,?)", [(digest, now) for digest in manifests])
+        return True
+
+    def _require_kept(self, db: sqlite3.Connection, manifests: Iterable[str]) -> None:
+        for digest in manifests:
+            if db.execute("SELECT 1 FROM retired WHERE manifest = ?", (digest,)).fetchone():
+                raise Malformed(
+                    f"version {digest[:16]}…: nothing needed it any more, so its files were removed from the store; "
+                    "publish a new version"
+                )
+
     # Plans and rollouts
 
     def plan(self, model: str) -> tuple[int, bytes] | None:
         """Serial and signed bytes of the newest plan."""
         rows = self._rows("SELECT serial, envelope FROM plans WHERE model = ? ORDER BY serial DESC LIMIT 1", (model,))
         return (int(rows[0][0]), bytes(rows[0][1])) if rows else None
+
+    def plans(self) -> list[bytes]:
+        """The signed bytes of every plan, oldest first."""
+        return [bytes(row[0]) for row in self._rows("SELECT envelope FROM plans ORDER BY model, serial")]
 
     def planned_models(self) -> list[str]:
         """Models that have a plan."""
@@ -362,9 +402,12 @@ class Ledger:
         plan: tuple[int, bytes] | None = None,
         stable: str | None = None,
         withdrawn: Mapping[str, str] | None = None,
+        needs: Iterable[str] = (),
     ) -> None:
-        """Write a rollout's state with everything that follows from it, together or not at all."""
+        """Write a rollout's state with everything that follows from it, together or not at all. Raises Malformed when
+        one of the versions that it `needs` was given up."""
         with self._write() as db:
+            self._require_kept(db, needs)
             db.execute(
                 "INSERT INTO rollouts (name, model, state, created, record) VALUES (?,?,?,?,?) "
                 "ON CONFLICT (name) DO UPDATE SET state = excluded.state, record = excluded.record",
@@ -403,9 +446,12 @@ class Ledger:
 
     # Rounds
 
-    def save_round(self, *, round_id: str, model: str, state: str, created: float, record: bytes) -> None:
-        """Write a round's state."""
+    def save_round(
+        self, *, round_id: str, model: str, state: str, created: float, record: bytes, needs: Iterable[str] = ()
+    ) -> None:
+        """Write a round's state. Raises Malformed when one of the versions that it `needs` was given up."""
         with self._write() as db:
+            self._require_kept(db, needs)
             db.execute(
                 "INSERT INTO rounds VALUES (?,?,?,?,?) "
                 "ON CONFLICT (round_id) DO UPDATE SET state = excluded.state, record = excluded.record",
@@ -680,6 +726,12 @@ class Ledger:
         return [Event(*row) for row in reversed(rows)]
 
 
+_STANDING = (
+    "SELECT (SELECT COUNT(*) FROM releases) || ' ' || (SELECT COUNT(*) FROM plans) || ' ' ||"
+    " (SELECT COALESCE(GROUP_CONCAT(name || state), '') FROM rollouts) || ' ' ||"
+    " (SELECT COALESCE(GROUP_CONCAT(round_id || state), '') FROM rounds) || ' ' ||"
+    " (SELECT COALESCE(GROUP_CONCAT(model || stable), '') FROM models)"
+)
 _DEVICE_COLUMNS = (
     "device_id, kind, tenant, device_class, region, labels, certificate, certificate_serial, enrolled, last_seen,"
     " running, state, safe_mode, plan_serial, dropped, lost_requests"

@@ -144,6 +144,11 @@ class Publisher:
             if known is not None:
                 if not known.wrapped_key:
                     raise Malformed(f"model {model}: these bytes were version {known.release}, which was shredded")
+                if known.manifest in self._ledger.retired():
+                    raise Malformed(
+                        f"model {model}: these bytes were version {known.release}, which nothing needed any more, so "
+                        "its files were removed from the store; train it anew, or publish it with another --parent"
+                    )
                 return known
             candidate = self.prepare(source, model=model, now=now, parent=base.manifest if base else None)
             before = self.manifest(base.manifest) if base is not None else None
@@ -359,7 +364,7 @@ class Publisher:
         """From which of the last releases a direct patch to `target` is worth making before a device asks: those that
         its delivery has none from, and whose file is as large as its own, so that nothing has to be searched."""
         record, delivery = self._ledger.release(target), self.delivery(target)
-        offered = {target, *(offer.base for offer in delivery.offers)}
+        offered = {target, *(offer.base for offer in delivery.offers), *self._ledger.retired()}
         return tuple(
             other.manifest
             for other in self._ledger.releases(record.model)[-1 - LATE_PATCHES_FROM :]

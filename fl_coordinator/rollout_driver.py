@@ -188,6 +188,7 @@ class RolloutDriver:
             plan=plan,
             stable=rollouts.next_stable(found) if plan is not None else None,
             withdrawn={found.target: found.reason} if ended_badly else None,
+            needs=(found.target, found.stable) if moved.event == "begun" else (),
         )
         if moved.event:
             kind = "alert" if found.state in ("stopped", "aborted", "paused") else "info"

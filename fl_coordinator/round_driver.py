@@ -175,6 +175,7 @@ class RoundDriver:
             state=found.state,
             created=found.opened,
             record=pack(found),
+            needs=(found.task.base,) if found.at is State.ANNOUNCED else (),
         )
 
     async def abort(self, round_id: str) -> Round:

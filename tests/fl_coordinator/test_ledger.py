@@ -205,6 +205,8 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     raw.execute("DROP TABLE privacy_openings")
     raw.execute("DROP TABLE privacy_devices")
     raw.execute("DROP TABLE version_reports")
+    raw.execute("DROP TABLE retired")
+    raw.execute("DROP TABLE identity")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
@@ -212,6 +214,31 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     ledger.spend_privacy("r1", 1, "fraud", Spend(4.0), ["pos-1"])
     assert ledger.privacy_of_release("fraud") == [Spend(4.0)]
     assert ledger.all_directed() == []
+    assert ledger.retired() == frozenset()
+    assert len(ledger.identity()) == 32
+    ledger.close()
+
+
+def test_versions_are_given_up_only_while_nothing_was_added(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_release(release(1))
+    standing = ledger.standing()
+    ledger.add_release(release(2, source="t"))
+    first, second = (one.manifest for one in ledger.releases())
+    assert not ledger.retire([first], standing, 1.0)
+    assert ledger.retired() == frozenset()
+    assert ledger.retire([first], ledger.standing(), 1.0)
+    assert ledger.retire([first], ledger.standing(), 2.0)
+    fields = {"model": "fraud", "state": "running", "created": 1.0, "record": b"r"}
+    with pytest.raises(Malformed, match="removed from the store"):
+        ledger.save_rollout(name="r", plan=(1, b"p"), needs=(second, first), **fields)  # type: ignore[arg-type]
+    with pytest.raises(Malformed, match="removed from the store"):
+        ledger.save_round(round_id="r", needs=(first,), **fields)  # type: ignore[arg-type]
+    assert ledger.plans() == ledger.rollouts() == ledger.rounds() == []
+    before = ledger.standing()
+    ledger.save_rollout(name="r", plan=(1, b"p"), needs=(second,), **fields)  # type: ignore[arg-type]
+    assert ledger.plans() == [b"p"]
+    assert ledger.standing() != before
     ledger.close()
 
 
