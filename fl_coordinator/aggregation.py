@@ -1,6 +1,6 @@
 """From the aggregators' openings to the mean update, and from a mean update to new weights.
 
-Each share of the selected sum arrives from two aggregators and must be the same; the norm of the sum must be the one
+Each share of the weighted sum arrives from two aggregators and must be the same; the norm of its sketch must be the one
 that the opened Gram matrix foretells. The plain mean of plain updates stands beside it as the yardstick: what an
 undefended round would have produced.
 """
@@ -15,9 +15,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.shares.fixed_point import WORD_BYTES, Words, decode
+from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.fixed_point import decode
+from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.party import Decision, read_gram
 from fl_coordinator.shares.sharing import PARTIES
+from fl_coordinator.shares.streams import WORD_BYTES, Words
 from model_delta.digest import digest_of
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, Untrusted
@@ -29,7 +32,7 @@ OPENING_TYPE = "round-opening"
 
 class Opening(msgspec.Struct, frozen=True):
     """What an aggregator signs (Ed25519, an Envelope of type `round-opening`): the packed Decision, its own place, and
-    digests of its two shares of the selected sum ("" when nothing was opened)."""
+    digests of its two shares of the weighted sum ("" when nothing was opened)."""
 
     aggregator: str
     index: int
@@ -70,12 +73,12 @@ def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> A
     if not decision.selected:
         return Aggregate(decision, None)
     total = _sum_of_shares(shares, names, task)
-    if _norm_squared(total) != _foretold(decision):
+    if _norm_squared(total, decision, task) != _foretold(decision):
         raise Untrusted(
             f"round {task.round_id!r}: the opened sum has another norm than the Gram matrix foretells; one of "
             f"{', '.join(names)} deviated"
         )
-    return Aggregate(decision, (decode(total, task.fraction_bits) / len(decision.selected)).astype(np.float32))
+    return Aggregate(decision, (decode(total, task.fraction_bits) / decision.divisor).astype(np.float32))
 
 
 def apply_mean(base: NDArray[np.float32], mean: NDArray[np.float32], rate: float = 1.0) -> NDArray[np.float32]:
@@ -123,20 +126,24 @@ def _sum_of_shares(shares: Mapping[int, tuple[bytes, bytes]], names: list[str], 
         suspects = set.intersection(*holders) or set().union(*holders)
         who = " or ".join(names[index] for index in sorted(suspects))
         raise Untrusted(f"{who}: a share of the opened sum differs from what its other holder sent")
-    total = np.zeros(task.length, dtype=np.uint64)
+    total = np.zeros(task.length, dtype=np.uint32)
     for index in range(PARTIES):
         if not shares[index][0]:
             raise Untrusted(f"{names[index]}: signed a selection but sent no share of its sum")
-        total = total + np.frombuffer(shares[index][0], dtype="<u8")
+        total = total + np.frombuffer(shares[index][0], dtype="<u4")
     return total
 
 
-def _norm_squared(total: Words) -> int:
-    """Of a sum of accepted updates, modulo 2^64: the comparison only needs equality."""
-    return int(np.sum(total * total, dtype=np.uint64))
+def _norm_squared(total: Words, decision: Decision, task: RoundTask) -> int:
+    """Of the sketch of a sum of accepted updates (of the sum itself where distances are exact), modulo 2^64."""
+    sketch = Coefficients(decision.coin, task.length, bounds_of(task)).sketch_exact(
+        total.view(np.int32).astype(np.int64)
+    )
+    return int(np.sum(sketch.view(np.uint64) * sketch.view(np.uint64), dtype=np.uint64))
 
 
 def _foretold(decision: Decision) -> int:
-    place = {index: position for position, index in enumerate(decision.measured)}
-    chosen = [place[index] for index in decision.selected]
-    return int(np.sum(read_gram(decision)[np.ix_(chosen, chosen)].view(np.uint64), dtype=np.uint64))
+    """The same from weights and Gram matrix: sketches are linear."""
+    weights = np.array([decision.devices[index].weight for index in decision.measured], dtype=np.uint64)
+    gram = read_gram(decision).view(np.uint64)
+    return int(np.sum(gram * weights[:, None] * weights[None, :], dtype=np.uint64))

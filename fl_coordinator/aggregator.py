@@ -16,10 +16,11 @@ import asyncio
 import contextlib
 import os
 import stat
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -27,10 +28,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.channel import Channel, ChannelMessage
-from fl_coordinator.shares.contribution import CONTRIBUTIONS_MAX, Holding, hold
+from fl_coordinator.shares.bounds import contributions_max, require_announceable
+from fl_coordinator.shares.contribution import Holding, hold
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
-from fl_coordinator.shares.range_check import require_announceable
 from fl_coordinator.shares.sharing import Exchange, to_bytes
 from model_delta.digest import digest_of, require_digest, require_match
 from model_delta.encoding import pack, unpack, unpack_plain
@@ -52,8 +53,8 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FetchContributions = Callable[[str], Awaitable[Sequence[bytes]]]
-"""The contributions of a round, by round id, in the frozen order. Raises Unavailable."""
+FetchContributions = Callable[[str], Awaitable[Iterable[bytes]]]
+"""The contributions of a round, by round id, in the frozen order, read one by one in a thread. Raises Unavailable."""
 Send = Callable[[str, str, bytes], Awaitable[None]]
 """send(peer, name, data): hand `data` to that aggregator's `deliver(own name, name, data)`. Raises Unavailable."""
 
@@ -192,9 +193,18 @@ class Aggregator:
                 )
             return reply
         data = await self._fetch(command.round_id)
-        holding = await _in_thread(self._take, command, task, index, data)
-        memory = msgspec.structs.replace(memory, attempt=command.attempt)
-        await _in_thread(self._remember, memory)
+        # Masked vectors wait on disk: a round of many large ones would not fit into memory. The file has no name, so
+        # that it is gone with this process.
+        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as spool:
+            holding = await _in_thread(self._take, command, task, index, data, spool)
+            memory = msgspec.structs.replace(memory, attempt=command.attempt)
+            await _in_thread(self._remember, memory)
+            outcome = await self._take_part(command, task, index, holding, memory)
+        return await _in_thread(self._sign, command, index, outcome)
+
+    async def _take_part(
+        self, command: RoundCommand, task: RoundTask, index: int, holding: Holding, memory: _Memory
+    ) -> Outcome:
         channels = {
             peer: Channel(
                 self._sealing, key.sealing, self.name, key.name, command.round_id, command.attempt, command.root
@@ -215,13 +225,12 @@ class Aggregator:
         )
         names = {peer: task.aggregators[peer].name for peer in channels}
         try:
-            outcome = await self._drive(party.steps(), memory, command, channels, names)
+            return await self._drive(party.steps(), memory, command, channels, names)
         except AtollError as error:
             await self._abort(str(error), command, channels, names)
             raise
         finally:
             self._mailbox.discard(command.round_id, command.attempt)
-        return await _in_thread(self._sign, command, index, outcome)
 
     def _accept(self, command: RoundCommand) -> tuple[RoundTask, int]:
         """The announcement, if the role `round` signed it and this aggregator is in it; and its place."""
@@ -235,8 +244,8 @@ class Aggregator:
             raise Expired(f"{what}: closed more than {KEPT_S // 86_400} days ago; it is no longer remembered")
         if self.key not in task.aggregators:
             raise Untrusted(f"{what}: was announced without {self.name}, or with other keys of it")
-        if command.attempt < 1 or not 1 <= len(command.contributions) <= CONTRIBUTIONS_MAX:
-            raise Malformed(f"{what}: expected an attempt from 1 and 1 to {CONTRIBUTIONS_MAX} contributions")
+        if command.attempt < 1 or not 1 <= len(command.contributions) <= contributions_max(task):
+            raise Malformed(f"{what}: expected an attempt from 1 and 1 to {contributions_max(task)} contributions")
         leaves = [bytes.fromhex(require_digest(digest, f"{what}: contribution")) for digest in command.contributions]
         found = merkle_root(leaves)
         if found != command.root:
@@ -265,15 +274,12 @@ class Aggregator:
             return None
         return reply
 
-    def _take(self, command: RoundCommand, task: RoundTask, index: int, data: Sequence[bytes]) -> Holding:
-        """This aggregator's shares of the frozen contributions, which are checked to be those."""
-        if len(data) != len(command.contributions):
-            raise Malformed(
-                f"round {command.round_id!r}: expected {len(command.contributions)} contributions, found {len(data)}"
-            )
-        for place, (digest, contribution) in enumerate(zip(command.contributions, data, strict=True)):
-            require_match(contribution, digest, f"round {command.round_id!r}: contribution {place}")
-        return hold(data, task, index, self._sealing, self._ca_pem, self._revoked(), self._clock())
+    def _take(
+        self, command: RoundCommand, task: RoundTask, index: int, data: Iterable[bytes], spool: BinaryIO
+    ) -> Holding:
+        """This aggregator's shares of the frozen contributions, which are checked to be those, one after the other."""
+        checked = _checked(command, data)
+        return hold(checked, task, index, self._sealing, self._ca_pem, self._revoked(), self._clock(), spool)
 
     async def _drive(
         self,
@@ -458,6 +464,21 @@ class _Mailbox:
             del self._over[next(iter(self._over))]
         self._messages = [m for m in self._messages if m.round_id != round_id or m.attempt > attempt]
         self._size = sum(len(m.box) for m in self._messages)
+
+
+def _checked(command: RoundCommand, data: Iterable[bytes]) -> Iterator[bytes]:
+    """The same contributions. Raises Malformed for another number, DigestMismatch for others than were frozen."""
+    count = 0
+    for place, contribution in enumerate(data):
+        count = place + 1
+        if count <= len(command.contributions):
+            digest = command.contributions[place]
+            require_match(contribution, digest, f"round {command.round_id!r}: contribution {place}")
+            yield contribution
+    if count != len(command.contributions):
+        raise Malformed(
+            f"round {command.round_id!r}: expected {len(command.contributions)} contributions, found {count}"
+        )
 
 
 def _advance(steps: Protocol, received: Mapping[int, bytes] | None) -> Exchange | Keep | Outcome:

@@ -18,7 +18,8 @@ from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import AdmittedContribution, Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
 from fl_coordinator.rounds import Round, State, newest_of
-from fl_coordinator.shares.contribution import CONTRIBUTIONS_MAX, Claim, mismatch, parse, size_max, verify
+from fl_coordinator.shares.bounds import CONTRIBUTIONS_MAX
+from fl_coordinator.shares.contribution import Claim, mismatch, parse, size_max, verify
 from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack

@@ -27,7 +27,7 @@ from fl_coordinator.publishing import Publisher
 from fl_coordinator.rollout_driver import AWAKE_S
 from fl_coordinator.rounds import ATTEMPTS_MAX, Command, Event, Round, RoundSpec, State, newest_of, step
 from fl_coordinator.shares.party import Decision
-from fl_coordinator.shares.range_check import require_announceable
+from fl_coordinator.shares.bounds import require_announceable
 from model_delta import merkle, topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -175,7 +175,6 @@ class RoundDriver:
             state=found.state,
             created=found.opened,
             record=pack(found),
-            needs=(found.task.base,) if found.at is State.ANNOUNCED else (),
         )
 
     async def abort(self, round_id: str) -> Round:

@@ -36,7 +36,9 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     `training_graph` is the digest of an ONNX file with inputs `parameters` float32[d], `features` float32[n, f],
     `labels` float32[n], `learning_rate` float32[] and outputs `updated` float32[d], `loss` float32[].
     A device runs `steps` mini-batches of `batch_size`, clips the difference to `clip_norm_l2`, encodes it with
-    `fraction_bits` and shares it in Z_2^64. `deadline` and `issued` are Unix seconds.
+    `fraction_bits` and shares it in Z_2^32. At most `contributions_max` are taken (0: the most that a round may take);
+    `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`). `deadline`
+    and `issued` are Unix seconds.
     """
 
     format: int = 1
@@ -58,3 +60,6 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     issued: int
     deadline: int
     open: bool = True
+    contributions_max: int = 0
+    policy: str = "krum"
+    reveal: str = "distances"

@@ -11,17 +11,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.shares.contribution import (
-    CONTRIBUTION_TYPE,
-    Claim,
-    Contribution,
-    mask_share,
-    sealing_info,
-    sealing_keys,
-)
-from fl_coordinator.shares.fixed_point import Rng, Words, clip, encode
-from fl_coordinator.shares.range_check import require_announceable
-from fl_coordinator.shares.sharing import PARTIES, SEED_BYTES, expand
+from fl_coordinator.shares.bounds import require_announceable
+from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, sealing_info, sealing_keys
+from fl_coordinator.shares.fixed_point import Rng, encode, norm_of
+from fl_coordinator.shares.sharing import PARTIES, to_bytes
+from fl_coordinator.shares.streams import SEED_BYTES, Words, crypt, expand
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed
@@ -46,7 +40,9 @@ def make_contribution(
     require_announceable(task)
     if update.size != task.length:
         raise Malformed(f"update for round {task.round_id!r}: expected {task.length} values, found {update.size}")
-    encoded = encode(clip(update, task.clip_norm_l2), task.fraction_bits, rng)
+    norm = norm_of(update)
+    factor = task.clip_norm_l2 / norm if norm > task.clip_norm_l2 else 1.0
+    encoded = encode(update, task.fraction_bits, rng, factor)
     return share_out(encoded, task, identity_sign, certificate_pem, device_id, rng)
 
 
@@ -58,10 +54,10 @@ def share_out(
     device_id: str,
     rng: Rng,
 ) -> bytes:
-    """A packed Contribution from ring elements, uint64[d], as they are: nothing is clipped or checked here."""
+    """A packed Contribution from ring elements, uint32[d], as they are: nothing is clipped or checked here."""
     secrets = [rng(SEED_BYTES) for _ in range(PARTIES)]
     rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
-    masked = mask_share(secrets[2], task, device_id, rest)
+    masked = crypt(secrets[2], to_bytes(rest))
     sealed = tuple(
         seal_to(key.sealing, secrets[index] + secrets[(index + 1) % PARTIES], sealing_info(task, device_id, index))
         for index, key in enumerate(task.aggregators)

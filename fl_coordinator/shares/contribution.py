@@ -1,49 +1,48 @@
 """What a device hands in: a signed claim, one masked vector, three sealed pairs of seeds.
 
-x = x0 + x1 + x2 modulo 2^64. x0 and x1 are the key streams of two seeds; x2 is what is left, and travels once,
+x = x0 + x1 + x2 modulo 2^32. x0 and x1 are the key streams of two seeds; x2 is what is left, and travels once,
 encrypted under a third secret K. Aggregator i gets the secrets of shares i and i+1, sealed (HPKE) to its key:
-A0 (s0, s1), A1 (s1, K), A2 (K, s0). So an upload is as long as one vector, whoever carries it can read nothing, and one
-aggregator alone sees two strings that are random and independent of the update. docs/wire_formats.md has the bytes.
+A0 (s0, s1), A1 (s1, K), A2 (K, s0). So an upload is as long as one vector of float32, whoever carries it can read
+nothing, and one aggregator alone sees two strings that are random and independent of the update. docs/wire_formats.md
+has the bytes.
 
 Verify first: `verify` believes the certificate chain and the signature before it looks at anything that was claimed,
-and `mismatch` then compares the claim with the round. AES-GCM does not commit to its key, and seals to different
-aggregators are independent: that all saw the same shares is checked later, between the aggregators.
+and `mismatch` then compares the claim with the round. The ciphertext needs no tag of its own: its digest is signed, and
+it is decrypted only after the stored bytes were found to have it. Seals to different aggregators are independent: that
+all saw the same secrets is checked later, between the aggregators; with the ciphertext they determine the shares.
 
 Compatibility promise: see `model_delta.encoding`; a field that changes meaning raises `format`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import os
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import msgspec
-import numpy as np
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fl_coordinator.shares.fixed_point import WORD_BYTES, Words
-from fl_coordinator.shares.sharing import PARTIES, SEED_BYTES, Pair, expand
+from fl_coordinator.shares.sharing import PARTIES
+from fl_coordinator.shares.streams import SEED_BYTES, WORD_BYTES, Octets, Rows, SecretRows
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
-from model_delta.errors import Malformed, SignatureInvalid, Untrusted
+from model_delta.errors import Malformed, SignatureInvalid, Unavailable, Untrusted
 from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import open_sealed
 from model_delta.task import AggregatorKey, RoundTask
 from model_delta.trust.signing import pre_authentication_encoding
 
 CONTRIBUTION_TYPE = "contribution"
-FORMAT = 1
-CONTRIBUTIONS_MAX = 1_024
-"""The most that one round takes: the aggregators hold all of them in memory at once."""
-
+FORMAT = 2
 OVERHEAD_BYTES = 16_384
 """A contribution is at most this much longer than its vector (certificate, seals, signature, header)."""
 
-_NONCE = bytes(12)
+_MASKED = PARTIES - 1
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,13 +84,14 @@ class VerifiedContribution:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one aggregator holds of a frozen list of n contributions: `shares` uint64[n, d] twice (zeros where refused),
-    the contributions' digests and device ids in the frozen order, and why it refused some, by index."""
+    """What one aggregator holds of a frozen list of n contributions: both shares of each as rows (nothing may be read
+    where refused), the contributions' digests and device ids in the frozen order, and why it refused some, by index."""
 
     digests: tuple[str, ...]
     device_ids: tuple[str, ...]
     refusals: Mapping[int, str]
-    shares: Pair
+    first: Rows
+    second: Rows
 
 
 def parse(data: bytes, size_max: int | None = None) -> Contribution:
@@ -113,8 +113,8 @@ def verify(data: bytes, ca_pem: bytes, revoked: Set[int], now: float) -> Verifie
     """
     contribution = parse(data)
     claim = unpack(contribution.claim, Claim)
-    if claim.format > FORMAT:
-        raise Malformed(f"contribution: format {claim.format}, this reader knows up to {FORMAT}")
+    if claim.format != FORMAT:
+        raise Malformed(f"contribution: format {claim.format}, this reader knows {FORMAT}")
     name, key, _ = device_keys_of(claim.certificate, ca_pem, now, frozenset(revoked))
     if name != claim.device_id:
         raise Untrusted(f"contribution of {claim.device_id!r}: its certificate names {name!r}")
@@ -140,7 +140,7 @@ def mismatch(verified: VerifiedContribution, task: RoundTask) -> str:
         "fraction bits": (task.fraction_bits, claim.fraction_bits),
         "aggregator keys": (sealing_keys(task.aggregators), claim.sealing_keys),
         "number of sealed pairs": (PARTIES, len(claim.sealed)),
-        "bytes of masked vector": (WORD_BYTES * task.length + 16, len(verified.masked)),
+        "bytes of masked vector": (WORD_BYTES * task.length, len(verified.masked)),
     }
     for what, (expected, found) in wanted.items():
         if expected != found:
@@ -148,39 +148,40 @@ def mismatch(verified: VerifiedContribution, task: RoundTask) -> str:
     return ""
 
 
-def open_shares(verified: VerifiedContribution, task: RoundTask, index: int, private: X25519PrivateKey) -> Pair:
-    """Aggregator `index`'s two shares of the update, uint64[d] each. The claim must match the task.
+def open_secrets(
+    verified: VerifiedContribution, task: RoundTask, index: int, private: X25519PrivateKey
+) -> tuple[bytes, bytes]:
+    """The secrets of aggregator `index`'s two shares, 32 bytes each. The claim must match the task.
 
-    Raises Untrusted when the seal or the masked vector does not open.
+    Raises Untrusted when the seal does not open.
     """
-    info = sealing_info(task, verified.device_id, index)
-    opened = open_sealed(private, verified.claim.sealed[index], info)
+    opened = open_sealed(private, verified.claim.sealed[index], sealing_info(task, verified.device_id, index))
     if len(opened) != 2 * SEED_BYTES:
         raise Untrusted(f"sealed pair: expected {2 * SEED_BYTES} bytes, found {len(opened)}")
-    return Pair(
-        _share(verified, task, index, opened[:SEED_BYTES]),
-        _share(verified, task, (index + 1) % PARTIES, opened[SEED_BYTES:]),
-    )
+    return opened[:SEED_BYTES], opened[SEED_BYTES:]
 
 
 def hold(
-    contributions: Sequence[bytes],
+    contributions: Iterable[bytes],
     task: RoundTask,
     index: int,
     private: X25519PrivateKey,
     ca_pem: bytes,
     revoked: Set[int],
     now: float,
+    spool: BinaryIO | None = None,
 ) -> Holding:
-    """Verify every contribution of the frozen list and open aggregator `index`'s shares; a bad one is only refused.
+    """Verify every contribution of the frozen list and open aggregator `index`'s secrets; a bad one is only refused.
 
-    Of two contributions of one device the first counts. `now` is Unix seconds.
+    Of two contributions of one device the first counts. `now` is Unix seconds. Masked vectors go to `spool` (an
+    unbuffered file, open for reading and writing, which must outlive the result) if there is one, and stay in memory
+    otherwise; the first aggregator needs none of them.
     """
-    first = np.zeros((len(contributions), task.length), dtype=np.uint64)
-    second = np.zeros_like(first)
+    kept: list[_Kept] = []
     refusals: dict[int, str] = {}
     seen: set[str] = set()
     for place, data in enumerate(contributions):
+        digest = digest_of(data)
         try:
             if len(data) > size_max(task):
                 raise Malformed(f"contribution: expected at most {size_max(task)} bytes, found {len(data)}")
@@ -190,14 +191,26 @@ def hold(
                 reason = "a second contribution of this device"
             if reason:
                 raise Untrusted(reason)
+            secrets = open_secrets(verified, task, index, private)
             seen.add(verified.device_id)
-            pair = open_shares(verified, task, index, private)
         except (Malformed, Untrusted) as error:
             refusals[place] = str(error)
+            kept.append(_Kept(digest, _claimed_device(data)))
             continue
-        first[place], second[place] = pair.first, pair.second
-    digests = tuple(digest_of(data) for data in contributions)
-    return Holding(digests, tuple(_claimed_device(data) for data in contributions), refusals, Pair(first, second))
+        masked: Octets = b""
+        if index > 0:
+            masked = memoryview(verified.masked) if spool is None else _Span.append(spool, verified.masked)
+        kept.append(_Kept(digest, verified.device_id, secrets, verified.claim.masked, masked))
+    shares: list[Rows] = []
+    for number in range(2):
+        own = [entry.secrets[number] for entry in kept]
+        if (index + number) % PARTIES == _MASKED:
+            masks, labels = [entry.masked for entry in kept], [entry.label for entry in kept]
+            shares.append(SecretRows(task.length, own, masks, labels))
+        else:
+            shares.append(SecretRows(task.length, own))
+    digests, names = tuple(entry.digest for entry in kept), tuple(entry.device_id for entry in kept)
+    return Holding(digests, names, refusals, shares[0], shares[1])
 
 
 def sealing_info(task: RoundTask, device_id: str, index: int) -> bytes:
@@ -210,20 +223,39 @@ def sealing_keys(aggregators: tuple[AggregatorKey, ...]) -> tuple[str, ...]:
     return tuple(digest_of(key.sealing) for key in aggregators)
 
 
-def mask_share(secret: bytes, task: RoundTask, device_id: str, share: Words) -> bytes:
-    """Share 2 encrypted with AES-256-GCM under a secret that is used once."""
-    bound = pack(["atoll masked", task.round_id, device_id])
-    return AESGCM(secret).encrypt(_NONCE, np.ascontiguousarray(share, dtype="<u8").tobytes(), bound)
+@dataclass(frozen=True)
+class _Kept:
+    """What is needed of one contribution later on."""
+
+    digest: str
+    device_id: str
+    secrets: tuple[bytes, bytes] = (b"", b"")
+    label: str = ""
+    masked: Octets = b""
 
 
-def _share(verified: VerifiedContribution, task: RoundTask, number: int, secret: bytes) -> Words:
-    if number < PARTIES - 1:
-        return expand(secret, task.length)
-    bound = pack(["atoll masked", task.round_id, verified.device_id])
-    try:
-        return np.frombuffer(AESGCM(secret).decrypt(_NONCE, verified.masked, bound), dtype="<u8")
-    except InvalidTag:
-        raise Untrusted("the masked vector does not open under the sealed secret") from None
+@dataclass(frozen=True)
+class _Span:
+    """`size` bytes of a file from `start`."""
+
+    file: int
+    start: int
+    size: int
+
+    @classmethod
+    def append(cls, spool: BinaryIO, data: bytes) -> _Span:
+        start = spool.seek(0, os.SEEK_END)
+        left = memoryview(data)
+        while left:
+            left = left[spool.write(left) :]
+        return cls(spool.fileno(), start, len(data))
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self.size)
+        data = os.pread(self.file, stop - start, self.start + start)
+        if len(data) != stop - start:
+            raise Unavailable(f"spooled contribution: expected {stop - start} bytes, found {len(data)}")
+        return data
 
 
 def _claimed_device(data: bytes) -> str:

@@ -3,13 +3,16 @@
 Three parties run this over the same frozen, ordered list of contributions, one step after another:
 
     hello      a fresh nonce, a commitment to a coin, and which decision of this round is remembered, if any
-    compare    which contributions were refused and why; for each share a keyed hash, compared with its other holder
+    compare    which contributions were refused and why; for each share a keyed hash of what it follows from (secret,
+               digest of the ciphertext), compared with its other holder
     coin       the coin's opening, and a hash of all that was public so far: everybody must have seen the same
-    split ...  range check of 64 random subset sums (see `range_check`), one bit per device opened
-    gram       shares of the Gram matrix of the devices that are left, opened to all three
+    measured   64 projections and a sketch (see `measuring`) of the first share, sent to the other holder of it
+    split ...  range check of the projections (see `range_check`), one bit per device opened
+    lift ...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
+    gram       shares of the sketches' Gram matrix, opened to all three
     agree      hash of the decision; sent only after the decision was written down
 
-and the rule in `rules.selection` chooses, from the matrix alone. Only then does a party return its two shares of the
+and the policy in `rules` chooses, from the matrix alone. Only then does a party return its two shares of the weighted
 sum over the chosen. Because each writes the decision down before it says `agree`, and opens only after both peers said
 so, either all three remember the decision or nobody has opened anything: a new attempt after a crash can therefore go
 on from the remembered decision, or start afresh, and never opens two different sets of one round (which would give
@@ -17,17 +20,19 @@ away their difference).
 
 Nothing is multiplied or opened for a contribution that was refused. A deviating aggregator is noticed where something
 arrives twice or must be the same for all (hashes, opened bits, the decision, and the shares of the sum, which
-`aggregation.combine_openings` compares); for its own messages in the range check and the Gram step it is trusted to
-compute correctly.
+`aggregation.combine_openings` compares). What a peer says it measured is computed again for some devices that it
+cannot foresee: all of them when the round is small, one in sixteen at least. For its messages in the steps after that
+an aggregator is trusted to compute correctly.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -36,21 +41,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fl_coordinator.rules import selection
+from fl_coordinator.rules.policy import Verdicts
+from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, require_announceable
 from fl_coordinator.shares.contribution import Holding
-from fl_coordinator.shares.fixed_point import Rng, Words, norm_max
-from fl_coordinator.shares.range_check import bound_exponent, range_check, require_announceable
-from fl_coordinator.shares.sharing import (
-    PARTIES,
-    SEED_BYTES,
-    Exchange,
-    Pair,
-    Session,
-    Steps,
-    expand,
-    gram_share,
-    project,
-    to_bytes,
-)
+from fl_coordinator.shares.fixed_point import Rng
+from fl_coordinator.shares.lifting import lift
+from fl_coordinator.shares.measuring import Coefficients
+from fl_coordinator.shares.range_check import range_check
+from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
+from fl_coordinator.shares.streams import SEED_BYTES, Rows, weighted_sum
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
@@ -58,32 +57,41 @@ from model_delta.task import RoundTask
 
 _TAG_BYTES = 32
 _REASON_MAX = 300
+_PROBED_SHARE, _PROBED_WORDS = 16, 1 << 22
+"""A peer's measurements are computed again for one device in sixteen, and for as many as have four million words."""
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 
 class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one contribution. `reason` is "" for the selected. `norm` is the update's l2 norm in model units,
-    `norm_sigma` its distance from the median norm in robust standard deviations, `krum_score` in squared model units;
-    all three are -1, 0 and -1 when the contribution did not get as far as the Gram matrix."""
+    """What became of one contribution. `weight` is its integer weight in the sum, `reason` "" for the selected. `norm`
+    is the update's l2 norm in model units; -1 when the contribution did not get as far as the Gram matrix. The rest are
+    the verdicts of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none."""
 
     device_id: str
     contribution: str
     selected: bool
     reason: str
+    weight: int = 0
     norm: float = -1.0
     norm_sigma: float = 0.0
+    distance_sigma: float = 0.0
     krum_score: float = -1.0
+    cluster: int = -1
+    cosine_cluster: int = -1
+    spectral: float = 0.0
+    copies: int = 1
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """All that a round's three aggregators agreed on, the same bytes at each.
 
-    `gram` holds the upper triangle, row by row, of the inner products of the devices `measured` (indices into
-    `devices`), int64 little endian in units of 2^(-2 fraction_bits). `refusal` says why nothing was opened ("" if the
-    sum over `selected` was)."""
+    `gram` holds the upper triangle, row by row, of the Gram matrix of the devices `measured` (indices into `devices`),
+    int64 little endian: `scale` times their inner products in units of 2^(-2 fraction_bits), estimated by sketches when
+    `scale` is above 1. The mean is the sum of weight times update over `divisor`. `refusal` says why nothing was opened
+    ("" if the sum over `selected` was)."""
 
-    format: int = 1
+    format: int = 2
     tenant: str
     model: str
     round_id: str
@@ -92,10 +100,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     aggregators: tuple[str, ...]
     coin: bytes
+    policy: str
     devices: tuple[DeviceVerdict, ...]
     measured: tuple[int, ...]
+    scale: int
     gram: bytes
     selected: tuple[int, ...]
+    divisor: int
     refusal: str
 
 
@@ -109,7 +120,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The packed Decision and this party's two shares of the selected sum, uint64[d] (None when nothing is opened)."""
+    """The packed Decision and this party's two shares of the weighted sum, uint32[d] (None when nothing is opened)."""
 
     decision: bytes
     opened: Pair | None
@@ -157,9 +168,13 @@ class AggregationParty:
         final: bool = False,
     ) -> None:
         require_announceable(task)
-        shape = (len(holding.digests), task.length)
-        if holding.shares.first.shape != shape or holding.shares.second.shape != shape:
-            raise Malformed(f"round {task.round_id!r}: expected shares of shape {shape}")
+        if not holding.first.length == holding.second.length == task.length:
+            raise Malformed(f"round {task.round_id!r}: expected shares of {task.length} words")
+        if len(holding.digests) > contributions_max(task):
+            raise Malformed(
+                f"round {task.round_id!r}: its numbers allow {contributions_max(task)} contributions, found "
+                f"{len(holding.digests)}"
+            )
         self._task = task
         self._attempt = attempt
         self._root = root
@@ -191,14 +206,13 @@ class AggregationParty:
         agreed = yield from self._broadcast_bytes("agree", _name_of(decision).encode())
         self._require_same("agree", "another decision", agreed)
         yield Keep(decision, agreed=True)
-        chosen = list(unpack(decision, Decision).selected)
+        taken = unpack(decision, Decision)
+        chosen = list(taken.selected)
         if not chosen:
             return Outcome(decision, None)
-        shares = self._holding.shares
-        return Outcome(
-            decision,
-            Pair(shares.first[chosen].sum(axis=0, dtype=np.uint64), shares.second[chosen].sum(axis=0, dtype=np.uint64)),
-        )
+        weights = [taken.devices[index].weight for index in chosen]
+        first = weighted_sum(self._holding.first, chosen, weights)
+        return Outcome(decision, Pair(first, weighted_sum(self._holding.second, chosen, weights)))
 
     def _decide(self, session: Session, hellos: Sequence[_Hello], secret: bytes) -> Steps[Decision]:
         task = self._task
@@ -209,47 +223,56 @@ class AggregationParty:
         usable = [index for index in range(len(self._holding.digests)) if index not in refused]
         found = 0
         if len(usable) >= task.selected_min:
-            shares = self._holding.shares
-            selectors = expand(_key(coin, "projections"), task.length)
-            sums = Pair(project(shares.first[usable], selectors), project(shares.second[usable], selectors))
-            exponent = bound_exponent(task)
-            inside = yield from range_check(session, sums, exponent)
+            projections, sketches = yield from self._measured(session, coin, usable)
+            inside = yield from range_check(session, projections, bounds_of(task).exponent)
             for index in (index for index, ok in zip(usable, inside, strict=True) if not ok):
-                refused[index] = "range check: a random subset sum is larger than any clipped update allows"
+                refused[index] = "range check: a random projection is larger than any clipped update allows"
                 found += 1
             usable = [index for index in usable if index not in refused]
+            sketches = sketches.rows(inside)
+        if len(usable) < task.selected_min:
+            refusal = f"{len(usable)} usable contributions, a sum of fewer than {task.selected_min} is not opened"
+            return self._record(coin, refused, (), np.zeros((0, 0), dtype=np.int64), None, refusal)
+        gram = yield from self._open_gram(session, sketches)
+        judged = judge(task, gram, [self._holding.device_ids[index] for index in usable], found)
+        return self._record(coin, refused, usable, gram, judged, judged.choice.refusal)
 
-        gram = np.zeros((0, 0), dtype=np.int64)
-        verdict = selection.Selection((), {}, (), (), "")
-        refusal = f"{len(usable)} usable contributions, a sum of fewer than {task.selected_min} is not opened"
-        if len(usable) >= task.selected_min:
-            gram = yield from self._open_gram(session, usable)
-            verdict = selection.select(
-                gram,
-                norm_max(task.clip_norm_l2, task.fraction_bits, task.length),
-                task.clip_norm_l2,
-                task.hostile_max,
-                found,
-                task.selected_min,
+    def _measured(self, session: Session, coin: bytes, usable: list[int]) -> Steps[tuple[Pair, Pair]]:
+        """Shares of all projections and sketches: of the first share by own computing, of the second by the peer's."""
+        coefficients = Coefficients(coin, self._task.length, bounds_of(self._task))
+        own = coefficients.measure(self._holding.first, usable).joined
+        received = yield Exchange("measured", {session.preceding: to_bytes(own)}, frozenset({session.following}))
+        other = session.read_words(received, session.following, "measured", own)
+        probed = self._probed(len(usable))
+        again = coefficients.measure(self._holding.second, [usable[place] for place in probed]).joined
+        if not np.array_equal(other[probed], again):
+            raise Untrusted(
+                f"{session.names[session.following]}: step 'measured': what it says it measured of a share is not what "
+                "the share gives; nothing was opened"
             )
-            refusal = verdict.refusal
-        else:
-            usable = []
-        return self._record(coin, refused, usable, gram, verdict, refusal)
+        both = Pair(own, other)
+        return both.columns(0, PROJECTIONS), both.columns(PROJECTIONS, own.shape[1])
 
-    def _open_gram(self, session: Session, rows: list[int]) -> Steps[NDArray[np.int64]]:
-        shares = self._holding.shares
-        share = gram_share(Pair(shares.first[rows], shares.second[rows]))
-        upper = np.triu_indices(len(rows))
-        masked = share[upper] + session.zero_sum("gram", upper[0].shape)
+    def _probed(self, count: int) -> list[int]:
+        """Which of `count` devices to measure again: a choice that the peer cannot foresee."""
+        wanted = min(count, max(-(-count // _PROBED_SHARE), _PROBED_WORDS // self._task.length))
+        draws = np.frombuffer(self._rng(8 * count), dtype="<u8")
+        return sorted(np.argsort(draws, kind="stable")[:wanted].tolist())
+
+    def _open_gram(self, session: Session, sketches: Pair) -> Steps[NDArray[np.int64]]:
+        lifted = yield from lift(session, sketches)
+        share = gram_share(lifted.first, lifted.second)
+        count = len(share)
+        upper = np.triu_indices(count)
+        masked = share[upper] + session.zero_sum("gram", share[upper])
         data = to_bytes(masked)
         received = yield Exchange("gram", dict.fromkeys(session.peers, data), session.peers)
         doubled = masked
         for peer in sorted(session.peers):
-            doubled = doubled + session.read_words(received, peer, "gram", upper[0].shape)
+            doubled = doubled + session.read_words(received, peer, "gram", masked)
         if (doubled & np.uint64(1)).any():
             raise Untrusted("step 'gram': the three shares add up to odd numbers; an aggregator has deviated")
-        gram = np.zeros((len(rows), len(rows)), dtype=np.int64)
+        gram = np.zeros((count, count), dtype=np.int64)
         gram[upper] = doubled.view(np.int64) >> 1
         gram = gram + np.triu(gram, 1).T
         _require_possible(gram)
@@ -259,34 +282,30 @@ class AggregationParty:
         self,
         coin: bytes,
         refused: Mapping[int, str],
-        measured: list[int],
+        measured: Sequence[int],
         gram: NDArray[np.int64],
-        verdict: selection.Selection,
+        judged: selection.Judged | None,
         refusal: str,
     ) -> Decision:
         task, holding = self._task, self._holding
-        unit = 2**task.fraction_bits
-        place = {index: position for position, index in enumerate(measured)}
-        selected = tuple(measured[position] for position in verdict.selected)
-        devices = []
-        for index, (device_id, digest) in enumerate(zip(holding.device_ids, holding.digests, strict=True)):
-            position = place.get(index)
-            if position is None:
-                reason = refused.get(index, refusal)
-                devices.append(DeviceVerdict(device_id=device_id, contribution=digest, selected=False, reason=reason))
-                continue
-            score = verdict.scores[position]
-            devices.append(
-                DeviceVerdict(
-                    device_id=device_id,
-                    contribution=digest,
-                    selected=index in selected,
-                    reason="" if index in selected else verdict.rejected.get(position, refusal),
-                    norm=float(np.sqrt(float(gram[position, position]))) / unit,
-                    norm_sigma=verdict.norm_sigma[position],
-                    krum_score=score / (unit * unit) if score >= 0 else -1.0,
+        scale = bounds_of(task).scale
+        unit = math.sqrt(scale) * 2**task.fraction_bits
+        devices = [
+            DeviceVerdict(device_id=name, contribution=digest, selected=False, reason=refused.get(index, refusal))
+            for index, (name, digest) in enumerate(zip(holding.device_ids, holding.digests, strict=True))
+        ]
+        if judged is not None:
+            verdicts = dict(zip(judged.kept, judged.choice.verdicts, strict=True))
+            for place, index in enumerate(measured):
+                weight = int(judged.choice.integers[place])
+                devices[index] = msgspec.structs.replace(
+                    devices[index],
+                    selected=weight > 0,
+                    reason="" if weight else judged.choice.refused.get(place, refusal),
+                    weight=weight,
+                    norm=math.sqrt(int(gram[place, place])) / unit,
+                    **(_verdict_fields(verdicts[place], unit) if place in verdicts else {}),
                 )
-            )
         return Decision(
             tenant=task.tenant,
             model=task.model,
@@ -296,10 +315,13 @@ class AggregationParty:
             root=self._root,
             aggregators=self._names,
             coin=coin,
+            policy=task.policy,
             devices=tuple(devices),
             measured=tuple(measured),
+            scale=scale,
             gram=gram[np.triu_indices(len(measured))].astype("<i8").tobytes(),
-            selected=selected,
+            selected=tuple(index for index, device in enumerate(devices) if device.selected),
+            divisor=judged.choice.divisor if judged is not None else 0,
             refusal=refusal,
         )
 
@@ -318,24 +340,25 @@ class AggregationParty:
         ).digest()
 
     def _compare(self, session: Session) -> _Compare:
-        shares = self._holding.shares
         return _Compare(
             tuple((index, reason[:_REASON_MAX]) for index, reason in sorted(self._holding.refusals.items())),
-            self._tags(session, session.preceding, self._index, shares.first),
-            self._tags(session, session.following, session.following, shares.second),
+            self._tags(session, session.preceding, self._index, self._holding.first),
+            self._tags(session, session.following, session.following, self._holding.second),
         )
 
-    def _tags(self, session: Session, holder: int, share: int, rows: Words) -> bytes:
-        """A keyed hash (BLAKE2b, RFC 7693) of each row, which only `holder` can recompute; zeros where refused."""
+    def _tags(self, session: Session, holder: int, share: int, rows: Rows) -> bytes:
+        """A keyed hash (BLAKE2b, RFC 7693) of each row's origin, which only `holder` can recompute; zeros if refused.
+
+        Rows are equal where their origins are: hashing the rows themselves would cost more than all the rest.
+        """
         key = session.key(holder, f"tags-{share}")
         tags = []
-        for index in range(rows.shape[0]):
+        for index in range(len(self._holding.digests)):
             if index in self._holding.refusals:
                 tags.append(bytes(_TAG_BYTES))
                 continue
-            tag = hashlib.blake2b(index.to_bytes(8, "little"), key=key, digest_size=_TAG_BYTES)
-            tag.update(to_bytes(rows[index]))
-            tags.append(tag.digest())
+            named = index.to_bytes(8, "little") + rows.origin(index)
+            tags.append(hashlib.blake2b(named, key=key, digest_size=_TAG_BYTES).digest())
         return b"".join(tags)
 
     def _judge_compares(self, session: Session, compares: Sequence[_Compare]) -> dict[int, str]:
@@ -401,6 +424,22 @@ class AggregationParty:
         raise Untrusted(f"step {step!r}: {' and '.join(odd)} saw {what} than the rest; nothing was opened")
 
 
+def judge(task: RoundTask, gram: NDArray[np.int64], device_ids: Sequence[str], hostile_found: int) -> selection.Judged:
+    """What the round's policy says of an opened Gram matrix, after `hostile_found` devices failed the range check."""
+    bounds = bounds_of(task)
+    return selection.decide(
+        task.policy,
+        gram,
+        device_ids,
+        squared_max=bounds.squared_max,
+        unit=math.sqrt(bounds.scale) * 2**task.fraction_bits,
+        clip_norm_l2=task.clip_norm_l2,
+        hostile_max=task.hostile_max,
+        hostile_found=hostile_found,
+        selected_min=task.selected_min,
+    )
+
+
 def read_gram(decision: Decision) -> NDArray[np.int64]:
     """The opened Gram matrix, int64[n, n] over `decision.measured`. Raises Malformed for another length."""
     count = len(decision.measured)
@@ -424,5 +463,13 @@ def _name_of(decision: bytes) -> str:
     return digest_of(decision) if decision else ""
 
 
-def _key(coin: bytes, purpose: str) -> bytes:
-    return HKDF(hashes.SHA256(), SEED_BYTES, None, pack(["atoll coin", purpose])).derive(coin)
+def _verdict_fields(verdict: Verdicts, unit: float) -> dict[str, Any]:
+    return {
+        "norm_sigma": verdict.norm_sigma,
+        "distance_sigma": verdict.distance_sigma,
+        "krum_score": verdict.krum_score / (unit * unit),
+        "cluster": verdict.cluster,
+        "cosine_cluster": verdict.cosine_cluster,
+        "spectral": verdict.spectral,
+        "copies": verdict.copies,
+    }

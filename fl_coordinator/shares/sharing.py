@@ -1,10 +1,10 @@
 """Three parties hold a number so that any two know it and no one does: replicated secret sharing.
 
-x = x0 + x1 + x2 modulo 2^64 (or x0 ^ x1 ^ x2 for bits); party i holds the pair (x_i, x_{i+1}), indices modulo 3
+x = x0 + x1 + x2 modulo 2^32 or 2^64 (or x0 ^ x1 ^ x2 for bits); party i holds the pair (x_i, x_{i+1}), indices modulo 3
 (Araki, Furukawa, Lindell, Nof, Ohara: High-Throughput Semi-Honest Secure Three-Party Computation, CCS 2016). Addition
 and public linear maps are local. A product costs one ring element sent per party: the local cross terms are an additive
 share of it, a fresh sharing of zero (from keys that pairs of parties have in common) hides them, and each party passes
-its term to the one that lacks it.
+its term to the one that lacks it. The ring is that of the words' type.
 
 Code that needs the other two parties is a generator: it yields an `Exchange` (what to send, from whom to expect an
 answer in the same step) and is resumed with the answers. No sockets, no clock: a test runs three of them in lock-step.
@@ -15,24 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 
-from fl_coordinator.shares.fixed_point import WORD_BYTES, Words
+from fl_coordinator.shares.streams import SEED_BYTES, Words64, expand_bytes
 from model_delta.encoding import pack
 from model_delta.errors import Untrusted
 
 PARTIES = 3
-SEED_BYTES = 32
 _LIMB_BITS = 22
 _GRAM_BLOCK = 512
-_PROJECT_BLOCK = 16_384
 
 T = TypeVar("T")
+Ring = NDArray[np.unsignedinteger[Any]]
+"""uint32 or uint64: the type says modulo what."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,25 @@ Steps = Generator[Exchange, Mapping[int, bytes], T]
 
 @dataclass(frozen=True)
 class Pair:
-    """What one party holds of a shared array: `first` is share i, `second` share i+1; uint64, equal shapes."""
+    """What one party holds of a shared array: `first` is share i, `second` share i+1; equal shapes and types."""
 
-    first: Words
-    second: Words
+    first: Ring
+    second: Ring
 
     def __xor__(self, other: Pair) -> Pair:
         return Pair(self.first ^ other.first, self.second ^ other.second)
 
     def __lshift__(self, places: int) -> Pair:
-        return Pair(self.first << np.uint64(places), self.second << np.uint64(places))
+        by = self.first.dtype.type(places)
+        return Pair(self.first << by, self.second << by)
 
     def __rshift__(self, places: int) -> Pair:
-        return Pair(self.first >> np.uint64(places), self.second >> np.uint64(places))
+        by = self.first.dtype.type(places)
+        return Pair(self.first >> by, self.second >> by)
+
+    def rows(self, chosen: NDArray[np.bool_]) -> Pair:
+        """Some rows of a shared array."""
+        return Pair(self.first[chosen], self.second[chosen])
 
     def columns(self, start: int, stop: int) -> Pair:
         """Columns [start, stop) of a two-dimensional shared array."""
@@ -99,73 +105,73 @@ class Session:
         """32 bytes for `purpose`, the same at `peer`."""
         return HKDF(hashes.SHA256(), SEED_BYTES, None, pack(["atoll mpc", purpose])).derive(self.secrets[peer])
 
-    def mask(self, peer: int, step: str, shape: tuple[int, ...]) -> Words:
-        """Pseudo-random words for `step`, the same at `peer` and unknown to the third party."""
-        return expand(self.key(peer, step), math.prod(shape)).reshape(shape)
+    def mask(self, peer: int, step: str, like: Ring) -> Ring:
+        """Pseudo-random words for `step`, shaped as `like`, the same at `peer` and unknown to the third party."""
+        words: Ring = np.frombuffer(expand_bytes(self.key(peer, step), like.nbytes), _little(like)).reshape(like.shape)
+        return words
 
-    def zero_bits(self, step: str, shape: tuple[int, ...]) -> Words:
+    def zero_bits(self, step: str, like: Ring) -> Ring:
         """This party's share of 0 under exclusive or."""
-        return self.mask(self.following, step, shape) ^ self.mask(self.preceding, step, shape)
+        return self.mask(self.following, step, like) ^ self.mask(self.preceding, step, like)
 
-    def zero_sum(self, step: str, shape: tuple[int, ...]) -> Words:
-        """This party's share of 0 under addition modulo 2^64."""
-        return self.mask(self.following, step, shape) - self.mask(self.preceding, step, shape)
+    def zero_sum(self, step: str, like: Ring) -> Ring:
+        """This party's share of 0 under addition in the ring of `like`."""
+        return self.mask(self.following, step, like) - self.mask(self.preceding, step, like)
 
-    def read_words(self, received: Mapping[int, bytes], peer: int, step: str, shape: tuple[int, ...]) -> Words:
-        """A peer's message as uint64 words of `shape`. Raises Untrusted, naming the peer, for another length."""
-        data, expected = received[peer], WORD_BYTES * math.prod(shape)
+    def read_words(self, received: Mapping[int, bytes], peer: int, step: str, like: Ring) -> Ring:
+        """A peer's message as words shaped as `like`. Raises Untrusted, naming the peer, for another length."""
+        data, expected = received[peer], like.itemsize * math.prod(like.shape)
         if len(data) != expected:
             raise Untrusted(f"{self.names[peer]}: step {step!r}: expected {expected} bytes, found {len(data)}")
-        return np.frombuffer(data, dtype="<u8").reshape(shape)
+        words: Ring = np.frombuffer(data, dtype=_little(like)).reshape(like.shape)
+        return words
 
 
-def expand(seed: bytes, count: int) -> Words:
-    """`count` pseudo-random words: the AES-256-CTR key stream of `seed` (32 bytes), counter from 0, little endian.
-
-    A seed must serve one purpose only.
-    """
-    stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
-    return np.frombuffer(stream.update(bytes(WORD_BYTES * count)), dtype="<u8")
-
-
-def to_bytes(words: Words) -> bytes:
+def to_bytes(words: Ring) -> bytes:
     """Words on the wire: little endian, row by row."""
-    return np.ascontiguousarray(words, dtype="<u8").tobytes()
+    return np.ascontiguousarray(words, dtype=_little(words)).tobytes()
+
+
+def reshare(session: Session, step: str, own: Ring) -> Steps[Pair]:
+    """Replicated shares of the sum of all parties' `own`: one message of its size per party."""
+    masked = own + session.zero_sum(step, own)
+    received = yield Exchange(step, {session.preceding: to_bytes(masked)}, frozenset({session.following}))
+    return Pair(masked, session.read_words(received, session.following, step, masked))
 
 
 def conjunction(session: Session, step: str, a: Pair, b: Pair) -> Steps[Pair]:
     """Bitwise a AND b on exclusive-or shares (Araki et al. 2016, section 2.2): one message of their size per party."""
-    own = (a.first & b.first) ^ (a.first & b.second) ^ (a.second & b.first) ^ session.zero_bits(step, a.first.shape)
+    own = (a.first & b.first) ^ (a.first & b.second) ^ (a.second & b.first) ^ session.zero_bits(step, a.first)
     received = yield Exchange(step, {session.preceding: to_bytes(own)}, frozenset({session.following}))
-    return Pair(own, session.read_words(received, session.following, step, own.shape))
+    return Pair(own, session.read_words(received, session.following, step, own))
 
 
-def open_bits(session: Session, step: str, shared: Pair) -> Steps[Words]:
+def open_bits(session: Session, step: str, shared: Pair) -> Steps[Ring]:
     """Reveal an exclusive-or shared array to all three. Each missing share arrives from both peers and is compared.
 
     Raises Untrusted, naming the two peers, when they disagree.
     """
     outgoing = {session.following: to_bytes(shared.first), session.preceding: to_bytes(shared.second)}
     received = yield Exchange(step, outgoing, session.peers)
-    missing = session.read_words(received, session.preceding, step, shared.first.shape)
-    again = session.read_words(received, session.following, step, shared.first.shape)
+    missing = session.read_words(received, session.preceding, step, shared.first)
+    again = session.read_words(received, session.following, step, shared.first)
     if not np.array_equal(missing, again):
         names = " and ".join(sorted(session.names[peer] for peer in session.peers))
         raise Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
     return shared.first ^ shared.second ^ missing
 
 
-def gram_share(rows: Pair) -> Words:
+def gram_share(first: Words64, second: Words64) -> Words64:
     """This party's additive share of 2 X X^T modulo 2^64, not yet masked: uint64[n, n] from shares uint64[n, d].
 
     With M_i = X_i (X_i + 2 X_{i+1})^T the sum over i of M_i + M_i^T is 2 (X_0 + X_1 + X_2)(X_0 + X_1 + X_2)^T: one
     product instead of two. Twice the matrix is opened and halved, so its entries must lie in [-2^62, 2^62).
     """
-    product = multiply_transposed(rows.first, rows.first + (rows.second << np.uint64(1)))
+    product = multiply_transposed(first, first + (second << np.uint64(1)))
     return product + product.T
 
 
-def multiply_transposed(a: Words, b: Words) -> Words:
+def multiply_transposed(a: Words64, b: Words64) -> Words64:
     """a b^T modulo 2^64, exactly: uint64[n, m] from uint64[n, d] and uint64[m, d].
 
     NumPy multiplies integers without BLAS. Here each word is three balanced limbs (22, 22, 20 bits, magnitude at most
@@ -184,25 +190,7 @@ def multiply_transposed(a: Words, b: Words) -> Words:
     return total
 
 
-def project(rows: Words, selectors: Words) -> Words:
-    """64 sums of a subset of columns each, modulo 2^64: uint64[n, 64] from uint64[n, d].
-
-    Bit k of `selectors[c]` (uint64[d]) says whether column c belongs to sum k. Words are split into 32-bit halves;
-    16,384 of them sum to less than 2^46, exact in float64.
-    """
-    count = rows.shape[0]
-    total = np.zeros((count, 64), dtype=np.uint64)
-    for start in range(0, rows.shape[1], _PROJECT_BLOCK):
-        block = rows[:, start : start + _PROJECT_BLOCK]
-        octets = np.ascontiguousarray(selectors[start : start + _PROJECT_BLOCK], dtype="<u8").view(np.uint8)
-        chosen = np.unpackbits(octets.reshape(-1, WORD_BYTES), axis=1, bitorder="little").astype(np.float64)
-        halves = np.concatenate([block & np.uint64(0xFFFF_FFFF), block >> np.uint64(32)]).astype(np.float64)
-        sums = (halves @ chosen).astype(np.uint64)
-        total += sums[:count] + (sums[count:] << np.uint64(32))
-    return total
-
-
-def _limbs(block: Words) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+def _limbs(block: Words64) -> list[NDArray[np.float64]]:
     """Balanced digits in base 2^22, lowest first: float64 of magnitude at most 2^21."""
     half = 1 << (_LIMB_BITS - 1)
     mask = np.uint64((1 << _LIMB_BITS) - 1)
@@ -211,3 +199,7 @@ def _limbs(block: Words) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64
     middle = ((raised >> np.uint64(_LIMB_BITS)) & mask).astype(np.float64) - half
     high = (raised >> np.uint64(2 * _LIMB_BITS)).astype(np.float64) - float(1 << 19)
     return [low, middle, high]
+
+
+def _little(words: Ring) -> str:
+    return f"<u{words.itemsize}"

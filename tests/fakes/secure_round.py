@@ -7,7 +7,7 @@ keeps what each of them received, so that a test can look at one party's complet
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -25,13 +25,13 @@ from fl_coordinator.shares.contribution import (
     Contribution,
     Holding,
     hold,
-    mask_share,
     parse,
     sealing_info,
 )
-from fl_coordinator.shares.fixed_point import Words, clip, encode
+from fl_coordinator.shares.fixed_point import clip, encode
 from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome
-from fl_coordinator.shares.sharing import Exchange, Pair, expand
+from fl_coordinator.shares.sharing import Exchange, Pair, Ring
+from fl_coordinator.shares.streams import COLUMNS, Rows, Words, crypt, expand
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.keys.certificates import make_authority, make_leaf, make_request
@@ -134,7 +134,7 @@ class SecureRound:
         """By a device that seals one value of share 1 to the first aggregator and another to the second."""
         secrets = [os.urandom(32) for _ in range(3)]
         rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
-        masked = mask_share(secrets[2], self.task, name, rest)
+        masked = crypt(secrets[2], rest.tobytes())
         pairs = [secrets[0] + secrets[1], os.urandom(32) + secrets[2], secrets[2] + secrets[0]]
         sealed = tuple(
             seal_to(key.sealing, pairs[index], sealing_info(self.task, name, index))
@@ -197,7 +197,7 @@ class SecureRound:
     def run_rows(
         self, rows: Words, tamper: Tamper | None = None, seed: int = 0
     ) -> tuple[list[Outcome], list[View], Decision]:
-        """Run on encoded updates uint64[n, d] that no device signed; outcomes, views, and the common decision."""
+        """Run on encoded updates uint32[n, d] that no device signed; outcomes, views, and the common decision."""
         holdings = random_holdings(rows, seed)
         names = [bytes.fromhex(digest) for digest in holdings[0].digests]
         parties = [self.party(index, names, holding=holding) for index, holding in enumerate(holdings)]
@@ -245,16 +245,43 @@ def run_parties(parties: Sequence[AggregationParty], tamper: Tamper | None = Non
     return [outcome for outcome in outcomes if outcome is not None], views
 
 
-def random_sharing(rows: Words, seed: int) -> list[Pair]:
-    """Replicated shares of `rows` for the three parties, from a seed."""
+class ArrayRows:
+    """Rows at hand, uint32[n, d]."""
+
+    def __init__(self, words: Words) -> None:
+        self.words = words
+
+    @property
+    def length(self) -> int:
+        return self.words.shape[1]
+
+    def origin(self, row: int) -> bytes:
+        return self.words[row].tobytes()
+
+    def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
+        for start in range(0, self.length, COLUMNS):
+            yield start, self.words[list(rows), start : start + COLUMNS].copy()
+
+
+def whole(rows: Rows, count: int) -> Words:
+    """All of `count` rows at once, uint32[count, d]."""
+    return np.concatenate([block.copy() for _, block in rows.blocks(range(count))], axis=1)
+
+
+def random_sharing(rows: Ring, seed: int) -> list[Pair]:
+    """Replicated shares of `rows` for the three parties, from a seed, in the ring of their type."""
     rng = np.random.default_rng(seed)
-    first, second = (rng.integers(0, 2**64, size=rows.shape, dtype=np.uint64) for _ in range(2))
-    parts = [first, second, rows - first - second]
+    first, second = (rng.integers(0, 256, size=rows.nbytes, dtype=np.uint8) for _ in range(2))
+    one, two = (part.view(rows.dtype).reshape(rows.shape) for part in (first, second))
+    parts = [one, two, rows - one - two]
     return [Pair(parts[index], parts[(index + 1) % 3]) for index in range(3)]
 
 
 def random_holdings(rows: Words, seed: int) -> list[Holding]:
-    """What three aggregators hold of encoded updates uint64[n, d], without devices and signatures."""
-    digests = tuple(digest_of(row.tobytes() + bytes([place])) for place, row in enumerate(rows))
+    """What three aggregators hold of encoded updates uint32[n, d], without devices and signatures."""
+    digests = tuple(digest_of(row.tobytes() + bytes([place % 256, place // 256])) for place, row in enumerate(rows))
     names = tuple(f"pos-{place:04d}" for place in range(len(rows)))
-    return [Holding(digests, names, {}, pair) for pair in random_sharing(rows, seed)]
+    return [
+        Holding(digests, names, {}, ArrayRows(pair.first), ArrayRows(pair.second))
+        for pair in random_sharing(rows, seed)
+    ]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_coordinator.rules import multikrum, selection
+from fl_coordinator.rules.policy import Choice
 from model_delta.errors import Malformed
 
 
@@ -69,24 +70,36 @@ def test_an_asymmetric_matrix_is_refused() -> None:
         multikrum.select(np.arange(25).reshape(5, 5), 1)
 
 
+def judged(vectors: np.ndarray, hostile_max: int, selected_min: int) -> Choice:
+    names = [f"pos-{place}" for place in range(len(vectors))]
+    return selection.decide(
+        "krum",
+        vectors @ vectors.T,
+        names,
+        squared_max=400,
+        unit=10.0,
+        clip_norm_l2=2.0,
+        hostile_max=hostile_max,
+        hostile_found=0,
+        selected_min=selected_min,
+    ).choice
+
+
 def test_a_long_update_uses_up_one_of_the_hostile() -> None:
     vectors = np.array([[10, 0], [11, 0], [10, 1], [11, 1], [10, 2], [500, 0]], dtype=np.int64)
-    found = selection.select(vectors @ vectors.T, 20, 2.0, hostile_max=1, hostile_found=0, selected_min=3)
+    found = judged(vectors, 1, 3)
     assert found.selected == (0, 1, 2, 3, 4)
-    assert found.rejected == {5: "norm 50 exceeds the clip norm 2"}
-    assert found.scores[5] == -1
-    assert found.norm_sigma[5] > 100
+    assert found.refused == {5: "norm 50 exceeds the clip norm 2"}
+    assert len(found.verdicts) == 5
 
 
 def test_fewer_selected_than_the_minimum_open_nothing() -> None:
-    vectors = np.array([[10, 0], [11, 0], [10, 1], [11, 1]], dtype=np.int64)
-    found = selection.select(vectors @ vectors.T, 20, 2.0, hostile_max=0, hostile_found=0, selected_min=5)
+    found = judged(np.array([[10, 0], [11, 0], [10, 1], [11, 1]], dtype=np.int64), 0, 5)
     assert found.selected == ()
     assert found.refusal == "4 updates selected, a sum of fewer than 5 is not opened"
 
 
 def test_too_few_for_krum_open_nothing() -> None:
-    vectors = np.array([[10, 0], [11, 0], [10, 1], [11, 1]], dtype=np.int64)
-    found = selection.select(vectors @ vectors.T, 20, 2.0, hostile_max=1, hostile_found=0, selected_min=3)
+    found = judged(np.array([[10, 0], [11, 0], [10, 1], [11, 1]], dtype=np.int64), 1, 3)
     assert found.selected == ()
-    assert found.refusal.startswith("Multi-Krum needs 5 usable updates to stand 1 hostile ones, found 4")
+    assert found.refusal == "policy krum needs 5 usable updates to stand 1 hostile ones, found 4"

@@ -193,16 +193,19 @@ def test_what_is_longer_than_the_clip_is_refused_first_and_uses_up_one_attacker(
     vectors = updates(2, hostile=5)
     vectors[5] *= 50
     limit = int(1.5 * np.linalg.norm(vectors[6:].astype(float), axis=1).max())
-    found = selection.decide(
+    judged = selection.decide(
         "robust",
         vectors @ vectors.T,
         NAMES,
-        norm_max=limit,
+        squared_max=limit * limit,
+        unit=float(limit),
         clip_norm_l2=1.0,
         hostile_max=6,
         hostile_found=0,
         selected_min=8,
     )
+    found = judged.choice
+    assert 5 not in judged.kept
     assert found.refused[5].startswith("norm ")
     assert found.refused[5].endswith("exceeds the clip norm 1")
     assert set(range(6)) <= set(found.refused)

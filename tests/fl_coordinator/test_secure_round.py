@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -13,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_coordinator.rules import selection
+from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.contribution import Claim, parse
-from fl_coordinator.shares.fixed_point import Words, norm_max
-from fl_coordinator.shares.party import Decision, Keep, Outcome, _Coin, _Compare, _Hello, _key, read_gram
-from fl_coordinator.shares.range_check import bound_exponent
-from fl_coordinator.shares.sharing import Exchange, Pair, expand
+from fl_coordinator.shares.measuring import Coefficients
+from fl_coordinator.shares.party import Decision, Keep, Outcome, _Coin, _Compare, _Hello, judge, read_gram
+from fl_coordinator.shares.sharing import Exchange
+from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
-from tests.fakes.secure_round import NAMES, SecureRound, random_holdings, run_parties
+from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, random_holdings, run_parties, whole
 
 
 def honest_rows(world: SecureRound, count: int, seed: int = 0) -> Words:
@@ -32,26 +33,24 @@ def honest_rows(world: SecureRound, count: int, seed: int = 0) -> Words:
     return np.stack([world.encode(0.05 * (common + rng.normal(size=world.task.length))) for _ in range(count)])
 
 
-def plain_choice(world: SecureRound, rows: Words, decision: Decision) -> tuple[tuple[int, ...], str]:
-    """What the rule says of the same encoded inputs in clear: range check with the same coin, integer Gram matrix."""
-    task, bound = world.task, 2 ** bound_exponent(world.task)
-    selectors = expand(_key(decision.coin, "projections"), task.length)
-    bits = (selectors[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
-    sums = (rows @ bits).view(np.int64)
-    inside = [i for i, row in enumerate(sums) if ((row >= -bound) & (row < bound)).all()]
-    if len(inside) < task.selected_min:
-        return (), "few"
-    integers = [[int(value) for value in row.view(np.int64)] for row in rows[inside]]
-    gram = np.array([[sum(map(int.__mul__, a, b)) for b in integers] for a in integers], dtype=np.int64)
-    chosen = selection.select(
-        gram,
-        norm_max(task.clip_norm_l2, task.fraction_bits, task.length),
-        task.clip_norm_l2,
-        task.hostile_max,
-        len(rows) - len(inside),
-        task.selected_min,
+def plain_choice(world: SecureRound, rows: Words, decision: Decision) -> tuple[tuple[int, ...], list[int], str]:
+    """What the rule says of the same encoded inputs in clear, with the same coin: selection, weights, refusal. Integers
+    of Python's own, sketches where the round has them."""
+    task, bounds = world.task, bounds_of(world.task)
+    bound = 2**bounds.exponent
+    coefficients = Coefficients(decision.coin, task.length, bounds)
+    sums = np.array(
+        rows.astype(object) @ coefficients.ternary().astype(np.int64).astype(object) % 2**32, dtype=np.int64
     )
-    return tuple(inside[i] for i in chosen.selected), chosen.refusal
+    inside = [i for i, row in enumerate(sums) if ((row < bound) | (row >= 2**32 - bound)).all()]
+    if len(inside) < task.selected_min:
+        return (), [], "few"
+    integers = [coefficients.sketch_exact(row.view(np.int32).astype(np.int64)).astype(object) for row in rows[inside]]
+    gram = np.array([[int(a @ b) for b in integers] for a in integers], dtype=np.int64)
+    names = [decision.devices[index].device_id for index in inside]
+    chosen = judge(task, gram, names, len(rows) - len(inside)).choice
+    weights = [int(weight) for weight in chosen.integers if weight]
+    return tuple(inside[i] for i in chosen.selected), weights, chosen.refusal
 
 
 def opened_sum(outcomes: list[Outcome]) -> Words:
@@ -73,12 +72,13 @@ def test_thirty_honest_and_four_hostile_from_device_to_sum() -> None:
     assert decision.selected == tuple(range(30))
     assert decision.refusal == ""
     for verdict in decision.devices[30:]:
-        assert "x the median; the 30 lowest of 34 are kept" in verdict.reason
+        assert "sigma above the median" in verdict.reason
         assert verdict.krum_score > 10 * decision.devices[0].krum_score
-    holdings = [world.hold(contributions, index) for index in range(2)]
-    encoded = holdings[0].shares.first + holdings[0].shares.second + holdings[1].shares.second
-    assert np.array_equal(opened_sum(outcomes), encoded[:30].sum(axis=0, dtype=np.uint64))
-    assert np.abs(encoded[5].view(np.int64) / 2.0**16 - updates[5]).max() < 2.0**-15
+        assert verdict.weight == 0
+    holdings = [world.hold(contributions, index) for index in range(3)]
+    encoded = sum(whole(holding.first, 34) for holding in holdings)
+    assert np.array_equal(opened_sum(outcomes), encoded[:30].sum(axis=0, dtype=np.uint32))
+    assert np.abs(encoded[5].view(np.int32) / 2.0**16 - updates[5]).max() < 2.0**-15
     for view in views:
         assert [keep.agreed for keep in view.kept] == [False, True]
         assert {keep.decision for keep in view.kept} == {outcomes[0].decision}
@@ -86,39 +86,44 @@ def test_thirty_honest_and_four_hostile_from_device_to_sum() -> None:
 
 @given(
     seed=st.integers(0, 2**32),
-    length=st.integers(1, 40),
+    length=st.sampled_from([1, 2, 7, 20, 40, 3073, 4200]),
     count=st.integers(3, 12),
     hostile=st.integers(0, 3),
-    spread=st.sampled_from([0, 1, 1000, 2**18, 2**22, 2**24, 2**26, 2**40, 2**63 - 1]),
+    spread=st.sampled_from([0, 1, 1000, 2**18, 2**20, 2**22, 2**24, 2**26, 2**31 - 1001]),
+    policy=st.sampled_from(["krum", "robust"]),
 )
 @settings(max_examples=40, deadline=None)
 def test_selection_on_shares_is_the_plain_rule_on_the_same_inputs(
-    seed: int, length: int, count: int, hostile: int, spread: int
+    seed: int, length: int, count: int, hostile: int, spread: int, policy: str
 ) -> None:
-    world = SecureRound(length=length, hostile_max=hostile, selected_min=hostile + 2)
+    world = SecureRound(
+        length=length, hostile_max=hostile, selected_min=hostile + 2, policy=policy, contributions_max=16
+    )
     rng = np.random.default_rng(seed)
     rows = rng.integers(-1000, 1001, size=(count, length), dtype=np.int64)
     wild = rng.random(count) < 0.3
     rows[wild] += rng.integers(-spread, spread + 1, size=(int(wild.sum()), length), dtype=np.int64)
-    outcomes, _, decision = world.run_rows(rows.view(np.uint64), seed=seed)
-    selected, refusal = plain_choice(world, rows.view(np.uint64), decision)
+    encoded = rows.astype(np.int32).view(np.uint32)
+    outcomes, _, decision = world.run_rows(encoded, seed=seed)
+    selected, weights, refusal = plain_choice(world, encoded, decision)
     assert decision.selected == selected
+    assert [decision.devices[index].weight for index in selected] == weights
     assert bool(decision.refusal) == bool(refusal) == (not selected)
     if selected:
-        expected = rows.view(np.uint64)[list(selected)].sum(axis=0, dtype=np.uint64)
+        expected = (encoded[list(selected)] * np.array(weights, dtype=np.uint32)[:, None]).sum(axis=0, dtype=np.uint32)
         assert np.array_equal(opened_sum(outcomes), expected)
 
 
 # --- malformed updates ----------------------------------------------------------------------------------------------
 
 LENGTH = 200
-RANGE = "range check: a random subset sum is larger than any clipped update allows"
+RANGE = "range check: a random projection is larger than any clipped update allows"
 
 
 def with_entries(*entries: int) -> Callable[[Words], Words]:
     def change(row: Words) -> Words:
         row = row.copy()
-        row[: len(entries)] = np.array([entry % 2**64 for entry in entries], dtype=np.uint64)
+        row[: len(entries)] = np.array([entry % 2**32 for entry in entries], dtype=np.uint32)
         return row
 
     return change
@@ -127,30 +132,32 @@ def with_entries(*entries: int) -> Callable[[Words], Words]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (with_entries(2**32), RANGE),
-        (with_entries(2**63), RANGE),
-        (with_entries(2**63, 2**63), RANGE),
-        (with_entries(2**40, -(2**40)), RANGE),
-        (with_entries(*([2**63] * (LENGTH // 2))), RANGE),
-        (with_entries(*([2**62] * LENGTH)), RANGE),
-        (with_entries(*([2**62, -(2**62)] * (LENGTH // 2))), RANGE),
-        (lambda row: (row.view(np.int64) * 1000).view(np.uint64), RANGE),
-        (lambda row: row + np.uint64(2**32), RANGE),
-        (lambda row: np.where(np.arange(LENGTH) % 2, 2**23, -(2**23)).astype(np.int64).view(np.uint64), RANGE),
-        (lambda row: (row.view(np.int64) * 5).view(np.uint64), "exceeds the clip norm 4"),
+        (with_entries(2**31), RANGE),
+        (with_entries(2**31, 2**31), RANGE),
+        (with_entries(2**24), RANGE),
+        (with_entries(2**30, -(2**30)), RANGE),
+        (with_entries(*([2**31] * (LENGTH // 2))), RANGE),
+        (with_entries(*([2**30] * LENGTH)), RANGE),
+        (with_entries(*([2**30, -(2**30)] * (LENGTH // 2))), RANGE),
+        (with_entries(*([2**16] * LENGTH)), "exceeds the clip norm 4"),
+        (lambda row: row * np.uint32(1000), RANGE),
+        (lambda row: row + np.uint32(2**28), RANGE),
+        (lambda row: np.where(np.arange(LENGTH) % 2, 2**22, -(2**22)).astype(np.int32).view(np.uint32), RANGE),
+        (lambda row: row * np.uint32(5), "exceeds the clip norm 4"),
         (with_entries(2**19), "exceeds the clip norm 4"),
     ],
     ids=[
-        "entry 2^32",
-        "entry 2^63",
-        "two entries 2^63",
+        "entry 2^31",
+        "two entries 2^31",
+        "entry 2^24",
         "cancelling pair",
-        "half of the entries 2^63",
-        "all entries 2^62",
-        "alternating 2^62",
+        "half of the entries 2^31",
+        "all entries 2^30",
+        "alternating 2^30",
+        "all entries 2^16",
         "scaled 1000 times",
-        "shifted by 2^32",
-        "alternating just below the bound",
+        "shifted by 2^28",
+        "alternating 2^22",
         "scaled 5 times",
         "one entry 2^19",
     ],
@@ -167,10 +174,31 @@ def test_a_malformed_update_is_rejected_by_name_and_costs_no_honest_one(
     assert decision.selected == (0, 1, 2, 3, 5, 6, 7, 8)
 
 
-def test_without_the_check_an_entry_of_2_32_would_have_been_invisible() -> None:
-    """Why the check is there: modulo 2^64 such an entry adds nothing to its sender's norm."""
-    row = np.array([2**32, 5, 7], dtype=np.uint64)
+def test_without_the_check_an_entry_of_2_16_would_have_been_invisible() -> None:
+    """Why there is a check, and lifting: modulo 2^32 such an entry adds nothing to its sender's norm."""
+    row = np.array([2**16, 5, 7], dtype=np.uint32)
     assert int(row @ row) == 25 + 49
+
+
+def test_an_update_made_for_the_coin_of_another_attempt_is_refused() -> None:
+    """Invisible to four of one coin's projections: were a coin known in time, the check could be made blind."""
+    world = SecureRound(length=LENGTH, hostile_max=1, selected_min=5, contributions_max=16)
+    rows = honest_rows(world, 9)
+    _, _, decision = world.run_rows(rows)
+    projections = Coefficients(decision.coin, LENGTH, bounds_of(world.task)).ternary()
+    # Multiples of 2^28 modulo 2^32 are a vector modulo 16; a pair of coordinates with equal coefficients cancels.
+    columns = {tuple(row[:4]): place for place, row in enumerate(projections[:, :4])}
+    first, second = next(
+        (place, columns[tuple(row[:4])])
+        for place, row in enumerate(projections[:, :4])
+        if columns[tuple(row[:4])] != place
+    )
+    rows[4, [first, second]] += np.array([2**31, 2**31], dtype=np.uint32)
+    crafted = Coefficients(decision.coin, LENGTH, bounds_of(world.task)).measure_words(rows[4:5]).projections[0, :4]
+    assert (np.abs(crafted.view(np.int32)) < 2 ** bounds_of(world.task).exponent).all()
+    _, _, later = world.run_rows(rows)
+    assert later.coin != decision.coin
+    assert RANGE in later.devices[4].reason
 
 
 def of_another_round(world: SecureRound) -> bytes:
@@ -185,12 +213,12 @@ def of_another_base(world: SecureRound) -> bytes:
 
 def too_short(world: SecureRound) -> bytes:
     task = msgspec.structs.replace(world.task, length=LENGTH - 1)
-    return world.raw("pos-0004", np.zeros(LENGTH - 1, dtype=np.uint64), task)
+    return world.raw("pos-0004", np.zeros(LENGTH - 1, dtype=np.uint32), task)
 
 
 def too_long(world: SecureRound) -> bytes:
     task = msgspec.structs.replace(world.task, length=100 * LENGTH)
-    return world.raw("pos-0004", np.zeros(100 * LENGTH, dtype=np.uint64), task)
+    return world.raw("pos-0004", np.zeros(100 * LENGTH, dtype=np.uint32), task)
 
 
 def forged(world: SecureRound) -> bytes:
@@ -219,7 +247,7 @@ def copied(world: SecureRound) -> bytes:
         (copied, "does not open under this key and context"),
         (lambda w: w.contribution("pos-0001", np.ones(LENGTH)), "a second contribution of this device"),
         (
-            lambda w: w.equivocating("pos-0004", np.zeros(LENGTH, dtype=np.uint64)),
+            lambda w: w.equivocating("pos-0004", np.zeros(LENGTH, dtype=np.uint32)),
             "inconsistent shares: centre and north were sealed different values of share 1",
         ),
         (lambda w: b"not a contribution", "CBOR"),
@@ -244,13 +272,13 @@ def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> O
     No update enters: the party's own shares are random words, and each message it receives is random, or what makes the
     opened values come out.
     """
-    noise = np.frombuffer(os.urandom(2 * rows.nbytes), dtype="<u8").reshape(2, *rows.shape)
+    noise = np.frombuffer(os.urandom(2 * rows.nbytes), dtype="<u4").reshape(2, *rows.shape)
     holding = random_holdings(rows, 0)[index]
-    holding = dataclasses.replace(holding, shares=Pair(noise[0], noise[1]))
+    holding = dataclasses.replace(holding, first=ArrayRows(noise[0]), second=ArrayRows(noise[1]))
     following, preceding = (index + 1) % 3, (index - 1) % 3
     party = world.party(index, [], holding=holding)
     secrets = {peer: os.urandom(32) for peer in (following, preceding)}
-    steps, received = party.steps(), None
+    steps, received, coin = party.steps(), None, b""
     while True:
         try:
             wanted = next(steps) if received is None else steps.send(received)
@@ -259,7 +287,15 @@ def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> O
         if isinstance(wanted, Keep):
             received = {}
             continue
-        received = simulated(party, wanted, secrets, following, preceding, gram, len(rows), rows.shape)
+        if wanted.step == "coin":
+            coins = {**secrets, index: unpack(wanted.outgoing[following], _Coin).secret}
+            parts = [world.task.round_id, 1, party._root, *(coins[place] for place in range(3))]
+            coin = hashlib.sha256(pack(["atoll joint coin", *parts])).digest()
+        if wanted.step == "measured":
+            coefficients = Coefficients(coin, world.task.length, bounds_of(world.task))
+            received = {following: coefficients.measure_words(noise[1]).joined.tobytes()}
+            continue
+        received = simulated(party, wanted, secrets, following, preceding, gram, len(rows), world.task.length)
 
 
 def simulated(
@@ -270,7 +306,7 @@ def simulated(
     preceding: int,
     gram: np.ndarray,
     count: int,
-    shape: tuple[int, ...],
+    length: int,
 ) -> dict[int, bytes]:
     if wanted.step == "hello":
         commit = party._commitment  # type: ignore[attr-defined]
@@ -282,8 +318,8 @@ def simulated(
         own_coin = unpack(wanted.outgoing[following], _Coin)
         return {peer: pack(_Coin(secret, own_coin.seen)) for peer, secret in secrets.items()}
     if wanted.step == "range":
-        first, second = (np.frombuffer(wanted.outgoing[peer], dtype="<u8") for peer in (following, preceding))
-        return dict.fromkeys(secrets, (first ^ second ^ np.uint64(1)).tobytes())
+        first, second = (np.frombuffer(wanted.outgoing[peer], dtype="<u4") for peer in (following, preceding))
+        return dict.fromkeys(secrets, (first ^ second ^ np.uint32(1)).tobytes())
     if wanted.step == "gram":
         own_share = np.frombuffer(wanted.outgoing[following], dtype="<u8")
         other = np.frombuffer(os.urandom(own_share.nbytes), dtype="<u8")
@@ -291,7 +327,8 @@ def simulated(
         return {following: other.tobytes(), preceding: (doubled - own_share - other).tobytes()}
     if wanted.step == "agree":
         return {peer: wanted.outgoing[peer] for peer in secrets}
-    sizes = {len(data) for data in wanted.outgoing.values()} or {8 * count * 64}
+    unsent = {"split": 4 * count * 64, "lift-bit": 4 * count * length}
+    sizes = {len(data) for data in wanted.outgoing.values()} or {unsent.get(wanted.step, 0)}
     return {peer: os.urandom(max(sizes)) for peer in wanted.expected}
 
 
@@ -301,9 +338,9 @@ def test_a_partys_view_can_be_made_from_what_is_opened_alone(index: int) -> None
     its messages tell it nothing else (that the true ones look as random is the next test, and AES)."""
     world = SecureRound(length=50, hostile_max=1, selected_min=4)
     rows = honest_rows(world, 8)
-    rows[6] = (-rows[6].view(np.int64)).view(np.uint64)
+    rows[6] = -rows[6]
     _, _, decision = world.run_rows(rows)
-    integers = rows.view(np.int64)
+    integers = rows.view(np.int32).astype(np.int64)
     outcome = simulate(world, index, rows, integers @ integers.T)
     again = unpack(outcome.decision, Decision)
     assert again.devices == decision.devices
@@ -320,7 +357,7 @@ def ones_off_balance(data: bytes) -> float:
 def test_what_a_party_holds_and_receives_looks_random_whatever_the_update(row: str) -> None:
     world = SecureRound(length=300, selected_min=4)
     contributions = []
-    rows = np.zeros((8, 300), dtype=np.uint64) if row == "zero" else honest_rows(world, 8)
+    rows = np.zeros((8, 300), dtype=np.uint32) if row == "zero" else honest_rows(world, 8)
     for place, encoded in enumerate(rows):
         contributions.append(world.raw(f"pos-{place:04d}", encoded))
     outcomes, views = world.run(contributions)
@@ -328,10 +365,10 @@ def test_what_a_party_holds_and_receives_looks_random_whatever_the_update(row: s
     steps = 0
     for index, view in enumerate(views):
         holding = world.hold(contributions, index)
-        for share in (holding.shares.first, holding.shares.second):
+        for share in (whole(holding.first, 8), whole(holding.second, 8)):
             assert ones_off_balance(share.tobytes()) < 6
             if row == "honest":
-                pairs = zip(share.view(np.int64), rows.view(np.int64), strict=True)
+                pairs = zip(share.view(np.int32), rows.view(np.int32), strict=True)
                 assert max(abs(np.corrcoef(held, update)[0, 1]) for held, update in pairs) < 6 / math.sqrt(300)
         for (step, _), data in view.received.items():
             assert all(encoded.tobytes()[:64] not in data for encoded in rows)
@@ -349,9 +386,10 @@ def test_the_coordinator_sees_the_sum_and_no_summand() -> None:
         for share in (outcome.opened.first, outcome.opened.second):
             assert ones_off_balance(share.tobytes()) < 6
             assert not any(encoded.tobytes()[:64] in share.tobytes() for encoded in rows)
-    assert np.array_equal(opened_sum(outcomes), rows.sum(axis=0, dtype=np.uint64))
+    assert np.array_equal(opened_sum(outcomes), rows.sum(axis=0, dtype=np.uint32))
     assert not any(encoded.tobytes()[:64] in outcomes[0].decision for encoded in rows)
-    assert np.array_equal(read_gram(decision), rows.view(np.int64) @ rows.view(np.int64).T)
+    integers = rows.view(np.int32).astype(np.int64)
+    assert np.array_equal(read_gram(decision), integers @ integers.T)
 
 
 def test_two_attempts_share_no_mask_and_no_coin() -> None:
@@ -413,6 +451,14 @@ def other_nonce(data: bytes) -> bytes:
             other_nonce,
             "step 'coin'",
         ),
+        (
+            2,
+            1,
+            "measured",
+            lambda data: data[:400] + bytes([data[400] ^ 1]) + data[401:],
+            "south: step 'measured': what it says it measured",
+        ),
+        (1, 0, "lift", lambda data: data[:-8], "centre: step 'lift': expected"),
         (1, 0, "range", lambda data: bytes([data[0] ^ 1]) + data[1:], "centre and south sent different values"),
         (1, 0, "gram", lambda data: bytes([data[0] ^ 1]) + data[1:], "odd numbers; an aggregator has deviated"),
         (1, 0, "gram", lambda data: os.urandom(len(data) - 8) + bytes(8), "an aggregator has deviated"),

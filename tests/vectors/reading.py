@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fl_coordinator.shares.contribution import mismatch, open_shares, verify
+from fl_coordinator.shares.contribution import hold, mismatch, verify
 from fl_coordinator.shares.fixed_point import decode
 from model_delta.baseline import decode_verified
 from model_delta.digest import digest_of
@@ -114,7 +114,11 @@ def _contribution(data: bytes, now: float, ca_pem: bytes) -> Mapping[str, Any]:
     private = [
         X25519PrivateKey.from_private_bytes(bytes.fromhex(key)) for key in json.loads(bytes_of("aggregators.json"))
     ]
-    pairs = [open_shares(verified, task, index, key) for index, key in enumerate(private)]
-    total = pairs[0].first + pairs[0].second + pairs[1].second
-    assert all((pairs[index].second == pairs[(index + 1) % 3].first).all() for index in range(3))
+    holdings = [hold([data], task, index, key, ca_pem, frozenset(), now) for index, key in enumerate(private)]
+    first, second = (
+        [next(rows.blocks([0]))[1][0].copy() for rows in shares]
+        for shares in zip(*((holding.first, holding.second) for holding in holdings), strict=True)
+    )
+    assert all((second[index] == first[(index + 1) % 3]).all() for index in range(3))
+    total = first[0] + first[1] + first[2]
     return {"device_id": verified.device_id, "update": [round(float(x), 3) for x in decode(total, task.fraction_bits)]}

@@ -260,7 +260,7 @@ def _contributions(keyring: EmbeddedKeyring, task: RoundTask) -> Iterator[tuple[
 
     yield "contribution_with_a_field_of_the_future.cbor", signed(colour="blue")
     yield "contribution_to_another_round.cbor", signed(round_id="fraud-8")
-    yield "contribution_of_a_newer_format.cbor", signed(format=2)
+    yield "contribution_of_a_newer_format.cbor", signed(format=3)
     yield "contribution_with_somebody_elses_certificate.cbor", signed(certificate=certificate("pos-0002"))
     authority = ec.generate_private_key(ec.SECP256R1())
     stranger = make_leaf(

@@ -1,0 +1,136 @@
+"""May this round be announced at all? Every number that a later step relies on, from the announcement alone.
+
+The proofs behind the numbers are in docs/decisions/0002-sketched-distances.md. In units of 2^-fraction_bits: an honest
+update is at most N long; what passes the range check is shorter than 5 B over the integers, B = 2^exponent >= 6 N.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from fl_coordinator.rules.policy import contributions_min, weight_bits
+from fl_coordinator.shares.fixed_point import norm_max
+from fl_coordinator.shares.sharing import PARTIES
+from model_delta.errors import Malformed
+from model_delta.task import RoundTask
+
+CONTRIBUTIONS_MAX = 1_024
+"""The most that one round takes."""
+
+PROJECTIONS = 64
+COPIES, BUCKETS = 3, 1_024
+"""A sketch: that many independent copies of that many sums. Its products are off by sqrt(2 / 3072) = 2.6 %."""
+
+EXPONENT_MAX = 24
+FRACTION_BITS_MAX = 24
+LENGTH_MAX = 1 << 26
+_SKETCH_BITS, _GRAM_BITS, _SUM_BITS = 29, 62, 31
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of one round. `norm`: N; `exponent`: b of B = 2^b; `copies`: of the sketch, 0 when distances are exact;
+    `measured`: how many words of a device are multiplied; `piled`: how many coordinates add up in one of them."""
+
+    norm: int
+    exponent: int
+    copies: int
+    measured: int
+    piled: int
+
+    @property
+    def scale(self) -> int:
+        """The opened Gram matrix is that many times the inner products (their estimate, when sketched)."""
+        return max(1, self.copies)
+
+    @property
+    def squared_max(self) -> int:
+        """The largest diagonal entry of the opened matrix that is not refused as longer than the clip. A sketched norm
+        is an estimate: 7/4 of the square are let through, so that chance refuses no honest device."""
+        return self.scale * self.norm * self.norm * (7 if self.copies else 4) // 4
+
+    @property
+    def norm_accepted(self) -> int:
+        """The length of what is not refused: N, or 4/3 N (at least the root of 7/4) where it is estimated."""
+        return -(-4 * self.norm // 3) if self.copies else self.norm
+
+
+def bounds_of(task: RoundTask) -> Bounds:
+    """The numbers of `task`, checked or not."""
+    norm = norm_max(task.clip_norm_l2, task.fraction_bits, task.length)
+    exponent = (6 * norm - 1).bit_length()
+    if task.length <= COPIES * BUCKETS:
+        return Bounds(norm, exponent, 0, task.length, 1)
+    return Bounds(norm, exponent, COPIES, COPIES * BUCKETS, -(-task.length // BUCKETS))
+
+
+def require_announceable(task: RoundTask) -> None:
+    """Raise Malformed, with the numbers, for a round in which a check could fail or an opening could say too much.
+
+    To be asked before a round is signed; devices and aggregators ask again.
+    """
+    what = f"round {task.round_id!r}"
+    if not 1 <= task.length <= LENGTH_MAX:
+        raise Malformed(f"{what}: expected 1 to {LENGTH_MAX} parameters, found {task.length}")
+    if not 0 < task.clip_norm_l2 < math.inf:
+        raise Malformed(f"{what}: expected a clip norm above 0, found {task.clip_norm_l2}")
+    if not 0 <= task.fraction_bits <= FRACTION_BITS_MAX:
+        raise Malformed(f"{what}: expected 0 to {FRACTION_BITS_MAX} fraction bits, found {task.fraction_bits}")
+    if not 0 <= task.contributions_max <= CONTRIBUTIONS_MAX:
+        raise Malformed(
+            f"{what}: expected at most {CONTRIBUTIONS_MAX} contributions, found {task.contributions_max} announced"
+        )
+    if task.reveal != "distances":
+        raise Malformed(f"{what}: reveal: expected distances, found {task.reveal!r}, which these aggregators cannot do")
+    if task.policy == "history":
+        raise Malformed(f"{what}: policy: expected krum or robust; aggregators keep no memory of rounds for 'history'")
+    contributions_min(task.policy, task.hostile_max)
+    overflow = _overflow(task)
+    if overflow:
+        fitting = fitted(task)
+        advice = f"lower fraction_bits to {fitting.fraction_bits}" if not _overflow(fitting) else "lower the clip norm"
+        raise Malformed(f"{what}: {overflow}; {advice} or take fewer contributions")
+    keys = {key.sealing for key in task.aggregators} | {key.verifying for key in task.aggregators}
+    if len(task.aggregators) != PARTIES or len(keys) != 2 * PARTIES or len({key.name for key in task.aggregators}) != 3:
+        raise Malformed(f"{what}: expected three aggregators of different name and keys, found {len(task.aggregators)}")
+    if task.hostile_max < 0 or task.selected_min < task.hostile_max + 2:
+        raise Malformed(
+            f"{what}: expected selected_min of at least hostile_max + 2 = {task.hostile_max + 2} (hostile devices can "
+            f"subtract their own updates from the opened sum), found {task.selected_min}"
+        )
+
+
+def contributions_max(task: RoundTask) -> int:
+    """How many contributions the round's numbers were chosen for."""
+    return task.contributions_max or CONTRIBUTIONS_MAX
+
+
+def fitted(task: RoundTask) -> RoundTask:
+    """The same round with as many of its fraction bits as fit (possibly 0, and not even those)."""
+    bits = task.fraction_bits
+    while bits > 0 and _overflow(msgspec.structs.replace(task, fraction_bits=bits)):
+        bits -= 1
+    return msgspec.structs.replace(task, fraction_bits=bits)
+
+
+def _overflow(task: RoundTask) -> str:
+    """Which number leaves the ring, in words; "" when all stay in it."""
+    found, count, bits = bounds_of(task), contributions_max(task), weight_bits(task.policy)
+    largest = 5 << found.exponent
+    given = f"{task.length} parameters, clip norm {task.clip_norm_l2:g}, {task.fraction_bits} fraction bits: "
+    total = count * found.norm_accepted << bits
+    if total >= 1 << _SUM_BITS:
+        return given + (
+            f"the sum of {count} updates with weights of {bits} bits can reach 2^{total.bit_length()}, at most "
+            f"2^{_SUM_BITS} fits"
+        )
+    if found.exponent > EXPONENT_MAX:
+        return given + f"a projection can reach 2^{found.exponent}, at most 2^{EXPONENT_MAX} can be checked"
+    if found.piled * largest * largest >= 1 << 2 * _SKETCH_BITS:
+        return given + f"a sum of {found.piled} coordinates in the sketch can reach 2^{_SKETCH_BITS}"
+    if found.scale * found.piled * largest * largest >= 1 << _GRAM_BITS:
+        return given + f"an inner product of sketches can reach 2^{_GRAM_BITS}"
+    return ""

@@ -1,0 +1,140 @@
+"""What is computed of each update without the other parties: 64 projections for the check, a sketch for the distances.
+
+Both are linear with coefficients from the joint coin, hence the same on shares as in clear, and both are made in one
+pass over the columns. The projections are dense: every coordinate counts in each with -1, 0, 0 or 1. The sketch is a
+count sketch (Charikar, Chen, Farach-Colton, 2002) that suits memory: the vector is cut into blocks of k = 1,024; every
+coordinate gets a random sign, and in each of three copies each block another sign and a random rotation, and the blocks
+are added up. The inner product of two sketches, over the number of copies, estimates that of the vectors without bias
+and with variance at most 2 |x|^2 |y|^2 / (3 k): coordinates of one block never meet, those of two blocks meet with
+probability 1/k, and products of different pairs have independent signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from fl_coordinator.shares.bounds import BUCKETS, PROJECTIONS, Bounds
+from fl_coordinator.shares.streams import COLUMNS, SEED_BYTES, KeyStream, Rows, Words, expand, expand_bytes
+from model_delta.encoding import pack
+
+_ROWS = 128
+_OCTETS = PROJECTIONS // 4
+_TERNARY = np.array(
+    [[(octet >> 2 * place & 1) - (octet >> 2 * place + 1 & 1) for place in range(4)] for octet in range(256)],
+    dtype=np.float64,
+)
+"""Coefficients of four projections by octet: the difference of two bits each."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`projections` uint32[n, 64]; `sketch` uint32[n, w], or the vectors themselves where distances are exact."""
+
+    projections: Words
+    sketch: Words
+
+    @property
+    def joined(self) -> Words:
+        """Side by side, uint32[n, 64 + w]."""
+        return np.concatenate([self.projections, self.sketch], axis=1)
+
+
+class Coefficients:
+    """The public coefficients of one round, from its coin (32 bytes)."""
+
+    def __init__(self, coin: bytes, length: int, bounds: Bounds) -> None:
+        self._length = length
+        self._copies = bounds.copies
+        self._seed = _key(coin, "projections")
+        if self._copies:
+            blocks = -(-length // BUCKETS)
+            random = np.frombuffer(expand_bytes(_key(coin, "signs"), -(-length // 8)), dtype=np.uint8)
+            bits = np.unpackbits(random, bitorder="little")[:length].astype(np.uint32)
+            self._signs = (bits << np.uint32(1)) - np.uint32(1)
+            turns = expand(_key(coin, "rotations"), self._copies * blocks).reshape(self._copies, blocks)
+            self._offsets = (turns % np.uint32(BUCKETS)).astype(np.int64)
+            self._added = (turns >> np.uint32(31)).astype(np.bool_)
+        self.width = self._copies * BUCKETS if self._copies else length
+
+    def ternary(self) -> NDArray[np.float64]:
+        """All coefficients of the projections, -1, 0 or 1, float64[d, 64]; for small d."""
+        return _coefficients(expand_bytes(self._seed, _OCTETS * self._length))
+
+    def measure(self, rows: Rows, chosen: Sequence[int]) -> Measured:
+        """Projections and sketch of the chosen rows, modulo 2^32. Reads each row once, some columns at a time."""
+        return self._measure(rows.blocks(chosen), len(chosen))
+
+    def measure_words(self, words: Words) -> Measured:
+        """The same of vectors at hand, uint32[n, d]."""
+        blocks = ((start, words[:, start : start + COLUMNS].copy()) for start in range(0, self._length, COLUMNS))
+        return self._measure(blocks, len(words))
+
+    def sketch_exact(self, vector: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sketch of one vector of integers, int64[d], over the integers: int64[w]."""
+        if not self._copies:
+            return vector
+        sketch = np.zeros((self._copies, BUCKETS), dtype=np.int64)
+        signed = vector * self._signs.view(np.int32)
+        for block in range(self._offsets.shape[1]):
+            part = np.zeros(BUCKETS, dtype=np.int64)
+            given = signed[block * BUCKETS : (block + 1) * BUCKETS]
+            part[: given.size] = given
+            for copy in range(self._copies):
+                turned = np.roll(part, -int(self._offsets[copy, block]))
+                sketch[copy] += turned if self._added[copy, block] else -turned
+        return sketch.reshape(-1)
+
+    def _measure(self, blocks: Iterable[tuple[int, Words]], count: int) -> Measured:
+        sums = np.zeros((count, PROJECTIONS))
+        sketch = np.zeros((count, self.width), dtype=np.uint32)
+        room = np.empty((min(count, _ROWS), COLUMNS))
+        stream = KeyStream(self._seed)
+        for start, block in blocks:
+            ternary = _coefficients(stream.take(block.shape[1] * _OCTETS))
+            for top in range(0, count, _ROWS):
+                part = block[top : top + _ROWS]
+                real = room[: part.shape[0], : part.shape[1]]
+                np.copyto(real, part.view(np.int32))
+                # Magnitudes below 2^31, at most 2^26 columns: below 2^57 in all, so each is reduced in time.
+                sums[top : top + _ROWS] += real @ ternary
+                self._add_to_sketch(sketch[top : top + _ROWS], part, start)
+            if start % (COLUMNS << 8) == 0:
+                sums = _reduced(sums)
+        words = _reduced(sums).astype(np.int64).astype(np.uint32)
+        return Measured(words, sketch)
+
+    def _add_to_sketch(self, sketch: Words, part: Words, start: int) -> None:
+        if not self._copies:
+            sketch[:, start : start + part.shape[1]] = part
+            return
+        for column in range(0, part.shape[1], BUCKETS):
+            signed = part[:, column : column + BUCKETS]
+            np.multiply(signed, self._signs[start + column : start + column + signed.shape[1]], out=signed)
+            block = (start + column) // BUCKETS
+            for copy in range(self._copies):
+                combine = np.add if self._added[copy, block] else np.subtract
+                own = sketch[:, copy * BUCKETS : (copy + 1) * BUCKETS]
+                turn, size = int(self._offsets[copy, block]), signed.shape[1]
+                if size > turn:
+                    combine(own[:, : size - turn], signed[:, turn:], out=own[:, : size - turn])
+                low = own[:, BUCKETS - turn : BUCKETS - turn + min(turn, size)]
+                combine(low, signed[:, : min(turn, size)], out=low)
+
+
+def _coefficients(octets: bytes) -> NDArray[np.float64]:
+    return _TERNARY[np.frombuffer(octets, dtype=np.uint8)].reshape(-1, PROJECTIONS)
+
+
+def _reduced(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same modulo 2^32, exactly, in [-2^31, 2^31]."""
+    return sums - 2.0**32 * np.rint(sums * 2.0**-32)
+
+
+def _key(coin: bytes, purpose: str) -> bytes:
+    return HKDF(hashes.SHA256(), SEED_BYTES, None, pack(["atoll coin", purpose])).derive(coin)

@@ -1,0 +1,131 @@
+"""Secrets of 32 bytes as strings of words, read from left to right.
+
+A share of an update is as long as the update, and an aggregator holds two for each device: kept in memory, a round of
+512 devices and a million parameters would need four gigabytes. So an aggregator keeps the secrets, from which shares
+follow (of a share that travelled encrypted: the secret, and the ciphertext wherever it lies), and computes them anew,
+some thousand columns at a time, whenever it needs them: AES makes words faster than memory would deliver them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
+
+SEED_BYTES = 32
+WORD_BYTES = 4
+COLUMNS = 4_096
+"""How many columns of all rows are in memory at a time."""
+
+_SPARE_WORDS = 4  # the cipher wants room for 15 more bytes than it writes
+
+Words = NDArray[np.uint32]
+Words64 = NDArray[np.uint64]
+
+
+class Octets(Protocol):
+    """Bytes somewhere, of which parts can be read: a memoryview, or a span of a file."""
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
+class Rows(Protocol):
+    """Many vectors of one length, uint32. Where a row was refused nothing may be read."""
+
+    @property
+    def length(self) -> int:
+        """Words in a row."""
+
+    def origin(self, row: int) -> bytes:
+        """What the row follows from: rows are equal where their origins are."""
+
+    def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
+        """(first column, uint32[len(rows), up to COLUMNS]) from left to right. Valid until the next one is asked for;
+        the receiver may change it."""
+
+
+class SecretRows:
+    """Rows that are AES-256-CTR key streams of `secrets`, or what `masked` decrypts to under them.
+
+    Counters start at 0; words are little endian. `masked` are ciphertexts of 4 * length bytes each (None: the key
+    stream itself), `labels` what identifies them (their digests).
+    """
+
+    def __init__(
+        self, length: int, secrets: Sequence[bytes], masked: Sequence[Octets] | None = None, labels: Sequence[str] = ()
+    ) -> None:
+        self._length = length
+        self._secrets = secrets
+        self._masked = masked
+        self._labels = labels
+
+    @property
+    def length(self) -> int:
+        """Words in a row."""
+        return self._length
+
+    def origin(self, row: int) -> bytes:
+        """The secret, and the ciphertext's digest where there is one."""
+        return self._secrets[row] + (self._labels[row].encode() if self._masked is not None else b"")
+
+    def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
+        """See `Rows.blocks`."""
+        ciphers = [_stream(self._secrets[row]) for row in rows]
+        room = np.empty((len(rows), COLUMNS + _SPARE_WORDS), dtype=np.uint32)
+        octets, zeros = room.view(np.uint8), bytes(WORD_BYTES * COLUMNS)
+        for start in range(0, self._length, COLUMNS):
+            width = min(COLUMNS, self._length - start)
+            part = slice(WORD_BYTES * start, WORD_BYTES * (start + width))
+            for place, row in enumerate(rows):
+                given = zeros[: WORD_BYTES * width] if self._masked is None else self._masked[row][part]
+                ciphers[place].update_into(given, octets[place])
+            yield start, room[:, :width] if sys.byteorder == "little" else room[:, :width].byteswap()
+
+
+def expand(seed: bytes, count: int) -> Words:
+    """`count` pseudo-random words uint32, little endian: the AES-256-CTR key stream of `seed` (32 bytes).
+
+    A seed must serve one purpose only.
+    """
+    return np.frombuffer(_stream(seed).update(bytes(WORD_BYTES * count)), dtype="<u4")
+
+
+def expand_bytes(seed: bytes, count: int) -> bytes:
+    """The first `count` bytes of the same key stream."""
+    return _stream(seed).update(bytes(count))
+
+
+class KeyStream:
+    """The key stream of `seed`, taken in pieces."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._cipher = _stream(seed)
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        return self._cipher.update(bytes(count))
+
+
+def crypt(secret: bytes, data: bytes) -> bytes:
+    """`data` under the key stream of a secret that is used once; the same again gives it back."""
+    return _stream(secret).update(data)
+
+
+def weighted_sum(rows: Rows, chosen: Sequence[int], weights: Sequence[int]) -> Words:
+    """Sum of weight * row over the chosen rows, modulo 2^32: uint32[length]."""
+    total = np.zeros(rows.length, dtype=np.uint32)
+    factors = np.array(weights, dtype=np.uint32)[:, None]
+    plain = bool((factors == 1).all())
+    for start, block in rows.blocks(chosen):
+        if not plain:
+            np.multiply(block, factors, out=block)
+        np.add.reduce(block, axis=0, out=total[start : start + block.shape[1]])
+    return total
+
+
+def _stream(seed: bytes) -> CipherContext:
+    return Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
