@@ -432,13 +432,20 @@ def model_quantize(
     form: Annotated[
         str,
         typer.Option(
-            help="weights (stored as int8, computed as float32) or dynamic (integers multiplied); "
-            "default: the parent's, or weights."
+            help="weights (stored as int8, computed as float32), dynamic (integers multiplied) or static (that, with "
+            "fixed activation scales); default: the parent's, or weights."
         ),
     ] = "",
     per_tensor: Annotated[
         bool, typer.Option("--per-tensor", help="One scale a tensor instead of one a channel; without a parent.")
     ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ROWS.npz",
+            help="For static: an array of rows for each input, from which activation scales come; default: made up.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the made-up inputs on which outputs are compared.")] = 7,
     json: JsonOption = False,
 ) -> None:
@@ -448,7 +455,17 @@ def model_quantize(
     """
     from atoll.model import quantize_file
 
-    quantize_file(float32, out, parent, parent_fp32, form=form, per_tensor=per_tensor, seed=seed, as_json=json)
+    quantize_file(
+        float32,
+        out,
+        parent,
+        parent_fp32,
+        form=form,
+        per_tensor=per_tensor,
+        calibration=calibration,
+        seed=seed,
+        as_json=json,
+    )
 
 
 SticksOption = Annotated[

@@ -3,12 +3,16 @@
 Without a parent it is a fresh quantization. With one it follows the parent, and is held against a fresh quantization of
 the same float32: outputs on made-up inputs, and with the parent's float32 also the carried share. A version that fails
 is not written.
+
+Fixed activation scales (form `static`) come from calibration rows: a file of them, or made-up ones. They are judged on
+other rows than they were chosen on, where the model takes any number of rows.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +28,7 @@ from model_delta.patch import fidelity, quantization
 from model_delta.patch.fidelity import Fidelity
 
 FILE_BYTES_MAX = 512 * 2**20
-FORMS = ("weights", "dynamic")
+FORMS = ("weights", "dynamic", "static")
 _RUNS, _RUNS_S = 30, 2.0
 
 Inputs = dict[str, npt.NDArray[Any]]
@@ -38,13 +42,14 @@ def quantize_file(
     *,
     form: str,
     per_tensor: bool,
+    calibration: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Quantize, compare, write, and print sizes, scales, integers that moved, fidelity, and whether int8 is worth it
     on this machine. Raises ConfigurationError, Malformed (one line, nothing written) and StorageFull."""
     if form and form not in FORMS:
-        raise ConfigurationError(f"--form: expected {' or '.join(FORMS)}, found {form!r}")
+        raise ConfigurationError(f"--form: expected {', '.join(FORMS[:-1])} or {FORMS[-1]}, found {form!r}")
     if parent_float32 is not None and parent is None:
         raise ConfigurationError("--parent-fp32: expected --parent with it, the int8 version made from that file")
     source = _read(float32)
@@ -62,7 +67,15 @@ def quantize_file(
             )
         chosen, per_channel = found
     kind = cast(graphs.Form, chosen)
-    made = graphs.quantize(source, before, before_source, form=kind, per_channel=per_channel)
+    if calibration is not None and kind != "static":
+        raise ConfigurationError(f"--calibration: expected --form static with it, found {kind}")
+    given = _rows(calibration, source) if calibration is not None else None
+    inputs, seen = _judged_and_seen(source, given, seed)
+
+    def observe(graph: bytes) -> dict[str, npt.NDArray[Any]]:
+        return run_graph(graph, seen)
+
+    made = graphs.quantize(source, before, before_source, form=kind, per_channel=per_channel, calibration=observe)
     if not made.tensors:
         raise Malformed(
             f"{float32}: expected a float32 model with constant matrices, found none that could be int8; "
@@ -72,8 +85,11 @@ def quantize_file(
         raise ConfigurationError(
             f"--parent {parent}: expected a version of the same model, found no tensor of its names"
         )
-    fresh = graphs.quantize(source, form=kind, per_channel=per_channel).file if before is not None else None
-    inputs = graphs.made_up_inputs(source, np.random.default_rng(seed))
+    fresh = (
+        graphs.quantize(source, form=kind, per_channel=per_channel, calibration=observe).file
+        if before is not None
+        else None
+    )
     measured = _fidelity(source, made.file, fresh, before, before_source, inputs)
     reasons = fidelity.refusals(measured)
     if reasons:
@@ -92,6 +108,38 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _rows(path: Path, source: bytes) -> Inputs:
+    """The arrays of an .npz file, one for each input of the model. Raises ConfigurationError."""
+    wanted = {spec.name: spec for spec in graphs.inspect(source, "model").inputs}
+    if path.exists() and path.stat().st_size > FILE_BYTES_MAX:
+        raise ConfigurationError(f"{path}: expected at most {FILE_BYTES_MAX} bytes, found {path.stat().st_size}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:  # a lone .npy array has no names
+        raise ConfigurationError(f"--calibration {path}: expected an .npz file of rows: {error}") from None
+    if found.keys() != wanted.keys():
+        raise ConfigurationError(
+            f"--calibration {path}: expected an array for each of {', '.join(sorted(wanted))}, "
+            f"found {', '.join(sorted(found)) or 'none'}"
+        )
+    for name, value in found.items():
+        if value.dtype.kind not in "biuf" or not value.size or not np.isfinite(value).all():
+            raise ConfigurationError(f"--calibration {path}: {name}: expected finite numbers, found {value.dtype}")
+    return {name: value.astype(wanted[name].dtype) for name, value in found.items()}
+
+
+def _judged_and_seen(source: bytes, given: Inputs | None, seed: int) -> tuple[Inputs, Inputs]:
+    """The rows on which answers are compared, and those from which activation scales come."""
+    if given is None:
+        judged, seen = (graphs.made_up_inputs(source, np.random.default_rng(one)) for one in (seed, seed + 1))
+        return judged, seen
+    free = all(spec.shape[:1] == (-1,) for spec in graphs.inspect(source, "model").inputs)
+    if not free or any(len(value) < 2 for value in given.values()):
+        return given, given
+    return {name: value[1::2] for name, value in given.items()}, {name: value[::2] for name, value in given.items()}
 
 
 def _fidelity(

@@ -7,7 +7,7 @@ the same bytes and two versions of a model have the same layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
@@ -33,7 +33,9 @@ _FREE_AXIS = 16
 _EXPORT_HINT = "export it with torch.onnx.export, skl2onnx or tf2onnx"
 
 Floats = npt.NDArray[np.float32]
-Form = Literal["weights", "dynamic"]
+Form = Literal["weights", "dynamic", "static"]
+Observe = Callable[[bytes], Mapping[str, npt.NDArray[Any]]]
+"""Runs a graph file on the calibration rows and gives its outputs by name; onnxruntime is imported elsewhere."""
 
 
 class GraphInfo(msgspec.Struct, frozen=True):
@@ -103,6 +105,7 @@ def quantize(
     *,
     form: Form = "weights",
     per_channel: bool = True,
+    calibration: Observe | None = None,
 ) -> Quantized:
     """int8 for the constant float32 matrices of a model; biases and everything else stay float32.
 
@@ -118,11 +121,19 @@ def quantize(
     treated as in form `weights`. With `per_channel` false there is one scale a tensor, as onnxruntime's own dynamic
     quantization has it.
 
-    Scales and integers follow `parent`, a file of the same form, where it has the same matrix, and float32 tensors
-    move from the parent's on a grid; `parent_source` is the float32 that the parent was made from, by which weights
-    that did not move at all are told (the rules are in `patch.quantization`). Deterministic: the same input gives the
-    same bytes. A model that is quantized already, is too old for DequantizeLinear per channel, has control flow, or has
-    no such matrix is returned unchanged. Raises Malformed for what is no ONNX model.
+    Form `static`: as `dynamic`, but the scale and zero point of each activation that enters a product are fixed: a
+    QuantizeLinear to uint8 and a DequantizeLinear around it, and a DequantizeLinear after the weights, which the
+    runtime fuses with the product (QDQ). The bias stays float32: a plain Gemm becomes a MatMul and a Sum, and an Add to
+    a product a Sum, because onnxruntime makes a Gemm of MatMul and Add again, which it does not fuse then.
+    `calibration` runs a copy of the model that tells the range of those activations on rows of the caller's; raises
+    Malformed without it, and for a range that is not finite. Activation scales are never the parent's: a locked one
+    clips what the new weights make larger, and the answers are gone. Open such a model with quantization left on.
+
+    Scales and integers of weights follow `parent`, a file of the same form, where it has the same matrix, and float32
+    tensors move from the parent's on a grid; `parent_source` is the float32 that the parent was made from, by which
+    weights that did not move at all are told (the rules are in `patch.quantization`). Deterministic: the same input
+    gives the same bytes. A model that is quantized already, is too old for DequantizeLinear per channel, has control
+    flow, or has no such matrix is returned unchanged. Raises Malformed for what is no ONNX model.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -131,6 +142,7 @@ def quantize(
     roles = _roles(model, form, per_channel)
     if not roles:
         return Quantized(data, 0, 0, 0, 0, None)
+    activations = _activations(model, roles, calibration) if form == "static" else {}
     before = _Tensors(parent)
     source = _Tensors(parent_source)
     replaced: list[onnx.TensorProto] = []
@@ -163,7 +175,10 @@ def quantize(
         weights, scale_count = weights + levels.size, scale_count + scales.size
         replaced.append(numpy_helper.from_array(levels, tensor.name))
         replaced.append(numpy_helper.from_array(scales, f"{tensor.name}_scale"))
-    nodes = _quantized_nodes(graph.node, roles)
+    for name, (scale, zero) in activations.items():
+        replaced.append(numpy_helper.from_array(np.asarray(scale, np.float32), f"{name}_activation_scale"))
+        replaced.append(numpy_helper.from_array(np.asarray(zero, np.uint8), f"{name}_activation_zero"))
+    nodes = _quantized_nodes(list(graph.node), roles)
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     # Changed floats are noise and changed integers a few ones among zeros: kept apart, each compresses better.
@@ -179,7 +194,8 @@ def form_of(file: bytes) -> tuple[Form, bool] | None:
     if "DequantizeLinear" not in kinds and "MatMulInteger" not in kinds:
         return None
     scales = [t for t in stored_tensors(file) if t.name.endswith("_scale") and t.dtype == "float32"]
-    return ("dynamic" if "MatMulInteger" in kinds else "weights", any(scale.shape for scale in scales))
+    form: Form = "dynamic" if "MatMulInteger" in kinds else "static" if "QuantizeLinear" in kinds else "weights"
+    return form, any(scale.shape for scale in scales)
 
 
 def weight_changes(
@@ -546,8 +562,8 @@ def _show(specs: Iterable[TensorSpec]) -> str:
 
 
 class _Role(NamedTuple):
-    """How a constant matrix is used, so how it is quantized: `kind` is product (MatMulInteger), rows (Gather) or plain
-    (dequantized before use); `axis` is the channel's, None for one scale."""
+    """How a constant matrix is used, so how it is quantized: `kind` is product (MatMulInteger), rows (Gather), plain
+    (dequantized before use) or static (that, and rounded activations); `axis` is the channel's, None for one scale."""
 
     kind: str
     axis: int | None
@@ -595,7 +611,7 @@ def _roles(model: onnx.ModelProto, form: Form, per_channel: bool) -> dict[str, _
         name, role = _use_of_matrix(node, form)
         if role is not None and name in fixed and roles.setdefault(name, role) != role:
             conflicting.add(name)
-        if form == "dynamic":  # the integers must reach no other operator
+        if form != "weights":  # the integers must reach no other operator
             others = set(node.input) - ({name} if role is not None else set())
             conflicting |= others & fixed
     kept = {name: role for name, role in roles.items() if name not in conflicting and _is_finite(graph, name)}
@@ -604,63 +620,138 @@ def _roles(model: onnx.ModelProto, form: Form, per_channel: bool) -> dict[str, _
 
 def _use_of_matrix(node: onnx.NodeProto, form: Form) -> tuple[str, _Role | None]:
     if node.op_type in ("MatMul", "Gemm"):
-        attributes = {a.name: a for a in node.attribute}
-        transposed = "transB" in attributes and bool(attributes["transB"].i)
-        plain = not any(
-            (name == "transA" and a.i) or (name in ("alpha", "beta") and a.f != 1) for name, a in attributes.items()
-        )
-        product = form == "dynamic" and plain and not transposed
-        return node.input[1], _Role("product" if product else "plain", 0 if transposed else 1)
-    if node.op_type == "Gather" and form == "dynamic":
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        kind = "product" if form == "dynamic" and not _changes_operands(node) else "plain"
+        return node.input[1], _Role("static" if form == "static" else kind, 0 if transposed else 1)
+    if node.op_type == "Gather" and form != "weights":
         first = all(a.i == 0 for a in node.attribute if a.name == "axis")
         return node.input[0], _Role("rows", 1) if first else None
     return "", None
 
 
-def _quantized_nodes(nodes: Iterable[onnx.NodeProto], roles: dict[str, _Role]) -> list[onnx.NodeProto]:
-    """The graph's nodes with int8 weights in the roles given, in a valid order."""
+def _activations(
+    model: onnx.ModelProto, roles: dict[str, _Role], calibration: Observe | None
+) -> dict[str, tuple[np.float32, np.uint8]]:
+    """Scale and zero point of each activation that a static product takes, from its range on the calibration rows."""
     from onnx import TensorProto, helper
 
-    plain = {name: f"{name}_dequantized" for name, role in roles.items() if role.kind == "plain"}
+    if calibration is None:
+        raise Malformed("model to quantize: expected calibration rows for fixed activation scales, found none")
+    names = list(dict.fromkeys(node.input[0] for node in model.graph.node if _static_weight(node, roles)))
+    watched = type(model)()
+    watched.CopyFrom(model)
+    del watched.graph.output[:]
+    for name in names:
+        for operator in ("ReduceMin", "ReduceMax"):
+            seen = f"{name}_{operator}"
+            watched.graph.node.append(helper.make_node(operator, [name], [seen], keepdims=0))
+            watched.graph.output.append(helper.make_tensor_value_info(seen, TensorProto.FLOAT, []))
+    found = calibration(_canonical(watched))
+    try:
+        return {
+            name: quantization.activation_scale(
+                float(np.min(found[f"{name}_ReduceMin"])), float(np.max(found[f"{name}_ReduceMax"]))
+            )
+            for name in names
+        }
+    except KeyError as missing:
+        raise Malformed(f"model to quantize: calibration: expected the output {missing}, found none") from None
+
+
+def _static_weight(node: onnx.NodeProto, roles: dict[str, _Role]) -> bool:
+    role = roles.get(node.input[1]) if node.op_type in ("MatMul", "Gemm") else None
+    return role is not None and role.kind == "static"
+
+
+def _quantized_nodes(nodes: Sequence[onnx.NodeProto], roles: dict[str, _Role]) -> list[onnx.NodeProto]:
+    """The graph's nodes with int8 weights in the roles given, in a valid order."""
+    from onnx import helper
+
+    restored = {name: f"{name}_dequantized" for name, role in roles.items() if role.kind in ("plain", "static")}
     made = []
-    for name, restored in plain.items():
+    for name, output in restored.items():
         # With one scale a tensor the operator ignores the axis.
         axis = roles[name].axis
         attributes = {} if axis is None else {"axis": axis}
         made.append(
             helper.make_node(
-                "DequantizeLinear", [name, f"{name}_scale"], [restored], name=f"dequantize_{name}", **attributes
+                "DequantizeLinear", [name, f"{name}_scale"], [output], name=f"dequantize_{name}", **attributes
             )
         )
+    products = {node.output[0] for node in nodes if _static_weight(node, roles)}
     rounded: set[str] = set()  # activations that are integers already: several products may share one
     for node in nodes:
         place = {"MatMul": 1, "Gemm": 1, "Gather": 0}.get(node.op_type)
         name = node.input[place] if place is not None and len(node.input) > place else ""
         role = roles.get(name)
-        if role is None or role.kind == "plain":
-            made.append(_rewired(node, plain))
-        elif role.kind == "rows":
+        if role is not None and role.kind == "product":
+            made += _product(node, rounded)
+        elif role is not None and _static_weight(node, roles):
+            made += _static_product(node, rounded, restored)
+        elif role is not None and role.kind == "rows":
             read, result = f"{node.output[0]}_int8", node.output[0]
             made.append(_rewired(node, {result: read}))
             attributes = {} if role.axis is None else {"axis": -1}
             made.append(helper.make_node("DequantizeLinear", [read, f"{name}_scale"], [result], **attributes))
+        elif node.op_type == "Add" and products & set(node.input):
+            made.append(helper.make_node("Sum", [restored.get(one, one) for one in node.input], list(node.output)))
         else:
-            value, result = node.input[0], node.output[0]
-            scale, zero = f"{value}_activation_scale", f"{value}_activation_zero"
-            if value not in rounded:
-                rounded.add(value)
-                made.append(helper.make_node("DynamicQuantizeLinear", [value], [f"{value}_uint8", scale, zero]))
-            biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
-            product = f"{result}_product" if biased else result
-            made += [
-                helper.make_node("MatMulInteger", [f"{value}_uint8", name, zero], [f"{result}_int32"]),
-                helper.make_node("Cast", [f"{result}_int32"], [f"{result}_float"], to=TensorProto.FLOAT),
-                helper.make_node("Mul", [scale, f"{name}_scale"], [f"{result}_scale"]),
-                helper.make_node("Mul", [f"{result}_float", f"{result}_scale"], [product]),
-            ]
-            if biased:
-                made.append(helper.make_node("Add", [product, node.input[2]], [result]))
+            made.append(_rewired(node, restored))
     return made
+
+
+def _product(node: onnx.NodeProto, rounded: set[str]) -> list[onnx.NodeProto]:
+    """A product of integers whose activation is rounded as it comes."""
+    from onnx import TensorProto, helper
+
+    (value, name), result = node.input[:2], node.output[0]
+    scale, zero = f"{value}_activation_scale", f"{value}_activation_zero"
+    made = []
+    if value not in rounded:
+        rounded.add(value)
+        made.append(helper.make_node("DynamicQuantizeLinear", [value], [f"{value}_uint8", scale, zero]))
+    biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
+    product = f"{result}_product" if biased else result
+    made += [
+        helper.make_node("MatMulInteger", [f"{value}_uint8", name, zero], [f"{result}_int32"]),
+        helper.make_node("Cast", [f"{result}_int32"], [f"{result}_float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [scale, f"{name}_scale"], [f"{result}_scale"]),
+        helper.make_node("Mul", [f"{result}_float", f"{result}_scale"], [product]),
+    ]
+    if biased:
+        made.append(helper.make_node("Add", [product, node.input[2]], [result]))
+    return made
+
+
+def _static_product(node: onnx.NodeProto, rounded: set[str], restored: dict[str, str]) -> list[onnx.NodeProto]:
+    """A product whose activation is rounded by a fixed scale, in the form that runtimes fuse."""
+    from onnx import helper
+
+    value, result = node.input[0], node.output[0]
+    scale = [f"{value}_activation_scale", f"{value}_activation_zero"]
+    made = []
+    if value not in rounded:
+        rounded.add(value)
+        made.append(helper.make_node("QuantizeLinear", [value, *scale], [f"{value}_uint8"]))
+        made.append(helper.make_node("DequantizeLinear", [f"{value}_uint8", *scale], [f"{value}_rounded"]))
+    inputs = [f"{value}_rounded", restored[node.input[1]], *node.input[2:]]
+    if node.op_type == "Gemm" and not _changes_operands(node):
+        biased = len(inputs) > 2 and bool(inputs[2])
+        product = f"{result}_product" if biased else result
+        made.append(helper.make_node("MatMul", inputs[:2], [product]))
+        if biased:
+            made.append(helper.make_node("Sum", [product, inputs[2]], [result]))
+        return made
+    kept = _rewired(node, {})
+    kept.input[0], kept.input[1] = inputs[:2]
+    return [*made, kept]
+
+
+def _changes_operands(gemm: onnx.NodeProto) -> bool:
+    """Whether a Gemm transposes or scales."""
+    return any(
+        (a.name in ("transA", "transB") and a.i) or (a.name in ("alpha", "beta") and a.f != 1) for a in gemm.attribute
+    )
 
 
 def _is_finite(graph: onnx.GraphProto, name: str) -> bool:

@@ -26,9 +26,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from model_delta.errors import Malformed
+
 Weights = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.int8]
 LEVELS = 127
+ACTIVATION_LEVELS = 255
 OVERFLOW_MAX = 1.05
 GRID_STEPS = 2.0
 GRID_ULPS_MAX = 1 << 17
@@ -111,6 +114,16 @@ def on_grid(value: Weights, parent: Weights, source: Weights | None = None) -> W
     rounded = _from_ordinal(before + steps)
     taken = finite & np.isfinite(rounded)
     return np.where(still, parent, np.where(taken, rounded, value)).astype(np.float32)
+
+
+def activation_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of uint8 activations that were seen from `low` to `high`: asymmetric, 0 is a level of its
+    own (ONNX QuantizeLinear). Raises Malformed for a range that is none."""
+    if not (np.isfinite(low) and np.isfinite(high) and low <= high):
+        raise Malformed(f"activations: expected a finite range, found {low:g} to {high:g}; see the calibration rows")
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(np.float32((high - low) / ACTIVATION_LEVELS), _SCALE_MIN)
+    return scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, ACTIVATION_LEVELS))
 
 
 class Measured(msgspec.Struct, frozen=True):

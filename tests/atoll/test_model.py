@@ -94,7 +94,7 @@ def test_what_cannot_be_quantized_is_said_in_one_line(run: Run, tmp_path: Path) 
         ((tmp_path / "none.onnx", out), "cannot read: No such file"),
         ((text, out), "expected an ONNX model, found plain text"),
         ((parent, out), "found none that could be int8"),
-        ((model, out, "--form", "int4"), "--form: expected weights or dynamic, found 'int4'"),
+        ((model, out, "--form", "int4"), "--form: expected weights, dynamic or static, found 'int4'"),
         ((model, out, "--parent-fp32", model), "expected --parent with it"),
         ((model, out, "--parent", model), "expected a file that `atoll model quantize` made"),
         ((model, out, "--parent", parent, "--form", "weights"), "found dynamic with one scale a tensor"),
@@ -106,3 +106,38 @@ def test_what_cannot_be_quantized_is_said_in_one_line(run: Run, tmp_path: Path) 
         assert not out.exists()
     code, printed, _ = run(model, out, "--parent", parent, "--json")
     assert json.loads(printed)["scales"] == 3
+
+
+def test_fixed_activation_scales_from_rows_or_made_up_ones(run: Run, tmp_path: Path) -> None:
+    old, new = write_model(tmp_path / "old.onnx"), write_model(tmp_path / "new.onnx", 1e-4)
+    rows, parent, out = tmp_path / "rows.npz", tmp_path / "parent.onnx", tmp_path / "out.onnx"
+    np.savez(rows, features=np.random.default_rng(3).normal(size=(64, 32)))
+    code, text, _ = run(old, parent, "--form", "static", "--calibration", rows, "--json")
+    assert code == 0
+    assert json.loads(text)["distance"] < 0.01
+    code, text, _ = run(new, out, "--parent", parent, "--parent-fp32", old, "--calibration", rows, "--json")
+    second = json.loads(text)
+    assert (code, second["scales_not_the_parents"]) == (0, 0)
+    assert second["distance"] - second["distance_fresh"] < 0.005
+    assert graphs.form_of(out.read_bytes()) == ("static", True)
+    made_up = tmp_path / "made_up.onnx"
+    assert run(old, made_up, "--form", "static", "--seed", 1)[0] == 0
+    again = tmp_path / "again.onnx"
+    assert run(old, again, "--form", "static", "--seed", 1)[0] == 0
+    assert made_up.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("wrong", ["absent", "text", "names", "nan", "form"])
+def test_calibration_rows_that_do_not_fit_are_told_in_one_line(run: Run, tmp_path: Path, wrong: str) -> None:
+    model, rows, out = write_model(tmp_path / "m.onnx"), tmp_path / "rows.npz", tmp_path / "out.onnx"
+    values = np.ones((4, 32), np.float32)
+    if wrong == "text":
+        rows.write_text("1,2,3")
+    elif wrong != "absent":
+        values[1, 1] = np.nan if wrong == "nan" else 1
+        np.savez(rows, **{"other" if wrong == "names" else "features": values})
+    form = "dynamic" if wrong == "form" else "static"
+    code, text, error = run(model, out, "--form", form, "--calibration", rows)
+    assert (code, text, error.count("\n")) == (2, "", 1)
+    assert error.startswith("atoll: --calibration")
+    assert not out.exists()

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model_delta import graphs
 from model_delta.errors import Malformed
-from model_delta.patch import container
+from model_delta.patch import container, fidelity, quantization
 from model_delta.patch.bsdiff import make_patch
 from model_delta.segments import operators, read_tensor, stored_tensors
 from tests.model_delta.models import FEATURES, Layers, layers, model, normalisation, nudged, run, session_of
@@ -341,6 +341,97 @@ def test_unsuitable_models_pass_through_unchanged(what: str, change: Callable[[o
 def test_a_model_older_than_per_channel_dequantizing_passes_through() -> None:
     file = matmul_model(opset=12).SerializeToString()
     assert graphs.quantize_weights(file) is file
+
+
+# Fixed activation scales.
+
+
+def observing(features: np.ndarray) -> graphs.Observe:
+    return lambda graph: run(graph, features=features)
+
+
+def answers_with_integers(file: bytes, folder: Path, **inputs: Any) -> tuple[np.ndarray, list[str]]:
+    """What a session with quantization left on answers, and the operators that it runs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    found = session.run(["score"], inputs)[0]
+    return found, [node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node]
+
+
+def test_fixed_activation_scales_are_the_ranges_seen(tmp_path: Path) -> None:
+    weights = layers(1, (FEATURES, 64, 32, 1))
+    file = model(weights)
+    made = graphs.quantize(file, form="static", calibration=observing(rows(500)))
+    assert made.tensors == 3
+    assert graphs.form_of(made.file) == ("static", True)
+    mean, scale = normalisation()
+    inside = (rows(500) - mean) / scale
+    found = {t.name: read_tensor(made.file, t) for t in stored_tensors(made.file)}
+    scales = [value for name, value in found.items() if name.endswith("_activation_scale")]
+    assert len(scales) == 3
+    assert float(scales[0]) == pytest.approx((inside.max() - inside.min()) / 255, rel=1e-5)
+    hidden = np.maximum(inside @ weights[0][0] + weights[0][1], 0)
+    assert float(scales[1]) == pytest.approx(hidden.max() / 255, rel=1e-4)
+    zeros = [int(value) for name, value in found.items() if name.endswith("_activation_zero")]
+    assert (zeros[1], zeros[2]) == (0, 0)  # after a ReLU
+    assert zeros[0] == round(-float(inside.min()) / float(scales[0]))
+    fresh = rows(200, 3)
+    answered, operators_run = answers_with_integers(made.file, tmp_path, features=fresh)
+    assert fidelity.distance(answered, run(file, features=fresh)["score"]) < 1e-3
+    assert operators_run.count("MatMulIntegerToFloat") == 3  # products of integers, nothing restored on every run
+    assert "DequantizeLinear" not in operators_run
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes"), [("MatMul", {}), ("Gemm", {}), ("Gemm", {"transB": 1}), ("Gemm", {"alpha": 0.5})]
+)
+def test_static_products_of_every_kind_answer_alike(operator: str, attributes: dict[str, Any], tmp_path: Path) -> None:
+    file = matmul_model(operator=operator, **attributes).SerializeToString()
+    features = np.random.default_rng(1).normal(size=(50, 4)).astype(np.float32)
+    made = graphs.quantize(file, form="static", calibration=observing(features))
+    answered, _ = answers_with_integers(made.file, tmp_path, features=features)
+    np.testing.assert_allclose(answered, run(file, features=features)["score"], atol=0.1)
+
+
+def test_weights_follow_the_parent_and_activations_do_not() -> None:
+    weights = layers(1, (FEATURES, 64, 32, 1))
+    source, moved = model(weights), model(nudged(weights, 2, 1e-4))
+    parent = graphs.quantize(source, form="static", calibration=observing(rows(100))).file
+    made = graphs.quantize(moved, parent, source, form="static", calibration=observing(3 * rows(100)))
+    assert made.moved is not None
+    assert (0 < made.moved < 0.05, made.rescaled) == (True, 0)
+    before, after = ({t.name: read_tensor(file, t) for t in stored_tensors(file)} for file in (parent, made.file))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if name.endswith("_activation_scale"):
+            assert after[name] > 2 * value
+    fresh = graphs.quantize(moved, form="static", calibration=observing(3 * rows(100))).file
+    share = fidelity.carried(graphs.weight_changes(moved, made.file, fresh, source, parent))
+    assert share.moved
+    assert not fidelity.refusals(fidelity.Fidelity(carried=share))
+    assert graphs.quantize(made.file, form="static").file is made.file  # it happens once
+
+
+def test_ranges_that_are_none_are_malformed() -> None:
+    file = model(layers(1))
+    with pytest.raises(Malformed, match="expected calibration rows"):
+        graphs.quantize(file, form="static")
+    with pytest.raises(Malformed, match="expected a finite range"):
+        graphs.quantize(file, form="static", calibration=observing(np.full((3, FEATURES), np.inf, np.float32)))
+    with pytest.raises(Malformed, match="found none"):
+        graphs.quantize(file, form="static", calibration=lambda graph: {})
+
+
+def test_an_activation_that_is_always_zero_has_a_scale() -> None:
+    scale, zero = quantization.activation_scale(0.0, 0.0)
+    assert scale > 0
+    assert zero == 0
+    assert quantization.activation_scale(-2.55, 0.0) == (np.float32(0.01), 255)
+    assert quantization.activation_scale(5.1, 10.2)[1] == 0  # 0 is a level even where it was not seen
 
 
 # Looking into files that users bring.
