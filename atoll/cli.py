@@ -168,6 +168,18 @@ def publish(
             help="What gateways take by name: terminal-26-v1 (default of fraud) or ulb-30-v1 (default of fraud-csv)."
         ),
     ] = "",
+    signature: Annotated[
+        Path | None,
+        typer.Option(help="An OpenSSF model-signing bundle over the model: published only if it verifies."),
+    ] = None,
+    signer_key: Annotated[Path | None, typer.Option(help="The signer's public key, PEM.")] = None,
+    signer_chain: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of a key: the certificates that the signer's must lead to, PEM; may be repeated."),
+    ] = None,
+    signed_folder: Annotated[
+        Path | None, typer.Option(help="The folder that the bundle covers, where that is more than the model's file.")
+    ] = None,
     join: Annotated[
         bool, typer.Option("--join", help="Publish one version that joins those that regions released apart.")
     ] = False,
@@ -181,12 +193,25 @@ def publish(
     """
     from atoll.operate import join_releases, publish_model
 
-    if join == (model is not None) or (join and (threshold is not None or feature_set)):
+    if join == (model is not None) or (join and (threshold is not None or feature_set or signature)):
         raise Malformed("publish: expected MODEL.onnx, or --join alone (with --model and --name)")
     if model is None:
         join_releases(data, name, label, contact_s=contact, as_json=json)
         return
-    publish_model(data, model, name, label, threshold, feature_set, contact_s=contact, as_json=json)
+    publish_model(
+        data,
+        model,
+        name,
+        label,
+        threshold,
+        feature_set,
+        signature=signature,
+        signer_key=signer_key,
+        signer_chain=signer_chain or (),
+        signed_folder=signed_folder,
+        contact_s=contact,
+        as_json=json,
+    )
 
 
 @rollout.command("apply")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from atoll.settings import MODEL, MODEL_OF_CSV, ConfigurationError, DataFolder
 from device_sim.payments import FEATURE_SET
 from device_sim.payments_csv import CSV_FEATURE_SET
 from fl_coordinator.rounds import ENDED, State
-from model_delta.errors import Malformed
+from model_delta.digest import digest_of
+from model_delta.errors import Malformed, SignatureInvalid
 
 PUBLISH_TIMEOUT_S = 300.0
+BYTES = "application/octet-stream"
 ROUND_MARGIN_S = 180.0
 POLL_S = 0.5
 FEATURE_SET_OF = {MODEL: FEATURE_SET, MODEL_OF_CSV: CSV_FEATURE_SET}
@@ -42,22 +45,35 @@ def publish_model(
     threshold: float | None,
     feature_set: str,
     *,
+    signature: Path | None = None,
+    signer_key: Path | None = None,
+    signer_chain: Sequence[Path] = (),
+    signed_folder: Path | None = None,
     contact_s: float,
     as_json: bool,
 ) -> None:
     """Hand an ONNX file to the coordinator and show the version that it became.
 
-    Models of the names that we know take the features that such devices compute, unless told otherwise.
+    Models of the names that we know take the features that such devices compute, unless told otherwise. A `signature`
+    (an OpenSSF model-signing bundle) is checked before anything is sent, and stays beside the version.
     """
+    if signature is None and (signer_key is not None or signer_chain or signed_folder is not None):
+        raise ConfigurationError("--signer-key, --signer-chain, --signed-folder: expected --signature BUNDLE too")
     if feature_set not in ("", *FEATURE_SET_OF.values()):
         raise ConfigurationError(
             f"--feature-set: expected {' or '.join(FEATURE_SET_OF.values())}, found {feature_set!r}; or leave it out"
         )
     source = read_file(model)
+    bundle = b""
+    if signature is not None:
+        bundle = _checked_signature(model, source, signature, signer_key, signer_chain, signed_folder)
     options = {"model": name, "name": label, "feature_set": feature_set or FEATURE_SET_OF.get(name, "")}
     if threshold is not None:
         options["threshold"] = str(threshold)
     client = operator(data, contact_s)
+    if bundle:
+        options["provenance"] = digest_of(bundle)
+        client.request("PUT", f"/v1/store/artifact/{options['provenance']}", bundle, BYTES, PUBLISH_TIMEOUT_S, {})
     try:
         found = client.post(
             "/v1/models", source, timeout_s=PUBLISH_TIMEOUT_S, **{k: v for k, v in options.items() if v}
@@ -65,6 +81,18 @@ def publish_model(
     except Malformed as error:
         raise Malformed(f"{model}: {error}") from None
     show(found, _release_text(found), as_json=as_json)
+
+
+def _checked_signature(
+    model: Path, source: bytes, signature: Path, key: Path | None, chain: Sequence[Path], folder: Path | None
+) -> bytes:
+    """The bundle's bytes, if they vouch for `source`. Raises ConfigurationError: nothing is published then."""
+    from fl_coordinator.provenance import verified_bundle  # its library comes with the extra `provenance`
+
+    try:
+        return verified_bundle(model, source, signature, key=key, chain=chain, folder=folder)
+    except (SignatureInvalid, Malformed) as error:
+        raise ConfigurationError(f"{error}; nothing was published") from None
 
 
 def join_releases(data: Path, name: str, label: str, *, contact_s: float, as_json: bool) -> None:

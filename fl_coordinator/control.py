@@ -231,7 +231,7 @@ class _Control:
         if not model:
             raise Malformed("publish: expected the query parameter model, found none")
         options: dict[str, Any] = {"model": model, "name": query.get("name", "")[:128]}
-        options.update({key: query[key] for key in ("parent", "baseline", "feature_set") if key in query})
+        options.update({key: query[key] for key in ("parent", "baseline", "feature_set", "provenance") if key in query})
         if "threshold" in query:
             options["decision_threshold"] = _number(query["threshold"], "threshold", 0.0, 1.0)
         if "created" in query:

@@ -29,7 +29,7 @@ from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger, ReleaseRecord
 from fl_coordinator.rollout import Rollout, holds_devices
 from model_delta import graphs
-from model_delta.digest import digest_of
+from model_delta.digest import digest_of, require_digest
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
 from model_delta.keys.encryption import open_blob, seal_blob
@@ -126,20 +126,25 @@ class Publisher:
         feature_set: str | None = None,
         baseline: str | None = None,
         lineage: Lineage | None = None,
+        provenance: str = "",
         lifetime_s: int = LIFETIME_S,
     ) -> ReleaseRecord:
         """Make a version of `source` and return it, or the version that these bytes on this parent already are.
 
         `parent` is a manifest digest; by default the stable version, else the newest that is not withdrawn. Threshold,
         feature set and baseline are the parent's unless given. `now` dates the version, `lifetime_s` seconds later it
-        expires on every device. Raises Malformed for an unusable file or parent, and
+        expires on every device. `provenance` is the digest of a signature bundle that was checked, and lies in the
+        store as an artifact. Raises Malformed for an unusable file or parent, and
         StorageFull with nothing published.
         """
         with self._one_at_a_time:
             base = self._parent(model, parent)
             digest = digest_of(source)
             if base is not None and base.source == digest:
+                self._require_provenance(base, provenance)
                 return base
+            if provenance and not self._store.has("artifact", require_digest(provenance, "provenance")):
+                raise NotFound(f"provenance {provenance[:16]}…: the bundle is not in the store; put it there first")
             known = self._ledger.release_from(model, digest, base.manifest if base else "")
             if known is not None:
                 if not known.wrapped_key:
@@ -149,6 +154,7 @@ class Publisher:
                         f"model {model}: these bytes were version {known.release}, which nothing needed any more, so "
                         "its files were removed from the store; train it anew, or publish it with another --parent"
                     )
+                self._require_provenance(known, provenance)
                 return known
             candidate = self.prepare(source, model=model, now=now, parent=base.manifest if base else None)
             before = self.manifest(base.manifest) if base is not None else None
@@ -171,7 +177,7 @@ class Publisher:
                 decision_threshold=threshold,
                 feature_set=feature_set if feature_set is not None else before.feature_set if before else "",
                 baseline=baseline if baseline is not None else before.baseline if before else "",
-                lineage=lineage,
+                lineage=_with_provenance(lineage, provenance),
                 lifetime_s=lifetime_s,
             )
             return self._commit(release, source, key, model=model, name=name, now=now)
@@ -408,6 +414,16 @@ class Publisher:
             raise NotFound(f"version {wanted!r} of model {model!r}: not published; the newest releases are: {listed}")
         return found[-1]
 
+    def _require_provenance(self, known: ReleaseRecord, provenance: str) -> None:
+        """Raise Malformed where bytes that are a version already come with another signature: its manifest is signed
+        and says where it came from for good."""
+        there = self.manifest(known.manifest).lineage.provenance or ""
+        if provenance and provenance != there:
+            raise Malformed(
+                f"model {known.model}: these bytes are version {known.release} already, published with "
+                f"{'signature ' + there[:16] + '…' if there else 'no signature'}; a signature cannot be added to it"
+            )
+
     def _parent(self, model: str, wanted: str | None) -> ReleaseRecord | None:
         if wanted is not None:
             record = self._ledger.release(wanted)
@@ -506,6 +522,10 @@ def _distance(found: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[s
     pairs = [(ours[name], value) for ours, exact in zip(found, expected, strict=True) for name, value in exact.items()]
     distances = [fidelity.distance(ours, value) for ours, value in pairs if np.issubdtype(value.dtype, np.floating)]
     return max(distances, default=None)
+
+
+def _with_provenance(lineage: Lineage | None, provenance: str) -> Lineage | None:
+    return msgspec.structs.replace(lineage or Lineage(), provenance=provenance) if provenance else lineage
 
 
 def _tensors(values: Mapping[str, Array]) -> dict[str, Tensor]:

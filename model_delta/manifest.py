@@ -80,12 +80,14 @@ class Requirements(msgspec.Struct, frozen=True):
 
 
 class Lineage(msgspec.Struct, frozen=True):
-    """Where this version came from. `contributions_root` is the Merkle root over the round's admitted contributions."""
+    """Where this version came from. `contributions_root` is the Merkle root over the round's admitted contributions.
+    `provenance` came later: the digest of the OpenSSF model-signing bundle that came with the published file."""
 
     data: str = ""
     code: str = ""
     round_id: str = ""
     contributions_root: str = ""
+    provenance: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
