@@ -256,7 +256,7 @@ def _judge(rollout: Rollout, health: CohortHealth, now: float) -> tuple[dict[int
     alpha = ALPHA / max(1, tests)
     for index, rail in enumerate(rails):
         if rail.metric == "silence":
-            verdicts.append(_silence(rail, health, now - rollout.stage_since))
+            verdicts.append(_silence(rail, health, now - rollout.stage_since, first=rollout.stable == rollout.target))
         elif rail.metric in ("rolled_back", "safe_mode"):
             verdicts.append(_count(rail, health.target))
         elif rail.metric.startswith("latency_"):
@@ -373,16 +373,17 @@ def _count(rail: Guardrail, arm: ArmHealth) -> Verdict:
     return Verdict(rail.metric, seen > limit, seen, limit, f"{rail.metric}: {seen} devices, allowed {limit:g}")
 
 
-def _silence(rail: Guardrail, health: CohortHealth, stage_age: float) -> Verdict:
+def _silence(rail: Guardrail, health: CohortHealth, stage_age: float, *, first: bool) -> Verdict:
     """A silent target arm beside a talking control arm; when both are silent, the line is to blame and nothing is said.
 
-    Judged only when a device has had the time to fall silent since the stage began."""
+    Judged only when a device has had the time to fall silent since the stage began, and never of a `first` version:
+    nobody is beside it, and its devices have nothing else to run. The stage waits for them."""
     share, beside = health.target.silent_share, health.control.silent_share
     text = (
         f"silence: {health.target.silent} of {health.target.devices} devices not heard for {rail.within_seconds:g} s, "
         f"control {beside:.0%}, allowed + {rail.share:.0%}"
     )
-    breached = stage_age >= rail.within_seconds and share > beside + rail.share
+    breached = not first and stage_age >= rail.within_seconds and share > beside + rail.share
     return Verdict("silence", breached, share, beside + rail.share, text)
 
 

@@ -75,7 +75,7 @@ def test_calls_that_hang_are_bounded(behind: HangingKeyring) -> None:
 
 
 def test_what_was_revoked_is_still_known(behind: HangingKeyring) -> None:
-    ring = DistantKeyring(behind.as_keyring(), DEADLINE_S)
+    ring = DistantKeyring(behind.as_keyring(), 10 * DEADLINE_S)  # it has to answer in time here, on a busy machine too
     ring.revoke(7)
     behind.answering.clear()
     with pytest.raises(Unavailable):

@@ -383,6 +383,16 @@ def test_silence_of_the_target_counts_when_the_control_talks() -> None:
     assert network.plan is None
 
 
+def test_silence_does_not_stop_a_first_version_but_its_stage_waits() -> None:
+    spec = simple(rails="{metric: silence, share: 20%, withinSeconds: 30}")
+    first = begun(spec, FLEET, stable="", target=NEW).rollout
+    assert first.stable == first.target
+    asleep = look(first, health_of(first, FLEET, now=1040.0, silent=[device.device_id for device in FLEET[:20]]), 1040.0)
+    assert (asleep.event, asleep.rollout.state) == ("", "running")
+    assert asleep.rollout.reason == "waits for 20 silent devices"
+    assert look(asleep.rollout, health_of(first, FLEET, now=1050.0), now=1050.0).rollout.state == "completed"
+
+
 def test_a_rollout_survives_being_written_down() -> None:
     found = begun(read_rollout(TEXT), FLEET).rollout
     looked = look(found, health_of(found, FLEET, summary(NEW, 50, errors=1), summary(OLD, 2000, errors=7))).rollout
