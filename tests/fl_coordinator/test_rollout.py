@@ -387,7 +387,9 @@ def test_silence_does_not_stop_a_first_version_but_its_stage_waits() -> None:
     spec = simple(rails="{metric: silence, share: 20%, withinSeconds: 30}")
     first = begun(spec, FLEET, stable="", target=NEW).rollout
     assert first.stable == first.target
-    asleep = look(first, health_of(first, FLEET, now=1040.0, silent=[device.device_id for device in FLEET[:20]]), 1040.0)
+    asleep = look(
+        first, health_of(first, FLEET, now=1040.0, silent=[device.device_id for device in FLEET[:20]]), 1040.0
+    )
     assert (asleep.event, asleep.rollout.state) == ("", "running")
     assert asleep.rollout.reason == "waits for 20 silent devices"
     assert look(asleep.rollout, health_of(first, FLEET, now=1050.0), now=1050.0).rollout.state == "completed"
