@@ -266,11 +266,18 @@ def rollout_abort(
 
 @round_.command("run")
 def round_run(
-    model: Annotated[str, typer.Option(help="The model to improve.")] = "fraud",
-    quorum: Annotated[int, typer.Option(help="Fewest contributions to aggregate.", min=3)] = 12,
-    hostile: Annotated[int, typer.Option(help="Assumed bound on hostile devices (f).", min=0)] = 2,
-    deadline: Annotated[float, typer.Option(help="Seconds until the round closes for contributions.", min=1)] = 60.0,
-    steps: Annotated[int, typer.Option(help="Mini-batches a device trains.", min=1)] = 40,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="ROUND.yaml", help="A round YAML file instead of the options.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to improve; default: fraud.")] = None,
+    quorum: Annotated[int | None, typer.Option(help="Fewest contributions to aggregate; default: 12.", min=3)] = None,
+    hostile: Annotated[
+        int | None, typer.Option(help="Assumed bound on hostile devices (f); default: 2.", min=0)
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds until the round closes for contributions; default: 60.", min=1)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Mini-batches a device trains; default: 40.", min=1)] = None,
     wait: Annotated[bool, typer.Option(help="Wait for the round's end and show progress.")] = True,
     data: DataOption = DEFAULT_DATA,
     contact: ContactOption = DEFAULT_CONTACT,
@@ -278,11 +285,12 @@ def round_run(
 ) -> None:
     """Open a federated round on the stable version and publish the candidate that comes out of it.
 
-    Example: atoll round run --quorum 12
+    Example: atoll round run --file atoll/examples/round.yaml
     """
-    from atoll.operate import run_round
+    from atoll.rounds import run_round
 
-    run_round(data, model, quorum, hostile, deadline, steps, wait=wait, contact_s=contact, as_json=json)
+    options = {"model": model, "quorum": quorum, "hostile": hostile, "deadline": deadline, "steps": steps}
+    run_round(data, file, options, wait=wait, contact_s=contact, as_json=json)
 
 
 @round_.command("status")
@@ -296,9 +304,59 @@ def round_status(
 
     Example: atoll round status
     """
-    from atoll.operate import show_rounds
+    from atoll.rounds import show_status
 
-    show_rounds(data, round_id, contact_s=contact, as_json=json)
+    show_status(data, round_id, contact_s=contact, as_json=json)
+
+
+@round_.command("list")
+def round_list(
+    data: DataOption = DEFAULT_DATA, contact: ContactOption = DEFAULT_CONTACT, json: JsonOption = False
+) -> None:
+    """Show a line for each round.
+
+    Example: atoll round list
+    """
+    from atoll.rounds import list_rounds
+
+    list_rounds(data, contact_s=contact, as_json=json)
+
+
+@round_.command("show")
+def round_show(
+    round_id: Annotated[str, typer.Argument(help="The round.")],
+    transcript: Annotated[
+        Path | None, typer.Option("--transcript", metavar="FILE", help="Also write the signed transcript to this file.")
+    ] = None,
+    data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
+    json: JsonOption = False,
+) -> None:
+    """Show all that is known of one round, and export its transcript.
+
+    Example: atoll round show fraud-1700000000-0a1b2c --transcript round.cbor
+    """
+    from atoll.rounds import show_round
+
+    show_round(data, round_id, transcript, contact_s=contact, as_json=json)
+
+
+@round_.command("verify")
+def round_verify(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Transcripts from `atoll round show`.")],
+    anchors: Annotated[
+        Path | None, typer.Option(metavar="ANCHORS.cbor", help="Trust anchors; default: the data folder's.")
+    ] = None,
+    data: DataOption = DEFAULT_DATA,
+    json: JsonOption = False,
+) -> None:
+    """Replay rounds from their transcripts, without any running process: signatures, frozen list, choice, sum, privacy.
+
+    Example: atoll round verify round.cbor
+    """
+    from atoll.rounds import verify_rounds
+
+    verify_rounds(data, files, anchors, as_json=json)
 
 
 @device.command("revoke")

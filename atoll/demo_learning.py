@@ -90,6 +90,7 @@ async def _round(stage: Stage, number: int, base: str, able: Sequence[VirtualDev
         "deadline_s": ROUND_DEADLINE_S,
         "aggregation_s": AGGREGATION_S,
         "hostile_max": max(1, hostile),
+        "policy": "krum",  # the attacks of act 3 are loud ones
         "positive_weight": fraud_model.POSITIVE_WEIGHT,
         **ROUND,
     }

@@ -1,4 +1,4 @@
-"""The operator's commands against a running platform: publish, roll out, run rounds, look."""
+"""The operator's commands against a running platform: publish, roll out, look. `rounds` has those about rounds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from atoll.control_client import ControlClient, reach, retry_until
+from atoll.control_client import ControlClient, reach
 from atoll.output import columns, show
 from atoll.settings import MODEL, MODEL_OF_CSV, ConfigurationError, DataFolder
 from device_sim.payments import FEATURE_SET
 from device_sim.payments_csv import CSV_FEATURE_SET
-from fl_coordinator.rounds import ENDED, State
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed, SignatureInvalid
 
 PUBLISH_TIMEOUT_S = 300.0
 BYTES = "application/octet-stream"
-ROUND_MARGIN_S = 180.0
-POLL_S = 0.5
 FEATURE_SET_OF = {MODEL: FEATURE_SET, MODEL_OF_CSV: CSV_FEATURE_SET}
 FILE_BYTES_MAX = 4 << 30
 """Larger files are not even read; what the platform takes is less, and its own refusal says how much."""
@@ -145,54 +140,6 @@ def revoke_identity(data: Path, name: str, *, contact_s: float, as_json: bool) -
     )
 
 
-def run_round(
-    data: Path,
-    model: str,
-    quorum: int,
-    hostile: int,
-    deadline_s: float,
-    steps: int,
-    *,
-    wait: bool,
-    contact_s: float,
-    as_json: bool,
-) -> None:
-    """Open a round and, unless told otherwise, follow it to its end. Raises SystemExit(1) when it failed."""
-    client = operator(data, contact_s)
-    spec = {"model": model, "quorum": quorum, "hostile_max": hostile, "deadline_s": deadline_s, "steps": steps}
-    opened = client.post("/v1/rounds", spec)
-    patience_s = deadline_s + ROUND_MARGIN_S if wait else 0.0
-    found = follow_round(client, opened["round_id"], patience_s, quiet=as_json or not wait)
-    show(found, _round_text(found), as_json=as_json)
-    if wait and found["state"] != "PUBLISHED":
-        raise typer.Exit(1)
-
-
-def follow_round(client: ControlClient, round_id: str, seconds: float, *, quiet: bool) -> dict[str, Any]:
-    """The round once it has ended, or as it is after `seconds`; each change of state is told on standard error."""
-    end, told = time.monotonic() + seconds, ""
-    while True:
-        found: dict[str, Any] = retry_until(end, lambda: client.get(f"/v1/rounds/{round_id}"))
-        line = f"round {round_id}: {found['state'].lower()}, {len(found['admitted'])} contributions"
-        if line != told and not quiet:
-            typer.echo(line, err=True)
-            told = line
-        if State[found["state"]] in ENDED or time.monotonic() >= end:
-            return found
-        time.sleep(POLL_S)
-
-
-def show_rounds(data: Path, round_id: str, *, contact_s: float, as_json: bool) -> None:
-    """One round with everybody who was refused and why, or all of them."""
-    client = operator(data, contact_s)
-    if round_id:
-        found = client.get(f"/v1/rounds/{round_id}")
-        show(found, _round_text(found), as_json=as_json)
-        return
-    every = client.get("/v1/rounds")
-    show(every, columns(every, ("round_id", "state", "admitted", "chosen", "rejected", "candidate")), as_json=as_json)
-
-
 def read_file(path: Path) -> bytes:
     """The bytes of a file that a person named. Raises ConfigurationError."""
     try:
@@ -233,16 +180,3 @@ def _rollout_text(found: dict[str, Any]) -> str:
 
 def _count(stages: Any) -> int:
     return stages if isinstance(stages, int) else len(stages)
-
-
-def _round_text(found: dict[str, Any]) -> str:
-    lines = [f"round {found['round_id']}: {found['state'].lower()}, {len(found['admitted'])} contributions"]
-    if found["chosen"]:
-        lines.append(f"chosen: {len(found['chosen'])} devices; their sum is all that was opened")
-    lines += [f"  not used: {device}: {reason}" for device, reason in dict(found["rejected"]).items()]
-    lines += [f"  refused at admission: {count} x {reason}" for reason, count in dict(found["refused"]).items()]
-    if found["candidate"]:
-        lines.append(f"candidate {found['candidate']}: published; roll it out with `target: latest`")
-    if found["reason"]:
-        lines.append(f"reason: {found['reason']}")
-    return "\n".join(lines)

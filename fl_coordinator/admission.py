@@ -3,6 +3,10 @@
 The order matters: nothing that a contribution claims is looked at before its signature and its certificate hold, and a
 device learns only the first reason. Each reason has a short name, which is counted, and a sentence, which is sent back.
 A device that sends the same bytes again (its receipt was lost) is not refused: it gets its receipt.
+
+An attestation group is everybody who was enrolled with the same value of a trait (the device class, or a label such as
+the batch that devices were issued in), so that one leaked batch of join tokens cannot fill a round. It is as good as
+the enrolment: who enrols a device decides what is written down of it, and a device cannot change it later.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ REASONS = (
 
 class Offered(msgspec.Struct, frozen=True, kw_only=True):
     """A contribution as the checks of its bytes left it. `flaw` is the first of the signature and certificate reasons
-    that applies ("" when none does), `mismatch` says what else does not belong to the round."""
+    that applies ("" when none does), `mismatch` says what else does not belong to the round. `group` is the device's
+    attestation group, `lately` how many other rounds took it within the last day."""
 
     device_id: str
     digest: str
@@ -38,10 +43,13 @@ class Offered(msgspec.Struct, frozen=True, kw_only=True):
     base: str = ""
     length: int = 0
     mismatch: str = ""
+    group: str = ""
+    lately: int = 0
 
 
 class OpenRound(msgspec.Struct, frozen=True, kw_only=True):
-    """What admission needs to know of the round. `admitted` maps device to digest; times are Unix seconds."""
+    """What admission needs to know of the round. `admitted` maps device to digest, `groups` attestation group to its
+    number of contributions; `per_device` and `per_group` are the quotas (0: none). Times are Unix seconds."""
 
     round_id: str
     base: str
@@ -50,6 +58,9 @@ class OpenRound(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float
     contributions_max: int
     admitted: Mapping[str, str]
+    per_device: int = 0
+    per_group: int = 0
+    groups: Mapping[str, int] = {}
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -84,6 +95,12 @@ def refuse(offered: Offered, round_: OpenRound | None, now: float) -> Refusal | 
         return Refusal("late", f"round {round_.round_id} no longer takes contributions")
     if len(round_.admitted) >= round_.contributions_max:
         return Refusal("over quota", f"round {round_.round_id} has its {round_.contributions_max} contributions")
+    if 0 < round_.per_device <= offered.lately:
+        return Refusal("over quota", f"{offered.lately} rounds took this device within a day, {round_.per_device} may")
+    if 0 < round_.per_group <= round_.groups.get(offered.group, 0):
+        return Refusal(
+            "over quota", f"round {round_.round_id} has its {round_.per_group} contributions of group {offered.group!r}"
+        )
     return None
 
 

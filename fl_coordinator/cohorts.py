@@ -1,27 +1,19 @@
 """The cohort YAML: what an operator writes, and what is said when it is wrong.
 
-The form is that of a Kubernetes object (`apiVersion`, `kind`, `metadata`, `spec`); `atoll/examples/canary.yaml` shows
-all of it. The text is read as a tree of nodes that know their lines, never as Python objects, so that each complaint
-names file, line, key, what was expected, what was found and what to do. Every key is known or refused: a misspelt
-guardrail must not be a guardrail that silently does not exist.
+`atoll/examples/canary.yaml` shows all of it; `yaml_tree` reads the text and makes the complaints.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Set
 from typing import Literal
 
 import msgspec
 import yaml
 
-from model_delta.errors import Malformed
+from fl_coordinator.yaml_tree import NAME, Place, read_object
 from model_delta.plan import Cohort
 
-API_VERSION = "atoll/v1"
-YAML_BYTES_MAX = 65_536
 STAGES_MAX = 32
-_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 
 RATES = ("error_rate", "fallback_rate", "decline_rate", "false_positive_rate", "miss_rate")
 LATENCIES = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")
@@ -71,27 +63,13 @@ class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_rollout(text: str, file: str = "rollout.yaml") -> RolloutSpec:
     """Read the YAML. Raises Malformed with one line that names file, line, key, expected, found and what to do."""
-    if len(text.encode(errors="replace")) > YAML_BYTES_MAX:
-        raise Malformed(f"{file}: expected at most {YAML_BYTES_MAX} bytes of YAML, found {len(text)} characters")
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise Malformed(f"{file}:{line}: expected YAML, found {error.problem}; check the indentation") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise Malformed(f"{file}:1: expected YAML, found {type(error).__name__}; check the file's encoding") from None
-    if root is None:
-        raise Malformed(f"{file}:1: expected a rollout, found an empty file; start from atoll/examples/canary.yaml")
-    top = _Place(file, "", root).map({"apiVersion", "kind", "metadata", "spec"})
-    top["apiVersion"].one_of((API_VERSION,))
-    top["kind"].one_of(("Rollout",))
-    name = top["metadata"].map({"name"})["name"].text("a name", "letters, digits, '-' and '.'", _NAME)
-    spec = top["spec"].map({"model", "cohorts", "strategy"}, optional={"target", "guardrails", "rollback"})
+    name, described = read_object(text, file, "Rollout", "atoll/examples/canary.yaml")
+    spec = described.map({"model", "cohorts", "strategy"}, optional={"target", "guardrails", "rollback"})
     canary = spec["strategy"].map({"canary"})["canary"].map({"stages"}, optional={"control"})
     control = canary["control"].one_of(("mirrored", "none")) if "control" in canary else "mirrored"
     return RolloutSpec(
         name=name,
-        model=spec["model"].text("a model's name", "letters, digits, '-' and '.'", _NAME),
+        model=spec["model"].text("a model's name", "letters, digits, '-' and '.'", NAME),
         target=spec["target"].text("a manifest digest, a release number, a name or `latest`")
         if "target" in spec
         else "latest",
@@ -108,103 +86,14 @@ def read_rollout(text: str, file: str = "rollout.yaml") -> RolloutSpec:
 METRICS_MAX = 32
 
 
-class _Place:
-    """A node of the YAML tree together with the path that leads to it."""
-
-    def __init__(self, file: str, path: str, node: yaml.Node) -> None:
-        self.file, self.path, self.node = file, path, node
-
-    def wrong(self, expected: str, advice: str, found: str | None = None) -> Malformed:
-        """The complaint about this node."""
-        where = f"{self.file}:{self.node.start_mark.line + 1}: {self.path or 'document'}"
-        return Malformed(f"{where}: expected {expected}, found {found or self._found()}; {advice}")
-
-    def map(self, required: set[str], optional: Set[str] = frozenset()) -> dict[str, _Place]:
-        """The children of a mapping with exactly these keys."""
-        known = required | optional
-        listed = ", ".join(sorted(known))
-        children = self.free_map(f"a mapping with {listed}")
-        for key, child in children.items():
-            if key not in known:
-                raise child.wrong(f"one of {listed}", "correct or remove the key", f"the key {key!r}")
-        for key in sorted(required - children.keys()):
-            raise self.wrong(f"the key {key!r}", f"add `{key}:`", f"only {', '.join(sorted(children)) or 'nothing'}")
-        return children
-
-    def free_map(self, expected: str) -> dict[str, _Place]:
-        """The children of a mapping with any keys; a key may stand there once."""
-        if not isinstance(self.node, yaml.MappingNode):
-            raise self.wrong(expected, "indent `key: value` lines below it")
-        children: dict[str, _Place] = {}
-        for key_node, value_node in self.node.value:
-            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
-            child = _Place(self.file, f"{self.path}.{key}".lstrip("."), value_node)
-            if key in children:
-                raise child.wrong(f"{key!r} once", "remove one of them", "it twice")
-            children[key] = child
-        return children
-
-    def items(self, most: int) -> list[_Place]:
-        """The children of a list."""
-        if not isinstance(self.node, yaml.SequenceNode):
-            raise self.wrong("a list", "start each item with `- `")
-        if len(self.node.value) > most:
-            raise self.wrong(f"at most {most} items", "shorten the list", str(len(self.node.value)))
-        return [_Place(self.file, f"{self.path}[{index}]", node) for index, node in enumerate(self.node.value)]
-
-    def text(self, expected: str, form: str = "", pattern: re.Pattern[str] | None = None) -> str:
-        """A scalar as text."""
-        if not isinstance(self.node, yaml.ScalarNode) or not self.node.value:
-            raise self.wrong(expected, "write it after the colon")
-        if pattern is not None and not pattern.fullmatch(self.node.value):
-            raise self.wrong(f"{expected} of {form}", "rename it")
-        return str(self.node.value)
-
-    def one_of(self, values: tuple[str, ...]) -> str:
-        """A scalar with one of a few values."""
-        if not isinstance(self.node, yaml.ScalarNode) or self.node.value not in values:
-            raise self.wrong(" or ".join(values), "use one of these")
-        return str(self.node.value)
-
-    def yes_or_no(self) -> bool:
-        """true or false."""
-        return self.one_of(("true", "false")) == "true"
-
-    def number(self, expected: str, low: float, high: float, whole: bool = False) -> float:
-        """A number in [low, high]."""
-        try:
-            value = float(self.text(expected))
-        except ValueError:
-            raise self.wrong(expected, f"write a number from {low:g} to {high:g}") from None
-        if not low <= value <= high or (whole and value != int(value)):
-            raise self.wrong(expected, f"write a {'whole ' if whole else ''}number from {low:g} to {high:g}")
-        return value
-
-    def share(self) -> float:
-        """A percentage (`25%`) as a fraction."""
-        text = self.text("a percentage such as 25%")
-        try:
-            value = float(text.removesuffix("%")) / 100
-        except ValueError:
-            value = -1.0
-        if not text.endswith("%") or not 0 <= value <= 1:
-            raise self.wrong("a percentage from 0% to 100%", "write it like 25%")
-        return value
-
-    def _found(self) -> str:
-        if isinstance(self.node, yaml.ScalarNode):
-            return repr(self.node.value[:60]) if self.node.value else "nothing"
-        return "a list" if isinstance(self.node, yaml.SequenceNode) else "a mapping"
-
-
 _TRAITS = {"deviceClass": "device_class", "region": "region", "deviceId": "device_id"}
 
 
-def _cohorts(place: _Place) -> tuple[Cohort, ...]:
+def _cohorts(place: Place) -> tuple[Cohort, ...]:
     cohorts = []
     for item in place.items(64):
         fields = item.map({"name"}, optional={"match"})
-        name = fields["name"].text("a name", "letters, digits, '-' and '.'", _NAME)
+        name = fields["name"].text("a name", "letters, digits, '-' and '.'", NAME)
         predicates: dict[str, tuple[str, ...]] = {}
         for key, value in (fields["match"].free_map("a mapping of traits") if "match" in fields else {}).items():
             if isinstance(value.node, yaml.SequenceNode):
@@ -220,7 +109,7 @@ def _cohorts(place: _Place) -> tuple[Cohort, ...]:
     return tuple(cohorts)
 
 
-def _stages(place: _Place) -> tuple[Stage, ...]:
+def _stages(place: Place) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for item in place.items(STAGES_MAX):
         fields = item.map(set(), optional={"devices", "share", "hold"})
@@ -243,7 +132,7 @@ def _stages(place: _Place) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _hold(place: _Place) -> Hold:
+def _hold(place: Place) -> Hold:
     fields = place.map(set(), optional={"minSeconds", "minDecisions", "minAdopted"})
     hold = Hold()
     return Hold(
@@ -255,7 +144,7 @@ def _hold(place: _Place) -> Hold:
     )
 
 
-def _guardrail(place: _Place, control: str) -> Guardrail:
+def _guardrail(place: Place, control: str) -> Guardrail:
     known = place.map({"metric"}, optional={"max", "maxIncrease", "ratioToControl", "share", "withinSeconds"})
     metric = known["metric"].one_of(METRICS)
     if metric == "silence":

@@ -8,7 +8,7 @@
     POST /v1/rollouts?target=&file=   body: YAML  GET /v1/rollouts   /v1/rollouts/{name}   POST .../{name}/abort
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
     GET  /v1/rounds/{id}/contributions            each: length (4 bytes, big-endian), then its bytes; the frozen order
-    GET  /v1/rounds/{id}/transcript               canonical CBOR: the three signed openings
+    GET  /v1/rounds/{id}/transcript               canonical CBOR; see `transcript`
     POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
     GET  /v1/revoked
     GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}   POST /v1/store/clean   body: JSON dry_run
@@ -514,7 +514,10 @@ def _round_view(found: Round) -> dict[str, Any]:
         "base": found.task.base,
         "candidate": found.candidate,
         "quorum": found.spec.quorum,
+        "name": found.spec.name,
         "opened": found.opened,
+        "policy": found.task.policy,
+        "reveal": found.task.reveal,
         "deadline": found.task.deadline,
         "contributions": len(found.frozen),
         "root": found.root,

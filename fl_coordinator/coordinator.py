@@ -146,6 +146,7 @@ class Coordinator:
             intake=self._intake,
             failures=self._count_failures,
             clock=clock,
+            rollouts=self._rollouts,
             tick_s=tick_s,
             note=self.note,
             publish_soon=self._publish_soon,

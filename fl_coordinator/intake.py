@@ -9,28 +9,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, refuse
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import AdmittedContribution, Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
 from fl_coordinator.rounds import Round, State, newest_of
-from fl_coordinator.shares.bounds import CONTRIBUTIONS_MAX
-from fl_coordinator.shares.contribution import Claim, mismatch, parse, size_max, verify
+from fl_coordinator.shares.bounds import contributions_max
+from fl_coordinator.shares.contribution import (
+    CONTRIBUTION_TYPE,
+    Claim,
+    Contribution,
+    mismatch,
+    parse,
+    size_max,
+    verify,
+)
 from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Expired, Malformed, NotFound, SignatureInvalid, Unavailable, Untrusted
-from model_delta.keys.certificates import serial_of
+from model_delta.keys.certificates import key_named_in, serial_of
 from model_delta.keys.keyring import Keyring
+from model_delta.trust.signing import pre_authentication_encoding
 from monitoring.metrics import Metrics
 
 CONTRIBUTION_QUEUE_MAX = 128
 CONTRIBUTION_BYTES_MAX = 64 << 20
 BATCH_MAX = 16
+DAY_S = 86_400.0
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -86,8 +100,7 @@ class Intake:
             device_id = topics.device_of(topic)
             offered, round_ = self._offered(device_id, data, now)
             if round_ is not None:
-                pending = {entry.device_id: entry.digest for entry, _ in fresh.get(round_.round_id, [])}
-                round_ = msgspec.structs.replace(round_, admitted={**pending, **round_.admitted})
+                round_ = _with_pending(round_, [entry for entry, _ in fresh.get(round_.round_id, [])])
             refusal = refuse(offered, round_, now)
             if refusal is not None:
                 receipts.append((device_id, self._refused(offered, refusal)))
@@ -119,7 +132,8 @@ class Intake:
         """What the bytes turn out to be, and the round that they claim to be for."""
         digest = digest_of(data)
         try:
-            claim = unpack(parse(data).claim, Claim)
+            contribution = parse(data)
+            claim = unpack(contribution.claim, Claim)
             newest = newest_of([unpack(packed, Round) for packed in self._ledger.rounds()], claim.model)
             if newest is not None and len(data) > size_max(newest.task):
                 raise Malformed(f"expected at most {size_max(newest.task)} bytes, found {len(data)}")
@@ -128,27 +142,16 @@ class Intake:
         claimed = Offered(
             device_id=device_id, digest=digest, round_id=claim.round_id, base=claim.base, length=claim.length
         )
-        round_ = None
-        if newest is not None:
-            entries = self._ledger.contributions(newest.round_id)
-            round_ = OpenRound(
-                round_id=newest.round_id,
-                base=newest.task.base,
-                length=newest.task.length,
-                collecting=newest.at in (State.ANNOUNCED, State.COLLECTING),
-                deadline=float(newest.task.deadline),
-                contributions_max=newest.spec.contributions_max or CONTRIBUTIONS_MAX,
-                admitted={entry.device_id: entry.digest for entry in entries},
-            )
+        round_ = None if newest is None else self._open_round(newest)
         try:
+            require_signed(contribution, claim)
             record = self._ledger.device(device_id)
-            revoked = self._keyring.revoked()
-            if serial_of(claim.certificate) in revoked:
-                return _flawed(claimed, "revoked certificate", f"certificate of {device_id}: revoked"), round_
-            verified = verify(data, self._keyring.ca_pem(), revoked, now)
+            verified = verify(data, self._keyring.ca_pem(), frozenset(), now)
             if verified.device_id != device_id or record.kind != "device":
                 text = f"sent on the line of {device_id}, signed by {verified.device_id}"
                 return _flawed(claimed, "unknown certificate", text), round_
+            if serial_of(claim.certificate) in self._keyring.revoked():
+                return _flawed(claimed, "revoked certificate", f"certificate of {device_id}: revoked"), round_
         except SignatureInvalid as error:
             return _flawed(claimed, "bad signature", str(error)), round_
         except Expired as error:
@@ -158,8 +161,53 @@ class Intake:
         except Malformed as error:
             return _flawed(claimed, "malformed", str(error)), round_
         if newest is not None and claim.round_id == newest.round_id:
-            claimed = msgspec.structs.replace(claimed, mismatch=mismatch(verified, newest.task))
+            quota = newest.spec.quota
+            lately = self._ledger.contributions_of(device_id, now - DAY_S, newest.round_id) if quota.per_device else 0
+            claimed = msgspec.structs.replace(
+                claimed,
+                mismatch=mismatch(verified, newest.task),
+                group=record.trait(quota.group),
+                lately=lately,
+            )
         return claimed, round_
+
+    def _open_round(self, newest: Round) -> OpenRound:
+        entries = self._ledger.contributions(newest.round_id)
+        quota = newest.spec.quota
+        return OpenRound(
+            round_id=newest.round_id,
+            base=newest.task.base,
+            length=newest.task.length,
+            collecting=newest.at in (State.ANNOUNCED, State.COLLECTING),
+            deadline=float(newest.task.deadline),
+            contributions_max=contributions_max(newest.task),
+            admitted={entry.device_id: entry.digest for entry in entries},
+            per_device=quota.per_device,
+            per_group=quota.per_group,
+            groups=self._ledger.groups_of(newest.round_id, quota.group) if quota.per_group else {},
+        )
+
+
+def _with_pending(round_: OpenRound, pending: Sequence[Offered]) -> OpenRound:
+    """The round with what the same batch has brought already."""
+    groups = Counter(round_.groups) + Counter(entry.group for entry in pending)
+    admitted = {**{entry.device_id: entry.digest for entry in pending}, **round_.admitted}
+    return msgspec.structs.replace(round_, admitted=admitted, groups=dict(groups))
+
+
+def require_signed(contribution: Contribution, claim: Claim) -> None:
+    """The first question, before anybody asks whether the certificate counts: did its key sign this?
+
+    Raises SignatureInvalid when it did not, or signed another vector, Malformed and Untrusted for no usable key.
+    """
+    key = key_named_in(claim.certificate)
+    try:
+        message = pre_authentication_encoding(CONTRIBUTION_TYPE, contribution.claim)
+        key.verify(contribution.signature, message, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise SignatureInvalid("contribution: the signature is not by the key in its certificate") from None
+    if digest_of(contribution.masked) != claim.masked:
+        raise SignatureInvalid("contribution: the masked vector is not the one that was signed")
 
 
 def _flawed(offered: Offered, flaw: str, text: str) -> Offered:

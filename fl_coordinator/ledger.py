@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,10 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     plan_serial: int = 0
     dropped: int = 0
     lost_requests: int = 0
+
+    def trait(self, name: str) -> str:
+        """The device's class, or one of its labels; "" when it was enrolled without."""
+        return self.device_class if name == "device_class" else self.labels.get(name, "")
 
     @property
     def traits(self) -> DeviceTraits:
@@ -523,6 +528,16 @@ class Ledger:
             (round_id,),
         )
         return [AdmittedContribution(*row) for row in rows]
+
+    def contributions_of(self, device_id: str, since: float, other_than: str) -> int:
+        """How many rounds but one have admitted a device since a time (Unix seconds)."""
+        query = "SELECT COUNT(*) FROM contributions WHERE device_id = ? AND time > ? AND round_id <> ?"
+        return int(self._rows(query, (device_id, since, other_than))[0][0])
+
+    def groups_of(self, round_id: str, trait: str) -> dict[str, int]:
+        """How many contributions of a round came from devices that were enrolled with each value of a trait."""
+        query = f"SELECT {_DEVICE_COLUMNS} FROM devices JOIN contributions USING (device_id) WHERE round_id = ?"
+        return dict(Counter(_device(row).trait(trait) for row in self._rows(query, (round_id,))))
 
     def count_refusal(self, round_id: str, reason: str) -> None:
         """Count a refused contribution by its reason."""

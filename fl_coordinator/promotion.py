@@ -36,7 +36,7 @@ class Gate(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much worse a candidate may be. Losses are absolute average precision; ratios are to the stable version.
 
     A slice with fewer than `slice_frauds_min` frauds says nothing and is passed over. Latency within

@@ -52,13 +52,15 @@ class RolloutDriver:
         self._publish_soon = publish_soon
         self._deciding = asyncio.Lock()
 
-    async def start(self, text: str, target: str = "", file: str = "rollout.yaml") -> Rollout:
+    async def start(self, text: str, target: str = "", file: str = "rollout.yaml", name: str = "") -> Rollout:
         """Begin the rollout that a YAML describes, or return it if this very rollout has begun already.
 
-        `target` overrides the YAML's. Raises Malformed (with the line), NotFound, and Malformed when another rollout of
-        the model is under way.
+        `target` and `name` override the YAML's. Raises Malformed (with the line), NotFound, and Malformed when another
+        rollout of the model is under way.
         """
         spec = read_rollout(text, file)
+        if name:
+            spec = msgspec.structs.replace(spec, name=name)
         async with self._deciding:
             begun = await asyncio.to_thread(self._begin, spec, text, target)
         await self._publish_soon()
@@ -102,6 +104,12 @@ class RolloutDriver:
                 )
         self._save(begun, now)
         return begun.rollout
+
+    def last_yaml(self, model: str) -> str:
+        """The YAML of the model's last rollout; "" when there was none. Blocking."""
+        every = [unpack(packed, Rollout) for packed in self._ledger.rollouts()]
+        mine = [found for found in every if found.model == model]
+        return max(mine, key=lambda found: found.created).yaml if mine else ""
 
     async def abort(self, name: str, reason: str = "an operator aborted it") -> Rollout:
         """Stop a rollout: its target is withdrawn and devices return. Raises NotFound; ended ones stay as they are."""

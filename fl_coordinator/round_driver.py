@@ -17,17 +17,27 @@ import msgspec
 import numpy as np
 
 from fl_coordinator import masters
-from fl_coordinator.aggregation import Opening, combine_openings
+from fl_coordinator.aggregation import combine_openings
+from fl_coordinator.cohorts import read_rollout
 from fl_coordinator.enrolment import AGGREGATORS
 from fl_coordinator.intake import Intake
 from fl_coordinator.ledger import Ledger, ReleaseRecord
 from fl_coordinator.ports import Bridge, Clock, Link, Note, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits, failed, judge
 from fl_coordinator.publishing import Publisher
-from fl_coordinator.rollout_driver import AWAKE_S
+from fl_coordinator.rollout_driver import AWAKE_S, RolloutDriver
 from fl_coordinator.rounds import ATTEMPTS_MAX, Command, Event, Round, RoundSpec, State, newest_of, step
+from fl_coordinator.shares.bounds import CONTRIBUTIONS_MAX, fitted, require_announceable
 from fl_coordinator.shares.party import Decision
-from fl_coordinator.shares.bounds import require_announceable
+from fl_coordinator.spending import Charge, charge, require_affordable
+from fl_coordinator.transcript import (
+    SETTLEMENT_TYPE,
+    Settlement,
+    decision_in,
+    mean_digest,
+    pack_transcript,
+    transcript_of,
+)
 from model_delta import merkle, topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -69,6 +79,7 @@ class RoundDriver:
         bridge: Bridge,
         limits: Limits,
         intake: Intake,
+        rollouts: RolloutDriver,
         failures: Counter,
         clock: Clock,
         tick_s: float,
@@ -88,6 +99,7 @@ class RoundDriver:
         self._bridge = bridge
         self._limits = limits
         self._intake = intake
+        self._rollouts = rollouts
         self._count_failures = failures
         self._clock = clock
         self._tick_s = tick_s
@@ -128,6 +140,11 @@ class RoundDriver:
         base = spec.base or self._ledger.stable(spec.model)
         if not base:
             raise Malformed(f"round: model {spec.model!r} has no stable version; publish one and roll it out first")
+        self._require_canary(spec)
+        if spec.privacy is not None:
+            if "noise_multiplier" not in RoundTask.__struct_fields__:
+                raise Malformed("round: privacy: these aggregators add no noise to what they open; leave privacy out")
+            require_affordable(self._ledger, spec.model, spec.privacy)
         manifest, source = self._publisher.manifest(base), self._publisher.source(base)
         parameters = masters.parameters_of(manifest)
         graph = masters.training_graph(source, spec.positive_weight)
@@ -137,6 +154,7 @@ class RoundDriver:
         issued = int(now)
         if open_now is not None:
             issued = max(issued, open_now.task.issued + 1)
+        enrolled = len(self._ledger.devices())
         task = RoundTask(
             tenant=self._tenant,
             model=spec.model,
@@ -154,7 +172,11 @@ class RoundDriver:
             aggregators=aggregators,
             issued=issued,
             deadline=int(now + spec.deadline_s),
+            contributions_max=spec.contributions_max or min(CONTRIBUTIONS_MAX, max(spec.quorum, 2 * enrolled)),
+            policy=spec.policy,
+            reveal=spec.reveal,
         )
+        task = fitted(task)
         require_announceable(task)
         opened = Round(
             round_id=task.round_id,
@@ -168,6 +190,17 @@ class RoundDriver:
         self._note("info", f"round {opened.round_id}: announced on {base[:16]}…, {task.length} parameters")
         return opened
 
+    def _require_canary(self, spec: RoundSpec) -> None:
+        """Whether the candidate could start its canary by itself. Raises Malformed."""
+        if not spec.autopilot:
+            return
+        text = spec.rollout or self._rollouts.last_yaml(spec.model)
+        if not text:
+            raise Malformed(f"round: autopilot: expected a rollout, found none of {spec.model!r} yet; give it one")
+        described = read_rollout(text, "rollout")
+        if described.model != spec.model:
+            raise Malformed(f"round: autopilot: expected a rollout of {spec.model!r}, found one of {described.model!r}")
+
     def _save_round(self, found: Round) -> None:
         self._ledger.save_round(
             round_id=found.round_id,
@@ -175,6 +208,7 @@ class RoundDriver:
             state=found.state,
             created=found.opened,
             record=pack(found),
+            needs=(found.task.base,) if found.at is State.ANNOUNCED else (),
         )
 
     async def abort(self, round_id: str) -> Round:
@@ -341,8 +375,7 @@ class RoundDriver:
         (the coordinator died in between) is taken instead of a second opening."""
         result = await asyncio.to_thread(self._ledger.round_result, found.round_id)
         if result is not None:
-            opening = unpack(open_envelope(unpack(result[1], tuple[bytes, ...])[0]).payload, Opening)
-            return _with_verdicts(found, unpack(opening.decision, Decision)), Event.OPENED
+            return _with_verdicts(found, decision_in(result[1])), Event.OPENED
         if found.attempt >= ATTEMPTS_MAX:
             return msgspec.structs.replace(
                 found,
@@ -351,10 +384,16 @@ class RoundDriver:
         # The attempt's number is durable before anybody hears it: a number is used once.
         found = msgspec.structs.replace(found, attempt=found.attempt + 1)
         await asyncio.to_thread(self._save_round, found)
+        paid = await asyncio.to_thread(self._pay, found)
+        if paid is not None:
+            found = msgspec.structs.replace(found, figures={**found.figures, "privacy": _figures(paid, found.spec)})
+        announcement = seal_envelope(
+            await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, TASK_TYPE, pack(found.task))
+        )
         payload = {
             "round_id": found.round_id,
             "attempt": found.attempt,
-            "task": seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, TASK_TYPE, pack(found.task))),
+            "task": announcement,
             "contributions": list(found.frozen),
             "root": found.root,
             "deadline_s": found.spec.aggregation_s,
@@ -375,10 +414,21 @@ class RoundDriver:
         found = _with_verdicts(found, decision)
         if aggregate.mean is None:
             return msgspec.structs.replace(found, reason=f"the aggregators refused: {decision.refusal}"), Event.BROKEN
-        transcript = pack([reply["opening"] for reply in ordered])
+        settled = _settlement(found, mean_digest(aggregate.mean), paid)
+        signed = seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, SETTLEMENT_TYPE, pack(settled)))
+        transcript = pack_transcript(transcript_of(announcement, ordered, signed))
         mean = aggregate.mean.astype("<f4").tobytes()
         await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript)
         return found, Event.OPENED
+
+    def _pay(self, found: Round) -> Charge | None:
+        """What this attempt costs, written down; None without privacy. Raises Malformed when it would overspend."""
+        if found.spec.privacy is None:
+            return None
+        frozen = set(found.frozen)
+        entries = self._ledger.contributions(found.round_id)
+        names = [entry.device_id for entry in entries if entry.digest in frozen]
+        return charge(self._ledger, found.task.model, found.spec.privacy, found.round_id, found.attempt, names)
 
     def _candidate_source(self, found: Round) -> bytes:
         result = self._ledger.round_result(found.round_id)
@@ -397,7 +447,7 @@ class RoundDriver:
         base = self._publisher.manifest(found.task.base)
         before = self._evaluate(base, self._publisher.file(found.task.base))
         after = self._evaluate(candidate.draft, candidate.file)
-        gates = judge(after, before, self._limits)
+        gates = judge(after, before, found.spec.gates or self._limits)
         figures = {
             **found.figures,
             "average_precision_base": before.average_precision,
@@ -419,7 +469,48 @@ class RoundDriver:
             parent=found.task.base,
             lineage=Lineage(round_id=found.round_id, contributions_root=found.root),
         )
-        return msgspec.structs.replace(found, candidate=record.manifest), Event.RELEASED
+        found = msgspec.structs.replace(found, candidate=record.manifest)
+        if found.spec.autopilot:
+            told = await self._begin_canary(found)
+            found = msgspec.structs.replace(found, figures={**found.figures, "autopilot": told})
+        return found, Event.RELEASED
+
+    async def _begin_canary(self, found: Round) -> str:
+        """Roll the candidate out by itself, under the round's name; what came of it. That it cannot begin now (another
+        rollout decides) is for an operator to see, and no failure of the round."""
+        text = found.spec.rollout or await asyncio.to_thread(self._rollouts.last_yaml, found.task.model)
+        try:
+            begun = await self._rollouts.start(text, found.candidate, "rollout", found.round_id)
+        except Malformed as error:
+            await asyncio.to_thread(self._note, "alert", f"round {found.round_id}: its canary did not begin: {error}")
+            return f"did not begin: {error}"
+        return f"rollout {begun.name} began"
+
+
+def _settlement(found: Round, mean: str, paid: Charge | None) -> Settlement:
+    settled = Settlement(
+        tenant=found.task.tenant, model=found.task.model, round_id=found.round_id, root=found.root, mean=mean
+    )
+    if paid is None or found.spec.privacy is None:
+        return settled
+    return msgspec.structs.replace(
+        settled,
+        spend=paid.spend,
+        before_release=paid.before_release,
+        before_device=paid.before_device,
+        delta=found.spec.privacy.delta,
+        epsilon_release=paid.account.epsilon_release,
+        epsilon_device=paid.account.epsilon_device,
+    )
+
+
+def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:
+    return {
+        "epsilon_release": round(paid.account.epsilon_release, 4),
+        "epsilon_device": round(paid.account.epsilon_device, 4),
+        "delta": spec.privacy.delta if spec.privacy is not None else 0.0,
+        "noise_multiplier": paid.spend.noise_multiplier,
+    }
 
 
 def _with_verdicts(found: Round, decision: Decision) -> Round:

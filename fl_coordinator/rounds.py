@@ -17,11 +17,13 @@ like afterwards: the state's command is done again, so each command is idempoten
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from fl_coordinator.promotion import Limits
 from model_delta.errors import Malformed
 from model_delta.task import RoundTask
 
@@ -122,11 +124,40 @@ def step(state: State, event: Event) -> tuple[State, Command]:
         raise Malformed(f"round: {event.name} cannot happen in state {state.name}") from None
 
 
+POLICIES = ("krum", "robust", "history")
+REVEALS = ("distances", "graph", "selection")
+DEVICE_CLASS = "device_class"
+"""The trait that makes attestation groups unless a spec names a label of the enrolment."""
+
+
+class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A round that opens with noise, within a budget: `epsilon` at `delta` for the model's releases, `epsilon_device`
+    (0: as much) for each device. `noise_multiplier`: standard deviation over the clip norm; see `privacy`."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    epsilon_device: float = 0.0
+
+
+class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many contributions are taken; 0 is no bound. `per_device`: rounds of one device within a day; `per_group`:
+    contributions to this round from one attestation group, which is everybody who was enrolled with the same value of
+    `group`: a label such as the issuing batch, or the device class."""
+
+    per_device: int = 0
+    per_group: int = 0
+    group: str = DEVICE_CLASS
+
+
 class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator asks for. `base` is a manifest digest, by default the stable version. The round closes after
     `deadline_s` seconds, or as soon as `contributions_max` devices are in (by default all enrolled devices that run the
     base); with fewer than `quorum` it fails. Asked twice under the same `name` it is one round, so that a request whose
-    answer was lost can be repeated."""
+    answer was lost can be repeated.
+
+    `policy` decides who is chosen, `reveal` what is opened for that. `gates` replaces the coordinator's own limits.
+    With `autopilot` a published candidate starts its canary by itself: by the YAML `rollout`, or the model's last."""
 
     model: str
     name: str = ""
@@ -142,10 +173,27 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     hostile_max: int = 0
     selected_min: int = 0
     positive_weight: float = 6.0
+    policy: str = "robust"
+    reveal: str = "distances"
+    privacy: Privacy | None = None
+    gates: Limits | None = None
+    quota: Quota = Quota()
+    autopilot: bool = False
+    rollout: str = ""
 
     def checked(self) -> RoundSpec:
         """The same spec with `selected_min` filled in. Raises Malformed for numbers out of range."""
-        selected_min = self.selected_min or max(8, self.hostile_max + 2)
+        problem = self.problem()
+        if problem is not None:
+            raise Malformed(f"round: {problem[0]}: {problem[1]}")
+        return msgspec.structs.replace(self, selected_min=self._selected_min)
+
+    @property
+    def _selected_min(self) -> int:
+        return self.selected_min or max(8, self.hostile_max + 2)
+
+    def problem(self) -> tuple[str, str] | None:
+        """The first field that cannot work, and why; None when all can."""
         bounds: dict[str, tuple[float, float]] = {
             "quorum": (2, 100_000),
             "contributions_max": (0, 100_000),
@@ -160,19 +208,38 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         }
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
-                raise Malformed(f"round: {name}: expected {low:g} to {high:g}, found {getattr(self, name)}")
+                return name, f"expected {low:g} to {high:g}, found {getattr(self, name)}"
+        for name, values in (("policy", POLICIES), ("reveal", REVEALS)):
+            if getattr(self, name) not in values:
+                return name, f"expected {' or '.join(values)}, found {getattr(self, name)[:64]!r}"
         # Multi-Krum needs n >= 2f + 3 updates (Blanchard et al., 2017), and an opened sum enough senders to hide in.
-        least = max(selected_min, 2 * self.hostile_max + 3)
+        least = max(self._selected_min, 2 * self.hostile_max + 3)
         if self.quorum < least:
-            raise Malformed(
-                f"round: quorum: expected at least {least} (selected_min {selected_min}, 2 x hostile_max + 3), "
+            return "quorum", (
+                f"expected at least {least} (selected_min {self._selected_min}, 2 x hostile_max + 3), "
                 f"found {self.quorum}; raise quorum or lower hostile_max"
             )
         if 0 < self.contributions_max < self.quorum:
-            raise Malformed(
-                f"round: contributions_max: expected at least the quorum {self.quorum}, found {self.contributions_max}"
-            )
-        return msgspec.structs.replace(self, selected_min=selected_min)
+            return "contributions_max", f"expected at least the quorum {self.quorum}, found {self.contributions_max}"
+        return self._problem_of_privacy() or self._problem_of_quota()
+
+    def _problem_of_privacy(self) -> tuple[str, str] | None:
+        wanted = self.privacy
+        if wanted is None:
+            return None
+        if not (0 < wanted.epsilon < math.inf and 0 <= wanted.epsilon_device < math.inf):
+            return "privacy", f"expected a budget above 0, found epsilon {wanted.epsilon}, {wanted.epsilon_device}"
+        if not 0 < wanted.delta < 1:
+            return "privacy", f"expected a delta between 0 and 1, found {wanted.delta}"
+        if not 0 < wanted.noise_multiplier <= 10_000:
+            return "privacy", f"expected a noise_multiplier above 0, up to 10000, found {wanted.noise_multiplier}"
+        return None
+
+    def _problem_of_quota(self) -> tuple[str, str] | None:
+        quota = self.quota
+        if min(quota.per_device, quota.per_group) < 0 or not 0 < len(quota.group) <= 64:
+            return "quota", f"expected numbers from 0 and a group of 1 to 64 letters, found {quota}"
+        return None
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):

@@ -211,6 +211,14 @@ def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collecti
     return DeviceKeys(identity, verifying, sealing)
 
 
+def key_named_in(cert_pem: bytes) -> ec.EllipticCurvePublicKey:
+    """The P-256 key in a certificate that nobody has vouched for yet. Raises Malformed and Untrusted."""
+    key = _load(cert_pem, "device certificate").public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise Untrusted(f"device certificate: expected a P-256 key, found {type(key).__name__}")
+    return key
+
+
 def sealing_key_in(certificate: x509.Certificate) -> bytes:
     """The X25519 public key in the private extension, or b"" when there is none in the right form."""
     try:

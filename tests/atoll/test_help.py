@@ -28,6 +28,9 @@ EXAMPLES = (
     "delta make",
     "delta apply",
     "delta inspect",
+    "round list",
+    "round show",
+    "round verify",
     "trust init",
     "trust rotate",
 )

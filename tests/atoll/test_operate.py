@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import typer
 
-from atoll.operate import revoke_identity, run_round
+from atoll.operate import revoke_identity
+from atoll.rounds import run_round
 from atoll.settings import Broker, DataFolder, Endpoints
 
 OPENED = {"round_id": "fraud-1", "state": "ANNOUNCED", "chosen": [], "rejected": {}, "candidate": "", "reason": ""}
@@ -63,7 +64,7 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
 
 
 def run(tmp_path: Path, *, wait: bool) -> None:
-    run_round(tmp_path / "data", "fraud", 8, 0, 60.0, 40, wait=wait, contact_s=2.0, as_json=False)
+    run_round(tmp_path / "data", None, {"quorum": 8, "hostile": 0}, wait=wait, contact_s=2.0, as_json=False)
 
 
 def view(state: str, admitted: int, **more: Any) -> dict[str, Any]:

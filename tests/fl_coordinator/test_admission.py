@@ -60,3 +60,29 @@ def test_without_a_round_there_is_nothing_to_contribute_to() -> None:
     refusal = refuse(OFFERED, None, 50.0)
     assert refusal is not None
     assert (refusal.reason, refusal.text) == ("wrong round", "contribution to 'r1': no round is open")
+
+
+def test_a_device_is_in_so_many_rounds_a_day() -> None:
+    round_ = changed({}, {"per_device": 3})[1]
+    assert refuse(changed({"lately": 2}, {})[0], round_, 50.0) is None
+    refusal = refuse(changed({"lately": 3}, {})[0], round_, 50.0)
+    assert refusal is not None
+    assert (refusal.reason, refusal.text) == ("over quota", "3 rounds took this device within a day, 3 may")
+
+
+def test_a_group_has_so_many_contributions_and_others_have_their_own() -> None:
+    round_ = changed({}, {"contributions_max": 9, "per_group": 2, "groups": {"batch-7": 2, "batch-8": 1}})[1]
+    assert refuse(changed({"group": "batch-8"}, {})[0], round_, 50.0) is None
+    assert refuse(changed({"group": "batch-9"}, {})[0], round_, 50.0) is None
+    refusal = refuse(changed({"group": "batch-7"}, {})[0], round_, 50.0)
+    assert refusal is not None
+    assert refusal.reason == "over quota"
+    assert "of group 'batch-7'" in refusal.text
+
+
+def test_quotas_are_asked_last() -> None:
+    over = {"per_device": 1, "per_group": 1, "groups": {"": 5}}
+    for before, offers, rounds in LADDER[1:]:
+        refusal = refuse(*changed({"lately": 5, **offers}, {**over, **rounds}), 50.0)
+        assert refusal is not None
+        assert refusal.reason == before

@@ -1,0 +1,54 @@
+"""What a round with privacy costs, written down before it opens; or why it must not open.
+
+`privacy` has the arithmetic, the ledger the history. An attempt is paid for when it begins: whether it opened anything
+is known for certain only to the aggregators, so one that failed counts as if it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.privacy import Account, Budget, Spend, account
+from fl_coordinator.rounds import Privacy
+from model_delta.errors import Malformed
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One opening: its `spend`, all before it of the model's releases and of the most burdened device in it, and the
+    account after it."""
+
+    spend: Spend
+    before_release: tuple[Spend, ...]
+    before_device: tuple[Spend, ...]
+    account: Account
+
+
+def charge(
+    ledger: Ledger, model: str, privacy: Privacy, round_id: str, attempt: int, device_ids: Sequence[str]
+) -> Charge:
+    """Pay for an attempt. Blocking. Raises Malformed when it would overspend, or was paid for already."""
+    release, devices = ledger.privacy_of_release(model), ledger.privacy_of_devices(device_ids)
+    spend = Spend(privacy.noise_multiplier)
+    found = account(_budget(privacy), release, devices, spend)
+    if found.refusal:
+        raise Malformed(f"privacy: round {round_id!r}: {found.refusal}")
+    ledger.spend_privacy(round_id, attempt, model, spend, device_ids)
+    # The loss of a history falls with its noise: the most burdened device is the one with the largest sum of 1/noise^2.
+    heaviest = max(devices.values(), key=lambda spends: sum(s.noise_multiplier**-2 for s in spends), default=[])
+    return Charge(spend, tuple(release), tuple(heaviest), found)
+
+
+def require_affordable(ledger: Ledger, model: str, privacy: Privacy) -> None:
+    """Before a round is announced: would it overspend the budget of the model's releases, or of every device that
+    joins? Blocking. Raises Malformed."""
+    spend = Spend(privacy.noise_multiplier)
+    found = account(_budget(privacy), ledger.privacy_of_release(model), {"a new device": []}, spend)
+    if found.refusal:
+        raise Malformed(f"round: privacy: {found.refusal}")
+
+
+def _budget(privacy: Privacy) -> Budget:
+    return Budget(privacy.epsilon_device or privacy.epsilon, privacy.epsilon, privacy.delta)
