@@ -21,11 +21,11 @@ from model_delta.assembly import PATCH_NAME, MemoryRoom, check_file, is_finished
 from model_delta.digest import digest_of
 from model_delta.errors import AtollError, DigestMismatch, NotFound, Unavailable, Untrusted
 from model_delta.keys.encryption import CHUNK_BYTES, open_stream, seal_blob
-from model_delta.manifest import Blob, DenseOffer, Manifest, Segment
+from model_delta.manifest import Blob, Delivery, DenseOffer, Manifest, PatchOffer, Segment
 from model_delta.patch.access import BytesAccess, Part, PathAccess, RandomAccess, pieces_from
 from model_delta.patch.container import make
 from model_delta.patch.route import DeviceLimits, Route, Step, plan_update
-from model_delta.release import Release, build_release
+from model_delta.release import Release, build_release, with_offers
 from tests.model_delta.models import NOW, keyring
 
 KEY = b"K" * 32
@@ -81,27 +81,28 @@ class Versions:
         self.files = [noise, noise[:150_000] + b"second" * 5_000 + noise[150_000:], b"third" * 3_000 + noise]
         self.releases: list[Release] = []
         for number, file in enumerate(self.files):
-            parents = [(self.releases[-1].manifest, self.files[number - 1])] if number else []
             made = build_release(
                 file,
                 tenant="acme",
                 model="parts",
                 version={"eu-west": number + 1},
                 release=number + 1,
-                parents=parents,
+                parents=[],
                 keyring=ring,
                 key=KEY,
                 now=NOW,
                 inputs=(),
                 outputs=(),
             )
-            if number and not made.delivery.dense:  # not worth offering for such files
+            for form in ("bsdiff40", "tp1")[:number]:  # by hand: for such files tp1 is not worth offering
                 base = self.releases[-1].digest
-                patch = make("tp1", self.files[number - 1], file)
-                sealed = seal_blob(KEY, made.digest, patch_label(base, "tp1"), patch)
-                offer = DenseOffer(base, Blob(digest_of(sealed), len(sealed)), "tp1")
-                delivery = msgspec.structs.replace(made.delivery, dense=(offer,))
-                made = msgspec.structs.replace(made, delivery=delivery, blobs={**made.blobs, offer.blob.digest: sealed})
+                patch = make(form, self.files[number - 1], file)
+                sealed = seal_blob(KEY, made.digest, patch_label(base, form), patch)
+                blob = Blob(digest_of(sealed), len(sealed))
+                plain = Delivery(made.digest, (), (PatchOffer(base, blob),))
+                dense = Delivery(made.digest, (), (), (DenseOffer(base, blob, form),))
+                delivery = with_offers(made.delivery, plain if form == "bsdiff40" else dense)
+                made = msgspec.structs.replace(made, delivery=delivery, blobs={**made.blobs, blob.digest: sealed})
             self.releases.append(made)
         self.keys = {release.digest: KEY for release in self.releases}
         self.manifests = {release.digest: release.manifest for release in self.releases}
@@ -152,7 +153,7 @@ def test_a_power_cut_at_every_write_costs_that_write(versions: Versions, kind: s
     assert route.kind == kind
     room, deaths, last = FragileRoom(), 0, 0
     while True:
-        room.deadly = 2 if kind != "replace" and room.read(PATCH_NAME) is None else 4
+        room.deadly = 2 if room.read(PATCH_NAME) is None else 4
         try:
             made = write_release(
                 versions.want, route, versions.blobs, versions.keys, room,
@@ -194,7 +195,7 @@ def test_only_whole_segments_of_what_stands_there_count(versions: Versions, kind
 
 
 def test_a_finished_file_needs_nothing_any_more(versions: Versions) -> None:
-    route, _, _ = versions.route("chain")
+    route, _, _ = versions.route("chain", "bsdiff40")
     room = FragileRoom()
     room.put(versions.releases[2].digest, versions.files[2])
     made = write_release(versions.want, route, {}, {}, room, manifests=versions.manifests)
@@ -203,7 +204,7 @@ def test_a_finished_file_needs_nothing_any_more(versions: Versions) -> None:
 
 
 def test_a_finished_step_of_a_chain_is_not_taken_again(versions: Versions) -> None:
-    route, _, _ = versions.route("chain")
+    route, _, _ = versions.route("chain", "bsdiff40")
     middle, last = route.steps[0].target, route.steps[1]
     room = FragileRoom()
     room.put(middle, versions.files[1])
