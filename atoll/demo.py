@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from atoll.endings import Endings
 from atoll.platform import Layout, prepare, programs
 from atoll.processes import ProcessEvent, Supervisor, held_ports
 from atoll.report import TITLES, ActResult, Report, commit_name, machine_facts, render_table, write_report
-from atoll.settings import DataFolder
+from atoll.settings import ConfigurationError, DataFolder
 from fl_coordinator.flower_superlink import end_processes
 from model_delta.errors import AtollError
 
@@ -42,8 +43,8 @@ FOLDER_SECONDS = 5.0
 def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path, as_json: bool, keep: bool) -> int:
     """Run every act and write the report. Returns the exit code: 0 when every act did what it promises, 1 when one did
     not, 130 after Ctrl-C (128 and its number after any signal). Raises ConfigurationError before anything was
-    started."""
-    report.mkdir(parents=True, exist_ok=True)
+    started or made; the report's folder is made when there is a report."""
+    expect_writable(report)
     with Endings() as endings, _folder(keep=keep) as path, held_ports(PORTS) as held:
         data = DataFolder.open(path, create=True)
         ports = iter(held)
@@ -194,6 +195,17 @@ class Progress:
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+
+def expect_writable(report: Path) -> None:
+    """Look now, not after two minutes, whether a report can be written. Raises ConfigurationError."""
+    there = next(path for path in (report.absolute(), *report.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigurationError(f"--report {report}: expected a folder, found that {there} is a file; pass another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"--report {report}: expected a folder to write in, found no permission in {there}; pass another"
+        )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,28 @@ def test_a_folder_keeps_its_ports_and_says_when_one_was_taken(run, stopped: Path
         code, said = run("up", "--data", stopped, "--broker", "embedded")
     assert (code, f"port {port} (broker)" in said) == (2, True), said
     assert {name: data for name, data in everything(stopped).items() if name != "lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--report", "FILE"), "FILE: expected a folder, found that FILE is a file; pass another"),
+        (("--report", "FILE/below"), "FILE/below: expected a folder, found that FILE is a file"),
+        (("--report", "NEW/report", "--broker", "rabbit"), "--broker: expected auto, mosquitto or embedded"),
+    ],
+)
+def test_a_demo_that_cannot_begin_makes_nothing(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], expected: str
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    placed = [word.replace("FILE", str(file)).replace("NEW", str(tmp_path / "new")) for word in words]
+    code, said = run("demo", *placed)
+    assert (code, expected.replace("FILE", str(file)) in said) == (2, True), said
+    assert {path.name for path in tmp_path.rglob("*")} == {"tmp", "file"}
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("words", [(), ("m.onnx", "--join"), ("--join", "--threshold", "0.5")])
