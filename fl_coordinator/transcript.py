@@ -168,11 +168,17 @@ def replay(data: bytes, anchors: TrustAnchors) -> Replay:
     return looked("epsilon", _problem(lambda: _epsilons(settlement)))
 
 
+_NONSENSE = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What computing with signed nonsense (an index that no list has) may raise."""
+
+
 def _problem(check: Callable[[], str]) -> str:
     try:
         return check()
     except AtollError as error:
         return str(error)
+    except _NONSENSE as error:
+        return f"cannot be computed: {type(error).__name__}: {error}"
 
 
 def _read(data: bytes) -> Transcript:
@@ -218,6 +224,8 @@ def _combined(transcript: Transcript, task: RoundTask) -> tuple[Aggregate | None
         return combine_openings(replies, task), ""
     except AtollError as error:
         return None, str(error)
+    except _NONSENSE as error:
+        return None, f"cannot be computed: {type(error).__name__}: {error}"
 
 
 def _of_task(task: RoundTask) -> dict[str, Any]:
