@@ -115,7 +115,7 @@ async def published(platform: Platform, count: int) -> list[str]:
     weights = read_tensor(source, tensor).copy()
     rng = np.random.default_rng(1)
     for _ in range(count):
-        weights.reshape(-1)[rng.choice(weights.size, 200, replace=False)] += np.float32(0.03)
+        weights.reshape(-1)[rng.choice(weights.size, 2_000, replace=False)] += np.float32(0.03)
         source = source[: tensor.offset] + weights.tobytes() + source[tensor.offset + tensor.size :]
         parent = found[-1] if found else None
         now = platform.clock()
