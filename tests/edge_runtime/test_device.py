@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from edge_runtime.inference import LoadedModel
 from edge_runtime.installation import Happened, Installation
 from edge_runtime.onnx_model import open_model
 from edge_runtime.probation import ProbationRules
+from edge_runtime.slots import SlotName, SlotRoom
 from edge_runtime.update import Command, State
 from model_delta.encoding import pack
 from model_delta.errors import Malformed
@@ -335,7 +337,7 @@ def test_the_power_may_go_off_at_every_write(tmp_path: Path) -> None:
         deaths = 0
         while True:
             device = world.device("pos-0001", folder)
-            death = cut_at_write(device, number=deaths // 2 % 4 + 1, side=("before", "after")[deaths % 2])
+            death = cut_at_write(device, number=deaths // 2 % 8 + 1, side=("before", "after")[deaths % 2])
             if not await dies(device, death, until=second.digest):
                 break
             deaths += 1
@@ -387,7 +389,8 @@ def cut_at(target: Installation, command: Command, side: str) -> None:
 
 
 def cut_at_write(device: Device, number: int, side: str) -> list[str]:
-    """Make `device` die at its `number`-th write to the slots' folder; the list is filled when it does."""
+    """Make `device` die at its `number`-th write to the slots' folder; the list is filled when it does. `side`: before
+    it, after it, or "torn", with half of what goes to a file in the making."""
     slots = device.installation._slots
     writes: list[str] = []
     death: list[str] = []
@@ -395,7 +398,9 @@ def cut_at_write(device: Device, number: int, side: str) -> list[str]:
     def dying(write: Callable[..., None]) -> Callable[..., None]:
         def writing(*arguments: Any, **options: Any) -> None:
             writes.append(write.__name__)
-            if len(writes) > number or (len(writes) == number and side == "before"):
+            if len(writes) > number or (len(writes) == number and side != "after"):
+                if side == "torn" and write.__name__ == "write":
+                    write(arguments[0][: len(arguments[0]) // 2])
                 death.append(write.__name__)
                 raise PowerCut
             write(*arguments, **options)
@@ -407,8 +412,33 @@ def cut_at_write(device: Device, number: int, side: str) -> list[str]:
 
     slots.write_record = dying(slots.write_record)  # type: ignore[method-assign]
     slots.point_to = dying(slots.point_to)  # type: ignore[method-assign]
-    slots.write_slot = dying(slots.write_slot)  # type: ignore[method-assign]
+    slots.install = dying(slots.install)  # type: ignore[method-assign]
+    room = slots.room
+
+    def fragile(slot: SlotName) -> SlotRoom:
+        made = room(slot)
+        opened = made.open
+
+        @contextmanager
+        def opening(name: str) -> Iterator[BinaryIO]:
+            with opened(name) as file:
+                yield cast(BinaryIO, FragileFile(file, dying(cast(Callable[..., None], file.write))))
+
+        made.open = opening  # type: ignore[method-assign]
+        return made
+
+    slots.room = fragile  # type: ignore[method-assign]
     return death
+
+
+class FragileFile:
+    """An open file with another way to write."""
+
+    def __init__(self, file: BinaryIO, write: Callable[..., None]) -> None:
+        self._file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 async def dies(device: Device, death: Sequence[str] = (), until: str = "never") -> bool:
