@@ -55,6 +55,7 @@ broker = _group("broker", "Run the embedded MQTT 5 broker.")
 model = _group("model", "Prepare a model file before it is published.")
 keys = _group("keys", "The tenant's own keys: rotate the wrapping key, destroy a version's.")
 vault = _group("vault", "Keep the tenant's keys in HashiCorp Vault or OpenBao.")
+store = _group("store", "Where model files are kept: remove what nothing needs any more.")
 delta = _group("delta", "Make patches between two files, apply them, look into them.")
 
 DataOption = Annotated[
@@ -62,6 +63,14 @@ DataOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 LinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line: ready, stopped, error.")]
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        help="Where model files are kept: a folder, s3://BUCKET/PREFIX, gs://, az://, or `default`; if left out: as "
+        "before.",
+    ),
+]
 ContactOption = Annotated[
     float,
     typer.Option("--contact", envvar="ATOLL_CONTACT", help="Seconds to try to reach the platform.", min=0.1, max=3600),
@@ -129,6 +138,7 @@ def up(
         str,
         typer.Option(help="Where contributions are kept: kafka://host:port/topic or embedded; default: as before."),
     ] = "",
+    store: StoreOption = "",
     json: JsonOption = False,
 ) -> None:
     """Start a platform here: coordinator, broker and one gateway, with their state in a data folder.
@@ -145,6 +155,7 @@ def up(
             broker=broker,
             learning=learning,
             updates_log=updates_log,
+            store=store,
             as_json=json,
         )
     )
@@ -427,21 +438,22 @@ def device_run(
 @gateway.command("run")
 def gateway_run(
     region: Annotated[str, typer.Option(help="The region's name.")] = "eu-west",
+    store: StoreOption = "",
     data: DataOption = DEFAULT_DATA,
     json: LinesOption = False,
 ) -> None:
     """Run one region's gateway of the platform in the data folder."""
     from atoll.gateway import run_gateway
 
-    run_gateway(data, region, as_json=json)
+    run_gateway(data, region, store=store, as_json=json)
 
 
 @coordinator.command("run")
-def coordinator_run(data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> None:
+def coordinator_run(store: StoreOption = "", data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> None:
     """Run the coordinator of the platform in the data folder."""
     from atoll.coordinator import run_coordinator
 
-    run_coordinator(data, as_json=json)
+    run_coordinator(data, store=store, as_json=json)
 
 
 @aggregator.command("run")
@@ -724,6 +736,22 @@ def keys_shred(
     from atoll.keys import shred_release
 
     shred_release(data, digest, contact_s=contact, as_json=json)
+
+
+@store.command("gc")
+def store_gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
+    data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
+    json: JsonOption = False,
+) -> None:
+    """Remove from the coordinator's store what no plan, rollback, open round or device within the window needs.
+
+    Example: atoll store gc --dry-run
+    """
+    from atoll.stores import clean_store
+
+    clean_store(data, dry_run=dry_run, contact_s=contact, as_json=json)
 
 
 @delta.command("make")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from atoll import stores
 from atoll.entry import run_process
 from atoll.events import Events
 from atoll.http_server import serving
@@ -39,7 +40,6 @@ from fl_coordinator.promotion import Evaluate, Evaluation
 from fl_coordinator.publishing import Publisher
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Manifest, TensorSpec
-from model_delta.store import DirectoryStore
 from monitoring.dashboard import page_routes
 from monitoring.quality import average_precision
 
@@ -55,10 +55,13 @@ and `slice` str[n]."""
 Array = npt.NDArray[np.generic]
 
 
-def run_coordinator(path: Path, *, as_json: bool = False) -> None:
-    """Run the coordinator of the platform in the data folder `path` until it is told to stop."""
+def run_coordinator(path: Path, *, store: str = "", as_json: bool = False) -> None:
+    """Run the coordinator of the platform in the data folder `path` until it is told to stop; its objects are at
+    `store` from now on, unless that is ""."""
     events = Events(COORDINATOR, as_json=as_json)
-    run_process(_coordinator(DataFolder.open(path), events), COORDINATOR, events=events)
+    data = DataFolder.open(path)
+    stores.choose_store(data, store)
+    run_process(_coordinator(data, events), COORDINATOR, events=events)
 
 
 async def _coordinator(data: DataFolder, events: Events) -> None:
@@ -69,7 +72,9 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
     if not isinstance(keyring, EmbeddedKeyring):
         keyring = DistantKeyring(keyring)
     ledger = Ledger(folder / "ledger.sqlite")
-    store = DirectoryStore(folder / "store")
+    places = stores.places_of(data)
+    store = stores.coordinator_store(data)
+    await asyncio.to_thread(stores.require_holds, store, ledger, places.url or str(folder / "store"))
     log = await asyncio.to_thread(open_log, place_of(data), folder, ledger)
     bridge = FlowerBridge()
     broker = endpoints.broker
@@ -94,6 +99,8 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
             ),
             evaluate=evaluation_on(folder / HELD_OUT),
             bridge=bridge,
+            terms=places.terms,
+            clean_every_s=places.clean_hours * 3600.0,
         )
         app = control_app(coordinator, tokens=data.tokens(), flower=bridge, pages=list(page_routes()))
         async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:

@@ -17,6 +17,7 @@ from atoll.events import Events
 from atoll.http_server import serving
 from atoll.platform import gateway_name, port_of, read_anchors
 from atoll.settings import MODEL, TENANT, ConfigurationError, DataFolder
+from atoll.stores import choose_gateway_store, gateway_store, places_of
 from device_sim.payments import FEATURE_SET, FEATURES
 from device_sim.payments_csv import CSV_FEATURE_SET, CSV_FEATURES
 from edge_runtime.identity import Identity
@@ -30,7 +31,9 @@ from model_delta.store import DirectoryStore
 from model_delta.topics import KeyRequest, KeyResponse, StoreKind, artifact_key_info, down, up
 from monitoring.metrics import Metrics
 from regional_gateway.app import create_app
+from regional_gateway.cache import BoundedStore
 from regional_gateway.mirror import Mirror
+from regional_gateway.routing import wanted
 from regional_gateway.serving import Gateway
 from regional_gateway.supply import Supply
 from regional_gateway.tenants import Tenant, Tenants
@@ -82,12 +85,14 @@ class KeyDesk:
             waiting.set_result(response)
 
 
-def run_gateway(path: Path, region: str, *, as_json: bool = False) -> None:
-    """Run the gateway of `region` of the platform in the data folder `path` until it is told to stop."""
+def run_gateway(path: Path, region: str, *, store: str = "", as_json: bool = False) -> None:
+    """Run the gateway of `region` of the platform in the data folder `path` until it is told to stop; its copies are
+    at `store` from now on, unless that is ""."""
     data = DataFolder.open(path)
     endpoints = data.endpoints()
     if region not in endpoints.gateways:
         raise ConfigurationError(f"region {region!r}: expected one of {', '.join(endpoints.gateways)}")
+    choose_gateway_store(data, region, store)
     events = Events(gateway_name(region), as_json=as_json)
     run_process(_gateway(data, region, events), events.name, events=events)
 
@@ -97,8 +102,15 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
     name = gateway_name(region)
     coordinator = ControlClient(endpoints.coordinator, tokens["gateway"])
     identity = await _enrolled(data, name, region, coordinator)
-    store = DirectoryStore(data.child("gateways", region, "store"))
     metrics = Metrics()
+    following: list[Supply] = []
+    kept = gateway_store(data, region)
+    store = BoundedStore(
+        kept,
+        bytes_max=places_of(data).gateway_mib << 20,
+        in_force=lambda: [digest for one in following for plan in one.plans() for digest in wanted(plan)],
+        metrics=metrics,
+    )
     headers = {"Authorization": f"Bearer {tokens['gateway']}"}
     async with (
         httpx.AsyncClient(base_url=endpoints.coordinator, headers=headers, timeout=FETCH_TIMEOUT_S) as client,
@@ -117,6 +129,7 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
             open_model=open_model,
             sealing=identity.sealing,
         )
+        following.append(supply)
         gateway = Gateway(
             region=region,
             tenants=Tenants([Tenant(TENANT, (digest_of(tokens["tenant"].encode()),), default_model=MODEL)]),
@@ -124,7 +137,8 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
             feature_sets=FEATURE_SETS,
             metrics=metrics,
         )
-        mirror = Mirror(region=region, link=link, store=store, fetch=fetch, metrics=metrics)
+        distant = not isinstance(kept, DirectoryStore)
+        mirror = Mirror(region=region, link=link, store=store, fetch=fetch, metrics=metrics, distant=distant)
         app = create_app(gateway, server_version=__version__)
         async with serving(app, port_of(endpoints.gateways[region]), name), asyncio.TaskGroup() as tasks:
             tasks.create_task(supply.run(), name="supply")

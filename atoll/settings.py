@@ -10,6 +10,7 @@ once and passed on as ordinary arguments.
       endpoints.json            addresses of the running processes
       keyring                   the embedded keyring (0600)
       vault.json                where the keys are instead, and the coordinator's login there (0600)
+      store.json                where model files are kept instead, and for how long
       updates.json              where contributions are kept instead: a Kafka topic, and the login there (0600)
       tokens.json               bearer tokens by role (0600)
       identities/NAME/          key, certificate, trust anchors of one process or device

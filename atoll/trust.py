@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from atoll.output import columns, show
 from atoll.platform import open_keyring
 from atoll.settings import ConfigurationError, DataFolder, write_private
+from atoll.stores import coordinator_store
 from atoll.trust_sticks import (
     OFFLINE_ROLES,
     holder_of,
@@ -41,7 +42,7 @@ from atoll.trust_sticks import (
 )
 from model_delta.errors import NotFound
 from model_delta.keys.keyring import Keyring
-from model_delta.store import ArtifactStore, DirectoryStore
+from model_delta.store import ArtifactStore
 from model_delta.trust.paths import delegated_role
 from model_delta.trust.repository import DAY_S, Delegation, Progress, Repository, RoleStatus, Target
 from model_delta.trust.signers import CallableSigner, signer_of, tuf_key_id
@@ -136,12 +137,7 @@ class Publishing:
 
 def trust_of(data: DataFolder, keyring: Keyring | None = None) -> Publishing:
     """The platform's TUF repository, in the coordinator's store; the folder's keyring is opened if none is given."""
-    return Publishing(store_of(data), data.child("trust"), keyring or open_keyring(data))
-
-
-def store_of(data: DataFolder) -> DirectoryStore:
-    """The coordinator's store."""
-    return DirectoryStore(data.child("coordinator") / "store")
+    return Publishing(coordinator_store(data), data.child("trust"), keyring or open_keyring(data))
 
 
 def trust_init(
@@ -255,7 +251,7 @@ def trust_rotate(
 def trust_status(path: Path, *, as_json: bool) -> None:
     """Versions, expiries, days left, who can sign, and what waits for signatures."""
     data = DataFolder.open(path)
-    repository = Repository(store_of(data))
+    repository = Repository(coordinator_store(data))
     if not _version(repository):
         raise ConfigurationError(f"{path}: no ceremony was held yet; start with `atoll trust init`")
     _report(data, repository, time.time(), as_json=as_json)

@@ -17,13 +17,22 @@ from atoll.platform import BROKER, Layout, check, ports_of, prepare, programs, r
 from atoll.processes import ProcessEvent, Supervisor
 from atoll.revocation import reload_when_changed
 from atoll.settings import DataFolder, Endpoints, require_free_port
+from atoll.stores import choose_store, require_store
 from atoll.updates import choose_place, require_place
 
 FIRST_PORT = 7400
 
 
 def run_up(
-    path: Path, *, port: int | None, region: str, broker: str, learning: bool, updates_log: str = "", as_json: bool
+    path: Path,
+    *,
+    port: int | None,
+    region: str,
+    broker: str,
+    learning: bool,
+    updates_log: str = "",
+    store: str = "",
+    as_json: bool,
 ) -> int:
     """Start everything, say where it is, and keep it running until Ctrl-C. Returns the exit code.
 
@@ -31,12 +40,14 @@ def run_up(
     ConfigurationError before anything was started or made, and Unavailable when a process keeps dying.
     """
     require_place(updates_log)
+    store = require_store(store) or store
     layout = Layout(regions=(region,), broker=broker, learning=learning)
     if not DataFolder.exists(path):
         check(layout, _ports(None, port))  # what would be refused is refused before there is a folder
     data = DataFolder.open(path, create=True)
     with data.locked():
         choose_place(data, updates_log)
+        choose_store(data, store)
         before = data.endpoints() if data.was_started else None
         endpoints = prepare(data, layout, _ports(before, port))
         if learning:
