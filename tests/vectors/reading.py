@@ -28,6 +28,7 @@ from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan, accept_task, role_keys
 from monitoring.telemetry import Report
+from tests.vectors.directing import read_directing
 
 FOLDER = Path(__file__).parent
 NOW = 1_800_000_000.0
@@ -76,6 +77,8 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
         device = device_keys_of(bytes_of("device_certificate.pem"), ca_pem, now)
         payload = verify_envelope(open_envelope(data), "key-request", {key_id(device.verifying): device.verifying})
         return plain(unpack(payload, KeyRequest))
+    if kind in ("version report", "device plan"):
+        return plain(read_directing(kind, data, now))
     if kind == "patch":
         new = apply_bytes(bytes_of("patched.onnx"), data, PATCHED_BYTES_MAX)
         return {"bytes": len(new), "sha256": digest_of(new)}

@@ -56,6 +56,7 @@ from model_delta.trust.signing import (
 )
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
 from tests.vectors.dense_patches import dense_patches
+from tests.vectors.directing import directing
 from tests.vectors.reading import BLOB_KEY, DEVICE, FOLDER, MODEL, NOW
 
 LATER = int(NOW) + 1000 * 86_400
@@ -89,6 +90,7 @@ def _files(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     yield from _reports()
     yield from _sealed()
     yield from _patches()
+    yield from directing()
 
 
 def _signed(keyring: EmbeddedKeyring, role: str, kind: str, payload: object) -> bytes:
@@ -131,6 +133,11 @@ def _manifests(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     )
     good = _signed(keyring, "release", MANIFEST_TYPE, manifest)
     yield "manifest.cbor", good
+    signed_elsewhere = msgspec.structs.replace(manifest.lineage, provenance=digest_of(b"bundle"))
+    yield (
+        "manifest_with_provenance.cbor",
+        _signed(keyring, "release", MANIFEST_TYPE, msgspec.structs.replace(manifest, lineage=signed_elsewhere)),
+    )
     opened = open_envelope(good)
     changed = msgspec.structs.replace(opened, payload=opened.payload.replace(b"\x65model", b"\x65nodel"))
     yield "manifest_changed_after_signing.cbor", seal_envelope(changed)
