@@ -7,6 +7,7 @@ it dies, and it ends when the coordinator does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from atoll.http_server import serving
 from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of, revocation_list_of
 from atoll.revocation import keep_list
 from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
-from atoll.trust import trust_of
+from atoll.trust import hold_automatically, trust_of
 from atoll.updates import open_log, place_of
 from atoll.vouching import Vouching
 from device_sim.payments import FEATURES, PaymentSpec, generate
@@ -40,6 +41,7 @@ from fl_coordinator.promotion import Evaluate, Evaluation
 from fl_coordinator.publishing import Publisher
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Manifest, TensorSpec
+from model_delta.trust.paths import delegated_role
 from monitoring.dashboard import page_routes
 from monitoring.quality import average_precision
 
@@ -53,6 +55,7 @@ HELD_OUT = "held_out.npz"
 and `slice` str[n]."""
 
 Array = npt.NDArray[np.generic]
+_log = logging.getLogger("atoll.coordinator")
 
 
 def run_coordinator(path: Path, *, store: str = "", as_json: bool = False) -> None:
@@ -76,6 +79,10 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
     store = stores.coordinator_store(data)
     await asyncio.to_thread(stores.require_holds, store, ledger, places.url or str(folder / "store"))
     log = await asyncio.to_thread(open_log, place_of(data), folder, ledger)
+    publishing = trust_of(data, keyring)
+    if await asyncio.to_thread(hold_automatically, publishing, data.child("trust"), (REGION,), time.time()):
+        _log.info("the root of trust is in %s; `atoll trust init` gives it to people", data.child("trust"))
+    vouching = Vouching(publishing, ledger, store, REGION, data.child("trust"))
     bridge = FlowerBridge()
     broker = endpoints.broker
     async with MqttLink(host=broker.host, port=broker.port, client_id=COORDINATOR, tls=identity.tls()) as link:
@@ -96,6 +103,7 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
                 open_model=open_model,
                 golden_inputs=golden_inputs,
                 feature_counts={MODEL: len(FEATURES), MODEL_OF_CSV: len(CSV_FEATURES)},
+                vouch=vouching.published,
             ),
             evaluate=evaluation_on(folder / HELD_OUT),
             bridge=bridge,
@@ -105,8 +113,8 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
         app = control_app(coordinator, tokens=data.tokens(), flower=bridge, pages=list(page_routes()))
         async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run(), name=COORDINATOR)
-            vouching = Vouching(trust_of(data, keyring), ledger, store, REGION)
             tasks.create_task(vouching.run(), name="vouching")
+            _measure(coordinator, vouching)
             events.say("ready", url=endpoints.coordinator, broker=f"mqtts://{broker.host}:{broker.port}")
             if broker.kind == "mosquitto":
                 tasks.create_task(
@@ -114,6 +122,16 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
                 )
             if endpoints.flower_port:
                 tasks.create_task(_flower(data, bridge), name="flower")
+
+
+def _measure(coordinator: Coordinator, vouching: Vouching) -> None:
+    """Publish how long the repository's metadata lasts, and tell the live page what people should know of it."""
+    vouching.note = lambda text: coordinator.note("alert", text)
+    days = coordinator.metrics.gauge("trust_days_left", "Days until metadata of the TUF repository expires.", ("role",))
+    for role in ("root", "targets", "snapshot", "timestamp", delegated_role(REGION, TENANT)):
+        days.read_from(lambda role=role: vouching.days_left.get(role, 0.0), role)  # type: ignore[misc]
+    failing = coordinator.metrics.gauge("trust_failing", "1 while versions cannot be vouched for.")
+    failing.read_from(lambda: float(bool(vouching.failing)))
 
 
 async def _flower(data: DataFolder, bridge: FlowerBridge) -> None:

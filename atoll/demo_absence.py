@@ -21,7 +21,7 @@ import numpy.typing as npt
 from atoll.control_client import ControlClient, answered
 from atoll.enrolment import enrolled_identity
 from atoll.fleet import open_device
-from atoll.platform import open_keyring, read_anchors
+from atoll.platform import open_keyring, read_anchors, read_root
 from atoll.settings import MODEL, TENANT, DataFolder, Endpoints
 from device_sim import fraud_model
 from device_sim.network import DATA_RATES, Transfer, transfer
@@ -237,7 +237,8 @@ class AbsentDevice:
             model=MODEL,
             directory=self._data.child("devices", self.device_id),
             link=OfflineLink(),
-            anchors=read_anchors(identity.folder),
+            root=read_root(identity.folder),
+        anchors=read_anchors(identity.folder),
             feature_names=self._world.names,
             open_model=open_model,
             rng=random.Random(),

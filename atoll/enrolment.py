@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from atoll.control_client import ControlClient
-from atoll.platform import ANCHORS, RENEW_DAYS
+from atoll.platform import ANCHORS, RENEW_DAYS, ROOT
 from atoll.settings import write_private
 from edge_runtime.identity import Identity
 from model_delta.errors import Unavailable
@@ -19,7 +19,8 @@ from model_delta.keys.certificates import days_left
 def enrolled_identity(
     folder: Path, name: str, kind: str, client: ControlClient, traits: Mapping[str, str] | None = None
 ) -> Identity:
-    """The identity in `folder`, enrolled with the coordinator if it is not yet or not for much longer.
+    """The identity in `folder`, enrolled with the coordinator if it is not yet, not for much longer, or by an earlier
+    program, which knew of no root.
 
     `traits` (device_class, region and labels) go into the coordinator's registry. Raises Unavailable while the
     coordinator is away (but goes on with a certificate that is still valid), Untrusted when it refuses the token or the
@@ -27,12 +28,12 @@ def enrolled_identity(
     """
     identity = Identity.create(folder, name)
     left = days_left(identity.certificate_pem, time.time()) if identity.is_enrolled else 0.0
-    if left >= RENEW_DAYS:
+    if left >= RENEW_DAYS and (folder / ROOT).exists():
         return identity
     try:
         _enrol(identity, kind, client, traits or {})
     except Unavailable:
-        if left <= 0.0:
+        if left <= 0.0 or not (folder / ROOT).exists():
             raise
     return identity
 
@@ -48,5 +49,10 @@ def _enrol(identity: Identity, kind: str, client: ControlClient, traits: Mapping
             "traits": dict(traits),
         },
     )
+    root = base64.b64decode(answer.get("root", ""))
+    if not root:
+        raise Unavailable(f"{identity.name}: the coordinator has no root of trust yet; see `atoll trust status`")
+    if not (identity.folder / ROOT).exists():  # the first one stays: what follows is for the repository to say
+        write_private(identity.folder / ROOT, root)
     write_private(identity.folder / ANCHORS, base64.b64decode(answer["anchors"]))
     identity.enrolled(answer["certificate_pem"].encode(), answer["ca_pem"].encode())

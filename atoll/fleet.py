@@ -23,7 +23,7 @@ from atoll.entry import run_process
 from atoll.events import Events
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_app
-from atoll.platform import read_anchors, regions_from
+from atoll.platform import read_anchors, read_root, regions_from
 from atoll.region_counts import CountedRegions, RegionCounts
 from atoll.settings import LOOPBACK, MODEL, ConfigurationError, DataFolder, Endpoints
 from device_sim.faults import Observe, ObservedUpdates, attack, tampered
@@ -208,6 +208,7 @@ def make_device(
         model=model,
         directory=data.child("devices", identity.name),
         link=link,
+        root=read_root(identity.folder),
         anchors=read_anchors(identity.folder),
         feature_names=names,
         open_model=open_model,

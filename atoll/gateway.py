@@ -15,7 +15,7 @@ from atoll.enrolment import enrolled_identity
 from atoll.entry import run_process
 from atoll.events import Events
 from atoll.http_server import serving
-from atoll.platform import gateway_name, port_of, read_anchors
+from atoll.platform import gateway_name, port_of, read_anchors, read_root
 from atoll.settings import MODEL, TENANT, ConfigurationError, DataFolder
 from atoll.stores import choose_gateway_store, gateway_store, places_of
 from device_sim.payments import FEATURE_SET, FEATURES
@@ -37,6 +37,7 @@ from regional_gateway.routing import wanted
 from regional_gateway.serving import Gateway
 from regional_gateway.supply import Supply
 from regional_gateway.tenants import Tenant, Tenants
+from regional_gateway.vouching import Vouching
 
 ENROL_DEADLINE_S = 60.0
 KEY_DEADLINE_S = 10.0
@@ -120,10 +121,18 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
         async def fetch(kind: StoreKind, object_name: str) -> bytes:
             return await _fetch(client, kind, object_name)
 
+        vouching = Vouching(
+            folder=data.child("gateways", region, "trust"),
+            tenant=TENANT,
+            root=read_root(identity.folder),
+            anchors=read_anchors(identity.folder),
+            store=store,
+            fetch=fetch,
+        )
         supply = Supply(
             store=store,
             link=link,
-            anchors={TENANT: read_anchors(data.identity(name))},
+            vouching={TENANT: vouching},
             fetch=fetch,
             artifact_key=KeyDesk(link, identity).artifact_key,
             open_model=open_model,

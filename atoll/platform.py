@@ -42,7 +42,7 @@ RENEW_DAYS = 30
 """A certificate that is valid for less than this is renewed at the next start."""
 READY_SECONDS = 90.0
 """A dozen processes that start together on two busy cores take their time; one that ends is noticed at once."""
-ANCHORS = "anchors.cbor"
+ANCHORS, ROOT = "anchors.cbor", "root.json"
 REVOKED = "revoked.pem"
 
 
@@ -127,13 +127,13 @@ def issue_identity(data: DataFolder, keyring: Keyring, name: str, *, server: boo
     certificate that runs out soon is renewed for the same key."""
     folder = data.identity(name)
     certificate_path = folder / "certificate.pem"
+    write_private(folder / ANCHORS, pack(keyring.anchors()))
     if certificate_path.exists() and days_left(certificate_path.read_bytes(), time.time()) >= RENEW_DAYS:
         return folder
     identity = Identity.create(folder, name)
     certificate = keyring.issue_certificate(
         identity.request_pem(), name, identity.sealing_public, days=CERTIFICATE_DAYS, server=server
     )
-    write_private(folder / ANCHORS, pack(keyring.anchors()))
     identity.enrolled(certificate, keyring.ca_pem())
     return folder
 
@@ -149,6 +149,14 @@ def read_anchors(folder: Path) -> TrustAnchors:
     if not path.exists():
         raise ConfigurationError(f"{path}: expected trust anchors, found none; enrol this identity again")
     return unpack(path.read_bytes(), TrustAnchors)
+
+
+def read_root(folder: Path) -> bytes:
+    """The TUF root that an identity was given. Raises ConfigurationError when it has none."""
+    path = folder / ROOT
+    if not path.exists():
+        raise ConfigurationError(f"{path}: expected a root of trust, found none; enrol this identity again")
+    return path.read_bytes()
 
 
 def broker_kind(wanted: str) -> str:

@@ -9,6 +9,10 @@ The online keys (`snapshot.pem`, `timestamp.pem` in DATA/trust) are files of thi
 replaced the next ones (`*.next.pem`) sign beside them, so that no device meets a root that does not fit. Versions are
 vouched for by the keyring's release key. `Publishing` is what a running coordinator uses of all this. Whoever publishes
 holds the lock in DATA/trust meanwhile.
+
+A platform that is started before anybody held the ceremony holds one by itself (`hold_automatically`), so that the
+first device meets a repository: three sticks in DATA/trust/automatic, and beside them the passphrase that opens them.
+Whoever can read the data folder can then change the root; `trust_init` gives it to people and deletes these sticks.
 """
 
 from __future__ import annotations
@@ -32,7 +36,11 @@ from atoll.settings import ConfigurationError, DataFolder, write_private
 from atoll.stores import coordinator_store
 from atoll.trust_sticks import (
     OFFLINE_ROLES,
+    automatic_passphrase,
+    automatic_sticks,
+    forget_automatic,
     holder_of,
+    make_automatic,
     make_stick,
     open_stick,
     passphrases,
@@ -40,6 +48,8 @@ from atoll.trust_sticks import (
     require_empty,
     require_passphrase,
 )
+from model_delta.digest import digest_of
+from model_delta.encoding import pack
 from model_delta.errors import NotFound
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
@@ -100,9 +110,19 @@ class Publishing:
         """The tenant's role keys as the keyring has them."""
         return self._keyring.anchors()
 
+    def outdated(self, region: str) -> bool:
+        """Whether the targets in force name other keys than the keyring's: the anchors', or the region's."""
+        role, ours = delegated_role(region, self.tenant), self.release_signer().public_key.keyid
+        named = {status.role: status.keys for status in self.repository.status()}.get(role, ())
+        return named != (ours,) or self.repository.anchored(self.tenant) != digest_of(pack(self.anchors()))
+
     def publish(self, now: float) -> int:
         """Sign snapshot and timestamp anew where that is due; the timestamp's version."""
         return self.repository.publish(now, self._online("snapshot"), self._online("timestamp"))
+
+    def days_left(self, now: float) -> dict[str, float]:
+        """Days until each role's metadata runs out."""
+        return {status.role: (status.expires - now) / DAY_S for status in self.repository.status()}
 
     def keep_fresh(self, now: float) -> tuple[str, ...]:
         """Sign anew what this process may and what has less than half its time left; the other roles that are due, for
@@ -151,15 +171,49 @@ def trust_init(
 ) -> None:
     """Make the holders' keys and the first root. Raises ConfigurationError with nothing written."""
     now = time.time()
-    data = DataFolder.open(path)
+    if not DataFolder.exists(path):  # before the first start: what would be refused is refused before there is a folder
+        _require_sticks(sticks)
+    data = DataFolder.open(path, create=not DataFolder.exists(path))
     publishing, folder = trust_of(data), data.child("trust")
-    if _version(publishing.repository):
+    by_itself = automatic_sticks(folder)
+    if _version(publishing.repository) and not by_itself:
         raise ConfigurationError(f"{path}: the ceremony was held; `atoll trust status` shows it, `rotate` changes it")
     _require_sticks(sticks)
     secrets = passphrases(sticks, files, environment, new=True)
     for stick in sticks:
         require_empty(stick)
         require_passphrase(secrets[stick], stick)
+    if _version(publishing.repository):
+        said = _rotate(publishing, folder, "root", by_itself, {**secrets, **_opened(by_itself)}, sticks, regions, now)
+        forget_automatic(folder)
+        _report(data, publishing.repository, now, as_json=as_json, before=f"{said} The root is in people's hands.")
+        return
+    hold_ceremony(publishing, folder, secrets, regions, now)
+    _report(data, publishing.repository, now, as_json=as_json, before="The root of trust is in force.")
+
+
+def hold_automatically(publishing: Publishing, folder: Path, regions: Sequence[str], now: float) -> bool:
+    """Hold the ceremony with sticks in the data folder, unless one was held; whether it was. `folder` is DATA/trust."""
+    if _version(publishing.repository):
+        return False
+    hold_ceremony(publishing, folder, make_automatic(folder), regions, now)
+    return True
+
+
+def renew_automatically(publishing: Publishing, folder: Path, region: str, due: Sequence[str], now: float) -> bool:
+    """Sign anew what people would have to, where the sticks lie in the data folder; whether they do."""
+    sticks = automatic_sticks(folder)
+    for what in ("targets", "root") if sticks else ():
+        if what in due or (what == "targets" and publishing.outdated(region)):
+            _rotate(publishing, folder, what, sticks, _opened(sticks), (), (region,), now)
+    return bool(sticks)
+
+
+def hold_ceremony(
+    publishing: Publishing, folder: Path, secrets: Mapping[Path, str], regions: Sequence[str], now: float
+) -> None:
+    """Make the keys of the sticks in `secrets` (by passphrase), the first root, and everything below it."""
+    sticks = tuple(secrets)
     delegations = publishing.delegations(regions)
     with publishing.exclusive():
         keys = {stick: make_stick(stick, secrets[stick]) for stick in sticks}
@@ -178,7 +232,6 @@ def trust_init(
             repository.add_targets(delegation.role, now, [publishing.release_signer()])
         publishing.publish(now)
         write_private(folder / "root.json", repository.root_bytes(1))
-    _report(data, repository, now, as_json=as_json, before="The root of trust is in force.")
 
 
 def trust_rotate(
@@ -218,12 +271,29 @@ def trust_rotate(
     if not sticks:
         raise ConfigurationError("expected at least one --stick, whose holder signs")
     secrets = passphrases([*sticks, *new_sticks], files, environment, new=False)
-    keys = {stick: open_stick(stick, secrets[stick]) for stick in sticks}
     if new_sticks:
         _require_sticks(new_sticks)
         for stick in new_sticks:
             require_empty(stick)
             require_passphrase(secrets[stick], stick)
+    said = _rotate(publishing, folder, what, sticks, secrets, new_sticks, regions, now)
+    _report(data, repository, now, as_json=as_json, before=said)
+
+
+def _rotate(
+    publishing: Publishing,
+    folder: Path,
+    what: str,
+    sticks: Sequence[Path],
+    secrets: Mapping[Path, str],
+    new_sticks: Sequence[Path],
+    regions: Sequence[str],
+    now: float,
+) -> str:
+    """Stage `what` unless it waits already, let `sticks` and `new_sticks` sign, and publish what then has enough
+    signatures; what came of it, in words."""
+    repository = publishing.repository
+    keys = {stick: open_stick(stick, secrets[stick]) for stick in sticks}
     delegations = publishing.delegations(regions)
     with publishing.exclusive():
         made = {stick: make_stick(stick, secrets[stick]) for stick in new_sticks}
@@ -241,11 +311,9 @@ def trust_rotate(
         _sign(repository, {**keys, **made})
         waiting = [repository.progress(role) for role in repository.staged()]
         if any(progress.missing for progress in waiting):
-            said = _missing(folder, waiting)
-        else:
-            _take_effect(publishing, folder, now, delegations)
-            said = f"{' and '.join(f'{progress.role} {progress.version}' for progress in waiting)}: in force."
-    _report(data, repository, now, as_json=as_json, before=said)
+            return _missing(folder, waiting)
+        _take_effect(publishing, folder, now, delegations)
+        return f"{' and '.join(f'{progress.role} {progress.version}' for progress in waiting)}: in force."
 
 
 def trust_status(path: Path, *, as_json: bool) -> None:
@@ -275,6 +343,11 @@ def _take_effect(publishing: Publishing, folder: Path, now: float, delegations: 
         if following.exists():
             following.replace(folder / f"{role}.pem")
     publishing.publish(now)
+
+
+def _opened(sticks: Sequence[Path]) -> dict[Path, str]:
+    """The passphrases of sticks that lie in the data folder."""
+    return {stick: automatic_passphrase(stick.parent) for stick in sticks}
 
 
 def _sign(repository: Repository, keys: Mapping[Path, Mapping[str, Ed25519PrivateKey]]) -> None:
@@ -374,7 +447,11 @@ def _report(data: DataFolder, repository: Repository, now: float, *, as_json: bo
         [{**row, "can_sign": f"{row['threshold']} of {', '.join(map(str, row['can_sign']))}"} for row in rows],
         ("role", "version", "expires", "days_left", "can_sign", "in_force"),
     )
-    notes = [f"Due soon: {', '.join(value['due'])}."] if value["due"] else []
+    by_itself = automatic_sticks(data.child("trust"))
+    if by_itself:
+        value["automatic"] = str(by_itself[0].parent)
+    notes = [f"The keys lie in {by_itself[0].parent}; `atoll trust init` gives them to people."] if by_itself else []
+    notes += [f"Due soon: {', '.join(value['due'])}."] if value["due"] else []
     notes += [f"{entry['role']} {entry['version']} waits for {entry['missing']} signature(s)." for entry in waiting]
     show(value, "\n".join(filter(None, [before, table, *notes])), as_json=as_json)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from getpass import getpass
@@ -25,6 +27,7 @@ from atoll.settings import ConfigurationError, write_private
 OFFLINE_ROLES = ("root", "targets")
 PASSPHRASE_MIN = 12
 VARIABLE = "ATOLL_TRUST_PASSPHRASE"
+AUTOMATIC, PASSPHRASE = "automatic", "passphrase"
 _COST, _BLOCK, _COST_MAX = 2**15, 8, 2**20
 
 
@@ -89,6 +92,33 @@ def read_record(folder: Path) -> StickRecord:
     if record.format > 1 or not 2 <= record.cost <= _COST_MAX:
         raise ConfigurationError(f"{path}: expected format 1, found {record.format}; use a newer atoll")
     return record
+
+
+def make_automatic(trust: Path) -> dict[Path, str]:
+    """Three sticks to be made in the folder `trust` of a platform, by passphrase; what an attempt that broke off left
+    is thrown away."""
+    folder = trust / AUTOMATIC
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, mode=0o700)
+    passphrase = secrets.token_urlsafe(24)
+    write_private(folder / PASSPHRASE, passphrase.encode())
+    return {folder / f"automatic-{number}": passphrase for number in (1, 2, 3)}
+
+
+def automatic_sticks(trust: Path) -> tuple[Path, ...]:
+    """The sticks that a platform made for itself; none when people hold the keys."""
+    return tuple(sorted(path.parent for path in (trust / AUTOMATIC).glob("*/stick.json")))
+
+
+def automatic_passphrase(folder: Path) -> str:
+    """What opens the sticks in `folder`. Raises ConfigurationError."""
+    return _read(folder / PASSPHRASE)
+
+
+def forget_automatic(trust: Path) -> None:
+    """Delete the sticks that a platform made for itself."""
+    shutil.rmtree(trust / AUTOMATIC, ignore_errors=True)
 
 
 def holder_of(folder: Path) -> str:

@@ -24,6 +24,7 @@ import msgspec
 from edge_runtime.direction import Direction, held_files
 from edge_runtime.fetching import Fetcher
 from edge_runtime.slots import SLOTS, InstalledVersion, SlotName, SlotRoom, Slots
+from edge_runtime.vouching import Vouching
 from model_delta.assembly import MemoryRoom, Room, check_file, is_finished, pieces_of, root_of, write_release
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
@@ -33,7 +34,7 @@ from model_delta.patch.route import NO_LIMITS, DeviceLimits, LinkCosts, Route, p
 from model_delta.plan import RolloutPlan
 from model_delta.release import with_offers
 from model_delta.trust.director import HeldFile
-from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, check_release
+from model_delta.trust.updater import TrustState, check_release, read_manifest
 
 CHAIN_VERSIONS_MAX = 8
 CACHE_QUESTIONS_MAX = 32
@@ -71,7 +72,8 @@ class Acquisition:
         *,
         slots: Slots,
         fetcher: Fetcher,
-        anchors: TrustAnchors,
+        tenant: str,
+        vouching: Vouching,
         clock: Callable[[], float],
         received: Callable[[], None],
         chosen: Callable[[str], None],
@@ -79,7 +81,8 @@ class Acquisition:
         cached_cost: float = 1.0,
         direction: Direction | None = None,
     ) -> None:
-        self._slots, self._fetcher, self._anchors = slots, fetcher, anchors
+        self._slots, self._fetcher = slots, fetcher
+        self._tenant, self._vouching = tenant, vouching
         self._clock, self._received, self._chosen = clock, received, chosen
         self._limits, self._cached_cost = limits, cached_cost
         self._direction = direction
@@ -90,13 +93,13 @@ class Acquisition:
         inactive = self._slots.inactive()
         present = self._slots.installed(inactive)
         if present is not None and present.digest == target:
-            manifest = accept_manifest(present.envelope, target, self._anchors, self._clock())
+            manifest = await self._vouched_for(present.envelope, target)
             trust = check_release(manifest, plan, trust)
             with contextlib.suppress(AtollError):  # damaged on disk: what is whole of it is a start
                 check_file(manifest, self._slots.read(present))
                 return Acquired(present.envelope, True, "none", trust)
         envelope = await self._fetcher.object("manifest", target)
-        manifest = accept_manifest(envelope, target, self._anchors, self._clock())
+        manifest = await self._vouched_for(envelope, target)
         trust = check_release(manifest, plan, trust)
         room = self._slots.room(inactive)
         room.adopt(target)
@@ -306,9 +309,14 @@ class Acquisition:
         return delivery
 
     async def _believed(self, digest: str) -> Manifest:
-        """The manifest of a version on the way. Raises as `accept_manifest`."""
-        envelope = await self._fetcher.object("manifest", digest)
-        return accept_manifest(envelope, digest, self._anchors, self._clock())
+        """The manifest of a version on the way. Raises as `read_manifest` and `Vouching.require`."""
+        return await self._vouched_for(await self._fetcher.object("manifest", digest), digest, patient=False)
+
+    async def _vouched_for(self, envelope: bytes, digest: str, *, patient: bool = True) -> Manifest:
+        """The manifest in `envelope`, if the repository vouches for it now."""
+        manifest = read_manifest(envelope, digest, self._tenant, self._clock())
+        await self._vouching.require(manifest, patient=patient)
+        return manifest
 
     async def _delivery(self, digest: str) -> Delivery:
         return unpack(await self._fetcher.object("delivery", digest), Delivery)

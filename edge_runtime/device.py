@@ -4,6 +4,7 @@
     Installation    which version answers, and how the next one gets here  installation.py
     Direction       asks the director how to get to a version              direction.py
     Participation   one step of training for a federated round             participation.py
+    Vouching        what the platform's repository says of versions, keys  vouching.py
     Outbox          what happened, until the coordinator has it            outbox.py
 
 The device is given everything it touches: a link to the broker, a folder, a clock, runtimes as callables. Waits use the
@@ -41,6 +42,7 @@ from edge_runtime.probation import ProbationRules
 from edge_runtime.regions import AskRegion
 from edge_runtime.safe_mode import Baseline, OpenBaseline, SafeMode, verified_baseline
 from edge_runtime.slots import Slots
+from edge_runtime.vouching import EVERY_S, PATIENCE_S, Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Unavailable
@@ -62,7 +64,8 @@ class Device:
     when not given). `data` gives local training payments (features float32[n, F], labels float32[n]); `contribute`
     turns a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional parts may be
     None: a device without `data`, `contribute` or `run_graph` takes no part in rounds. `limits`, `cached_cost`: what
-    updates may take here, see `Acquisition`.
+    updates may take here, see `Acquisition`. `root` (the TUF root) and `anchors` (the role keys of the day) are what
+    the device was enrolled with; `check_in_s` and `vouching_patience_s`: see `Vouching`.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Device:
         model: str,
         directory: Path,
         link: Link,
+        root: bytes,
         anchors: TrustAnchors,
         feature_names: Sequence[str],
         open_model: OpenModel,
@@ -95,20 +99,16 @@ class Device:
         receipt_deadline_s: float = 5.0,
         limits: DeviceLimits = NO_LIMITS,
         cached_cost: float = 1.0,
+        check_in_s: float = EVERY_S,
+        vouching_patience_s: float = PATIENCE_S,
     ) -> None:
         self.device_id, self.traits, self.model = identity.name, traits, model
-        self._link, self._clock, self._rng = link, clock, rng
+        self._link, self._rng = link, rng
         self._report_interval_s = report_interval_s
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         slots = Slots(directory)
         self.outbox = Outbox(directory / "outbox", draw_epoch=rng.getrandbits(48))
         self.running = Running()
-        self.safe_mode = SafeMode(
-            directory / "baseline",
-            open_baseline=open_baseline or verified_baseline(anchors, model),
-            amount_feature=amount_feature,
-            amount_limit=amount_limit,
-        )
         self.fetcher = Fetcher(
             link=link,
             identity=identity,
@@ -118,6 +118,25 @@ class Device:
             clock=clock,
             answer_deadline_s=answer_deadline_s,
         )
+        self.vouching = Vouching(
+            folder=directory / "trust",
+            tenant=traits.tenant,
+            root=root,
+            anchors=anchors,
+            fetcher=self.fetcher,
+            connected=lambda: link.connected,
+            clock=clock,
+            rng=rng,
+            every_s=check_in_s,
+            patience_s=vouching_patience_s,
+        )
+        self._clock = clock = self.vouching.now
+        self.safe_mode = SafeMode(
+            directory / "baseline",
+            open_baseline=open_baseline or verified_baseline(lambda: self.vouching.anchors, model),
+            amount_feature=amount_feature,
+            amount_limit=amount_limit,
+        )
         self._report_now = asyncio.Event()
         self.direction = Direction(
             identity=identity,
@@ -125,7 +144,7 @@ class Device:
             model=model,
             link=link,
             path=directory / "direction.record",
-            anchors=lambda: anchors,
+            anchors=lambda: self.vouching.anchors,
             rollout=lambda: self.installation.plan,
             offered=lambda sealed: self.installation.offered(plan_topic(traits.tenant, model), sealed),
             standing=lambda: self.installation.standing(),
@@ -142,7 +161,7 @@ class Device:
             fetcher=self.fetcher,
             outbox=self.outbox,
             running=self.running,
-            anchors=anchors,
+            vouching=self.vouching,
             open_model=open_model,
             clock=clock,
             rng=rng,
@@ -163,7 +182,7 @@ class Device:
                 fetcher=self.fetcher,
                 running=self.running,
                 base_file=self.installation.file_to_train_from,
-                anchors=anchors,
+                vouching=self.vouching,
                 clock=clock,
                 rng=np.random.default_rng(rng.getrandbits(64)),
                 data=data,
@@ -232,6 +251,7 @@ class Device:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.installation.run(), name=f"{self.device_id} installation")
+                group.create_task(self.vouching.run(), name=f"{self.device_id} repository")
                 group.create_task(self.direction.run(), name=f"{self.device_id} version reports")
                 group.create_task(self._greet(), name=f"{self.device_id} hello")
                 group.create_task(self._report(), name=f"{self.device_id} report")
@@ -294,6 +314,7 @@ class Device:
             lost_requests=marks.lost_requests,
             summaries=folded.summaries,
             outcomes=folded.outcomes,
+            alarm=(self.vouching.alarm or self.direction.alarm)[:300],
         )
 
     def _acknowledged(self, _topic: str, payload: bytes) -> None:

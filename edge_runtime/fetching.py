@@ -37,9 +37,10 @@ from model_delta.topics import (
     down,
     up,
 )
+from model_delta.trust.checkin import CheckInAnswer
 
 SMALL_OBJECT_BYTES_MAX = 4_000_000
-T = TypeVar("T", ChunkResponse, KeyResponse)
+T = TypeVar("T", ChunkResponse, KeyResponse, CheckInAnswer)
 
 
 class Fetcher:
@@ -70,12 +71,30 @@ class Fetcher:
         self._aside: dict[str, float] = {}
         self._waiting_chunks: dict[int, asyncio.Future[ChunkResponse]] = {}
         self._waiting_keys: dict[int, asyncio.Future[KeyResponse]] = {}
+        self._waiting_check_ins: dict[int, asyncio.Future[CheckInAnswer]] = {}
         self.bytes_received = 0
 
     def start(self) -> None:
         """Subscribe to the answers."""
         self._link.subscribe(down(self._device, "res"), self._on_chunk)
         self._link.subscribe(down(self._device, "key"), self._on_key)
+        self._link.subscribe(down(self._device, "trust"), self._on_check_in)
+
+    async def check_in(self, number: int, question: bytes) -> bytes | None:
+        """The nearest region's answer to a check-in of that `number`; None when there is none in time. Raises
+        Unavailable when the broker is away."""
+        region = self._order()[0]
+        found = await self._ask(self._waiting_check_ins, number, up(self._device, f"trust/{region}"), question)
+        return None if found is None else pack(found)
+
+    async def part(self, kind: StoreKind, name: str, offset: int) -> tuple[int, bytes]:
+        """An object's whole size and a chunk of it from `offset`, unchecked. Raises Unavailable, NotFound."""
+        found = await self._chunk(kind, name, offset)
+        return found.total, found.data
+
+    def set_nearest_aside(self) -> None:
+        """Ask another region first for a while: what the nearest one hands out is no good."""
+        self._set_aside(self._order()[0])
 
     async def object(self, kind: StoreKind, name: str) -> bytes:
         """A small object as a whole, unchecked. Raises Unavailable, NotFound, Malformed (too big or inconsistent)."""
@@ -110,7 +129,7 @@ class Fetcher:
         region, there = self._order()[0], set()
         for blob in blobs:
             async with self._open:
-                number = self._next_request()
+                number = self.next_request()
                 request = ChunkRequest(number, "blob", blob.digest, 0, 0, kept_only=True)
                 response = await self._ask(
                     self._waiting_chunks, number, up(self._device, f"req/{region}"), pack(request)
@@ -136,7 +155,7 @@ class Fetcher:
     async def artifact_key(self, manifest: str) -> bytes:
         """The artifact key of `manifest`, opened with the device's sealing key. Raises Unavailable (no answer in time,
         or refused for now), Untrusted (sealed to somebody else)."""
-        number = self._next_request()
+        number = self.next_request()
         envelope = self._identity.key_request(KeyRequest(number, self._device, manifest, int(self._clock())))
         response = await self._ask(self._waiting_keys, number, up(self._device, "key"), envelope)
         if response is None:
@@ -170,7 +189,7 @@ class Fetcher:
         refusals: list[str] = []
         for region in self._order():
             async with self._open:
-                number = self._next_request()
+                number = self.next_request()
                 request = ChunkRequest(number, kind, name, offset, self._chunk_bytes)
                 response = await self._ask(
                     self._waiting_chunks, number, up(self._device, f"req/{region}"), pack(request)
@@ -211,7 +230,8 @@ class Fetcher:
     def _set_aside(self, region: str) -> None:
         self._aside[region] = time.monotonic() + self._set_aside_s
 
-    def _next_request(self) -> int:
+    def next_request(self) -> int:
+        """The number of the next question."""
         self._request += 1
         return self._request
 
@@ -220,6 +240,9 @@ class Fetcher:
 
     def _on_key(self, topic: str, payload: bytes) -> None:
         self._settle(self._waiting_keys, payload, KeyResponse)
+
+    def _on_check_in(self, topic: str, payload: bytes) -> None:
+        self._settle(self._waiting_check_ins, payload, CheckInAnswer)
 
     def _settle(self, waiting: dict[int, asyncio.Future[T]], payload: bytes, kind: type[T]) -> None:
         self.bytes_received += len(payload)

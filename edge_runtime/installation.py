@@ -29,13 +29,14 @@ from edge_runtime.outbox import Outbox
 from edge_runtime.probation import LiveRecord, ProbationRules, Verdict, judge_golden, judge_live
 from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, other_slot
 from edge_runtime.update import Command, Event, Refusal, State, step
+from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.assembly import root_of
-from model_delta.errors import AtollError, Expired, StorageFull, Unavailable
+from model_delta.errors import AtollError, SignatureInvalid, StorageFull, Unavailable
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
 from model_delta.trust.director import HeldFile
-from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan
+from model_delta.trust.updater import TrustState, accept_plan, read_manifest
 from monitoring.telemetry import UpdateOutcome
 
 LIVE_RECORDS_MAX = 1_000
@@ -65,7 +66,7 @@ class Installation:
         fetcher: Fetcher,
         outbox: Outbox,
         running: Running,
-        anchors: TrustAnchors,
+        vouching: Vouching,
         open_model: OpenModel,
         clock: Callable[[], float],
         rng: random.Random,
@@ -77,7 +78,7 @@ class Installation:
         cached_cost: float = 1.0,
         direction: Direction | None = None,
     ) -> None:
-        self._traits, self._model, self._anchors = traits, model, anchors
+        self._traits, self._model, self._vouching = traits, model, vouching
         self._slots, self._fetcher, self._outbox, self._running = slots, fetcher, outbox, running
         self._open_model, self._clock, self._rng = open_model, clock, rng
         self._rules, self._told = probation, told
@@ -85,7 +86,8 @@ class Installation:
         self._acquisition = Acquisition(
             slots=slots,
             fetcher=fetcher,
-            anchors=anchors,
+            tenant=traits.tenant,
+            vouching=vouching,
             clock=clock,
             received=self._count_received,
             chosen=self._note_route,
@@ -95,6 +97,8 @@ class Installation:
         )
         self._direction = direction
         self.record = slots.read_record()
+        self._unjudged: tuple[str, bytes] | None = None
+        vouching.on_new_anchors(self._offer_again)
         self.refused = 0
         self.last_refusal = ""
         self._plan: RolloutPlan | None = None
@@ -107,19 +111,31 @@ class Installation:
 
     def offered(self, topic: str, payload: bytes) -> None:
         """A rollout plan has arrived. What cannot be believed is counted and otherwise ignored; a believable one is
-        stored before it is followed."""
+        stored before it is followed. One that is signed by unknown keys is judged again when there are new ones."""
+        anchors, self._unjudged = self._vouching.anchors, None
         try:
-            plan, trust = accept_plan(payload, self._model, self._anchors, self.record.trust, self._clock())
+            plan, trust = accept_plan(payload, self._model, anchors, self.record.trust, self._clock())
             if trust != self.record.trust or payload != self.record.plan:
                 self._write(trust=trust, plan=payload)
         except StorageFull:  # a retained message does not come again by itself
             asyncio.get_running_loop().call_later(self._retry_most_s, self.offered, topic, payload)
+        except SignatureInvalid as error:
+            self._refuse(error)
+            self._unjudged = (topic, payload)
+            self._vouching.ask_soon()
         except AtollError as error:
-            self.refused += 1
-            self.last_refusal = str(error)
-            _log.warning("%s: plan refused: %s", self._traits.device_id, error)
+            self._refuse(error)
         else:
             self._follow(plan)
+
+    def _refuse(self, error: AtollError) -> None:
+        self.refused += 1
+        self.last_refusal = str(error)
+        _log.warning("%s: plan refused: %s", self._traits.device_id, error)
+
+    def _offer_again(self) -> None:
+        if self._unjudged is not None:
+            self.offered(*self._unjudged)
 
     def keep_trust(self, trust: TrustState) -> None:
         """Store a newer trust state (a round announcement was accepted). Raises StorageFull."""
@@ -169,7 +185,8 @@ class Installation:
         """Follow the plan that was accepted before the power went off; an expired one has no say."""
         if self.record.plan:
             with contextlib.suppress(AtollError):
-                plan, _ = accept_plan(self.record.plan, self._model, self._anchors, self.record.trust, self._clock())
+                anchors, trust = self._vouching.anchors, self.record.trust
+                plan, _ = accept_plan(self.record.plan, self._model, anchors, trust, self._clock())
                 self._follow(plan)
 
     # -- the life of the update
@@ -436,9 +453,9 @@ class Installation:
             _log.error("%s: slot %s cannot run: %s", self._traits.device_id, version.slot, error)
 
     def _open_checked(self, version: InstalledVersion) -> LoadedModel:
-        """Open a slot's version after checking signature and file. Expiry is judged at each answer instead."""
-        with contextlib.suppress(Expired):
-            accept_manifest(version.envelope, version.digest, self._anchors, self._clock())
+        """Open a slot's version after checking its file. It was vouched for when it was written there: that the keys
+        or the repository changed since ends no version that runs. Expiry is judged at each answer."""
+        read_manifest(version.envelope, version.digest, self._traits.tenant, 0.0)
         return self._open_model(version.manifest, self._slots.model_file(version))
 
     # -- the record

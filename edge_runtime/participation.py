@@ -27,13 +27,14 @@ from edge_runtime.inference import RunGraph
 from edge_runtime.link import Link
 from edge_runtime.slots import replace_file
 from edge_runtime.training import LocalUpdate
+from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.digest import require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Expired, Unavailable
+from model_delta.errors import AtollError, Expired, SignatureInvalid, Unavailable
 from model_delta.task import RoundTask
 from model_delta.topics import ContributionReceipt, down, up
-from model_delta.trust.updater import TrustAnchors, TrustState, accept_task
+from model_delta.trust.updater import TrustState, accept_task
 
 Data = tuple[NDArray[np.float32], NDArray[np.float32]]
 Contribute = Callable[[NDArray[np.float32], RoundTask], bytes]
@@ -70,7 +71,7 @@ class Participation:
         fetcher: Fetcher,
         running: Running,
         base_file: BaseFile,
-        anchors: TrustAnchors,
+        vouching: Vouching,
         clock: Callable[[], float],
         rng: np.random.Generator,
         data: Callable[[], Data],
@@ -83,12 +84,14 @@ class Participation:
     ) -> None:
         self._device_id, self._model, self._path = device_id, model, path
         self._link, self._fetcher, self._running, self._base_file = link, fetcher, running, base_file
-        self._anchors, self._clock, self._rng, self._data = anchors, clock, rng, data
+        self._vouching, self._clock, self._rng, self._data = vouching, clock, rng, data
         self._train, self._contribute, self._run_graph = train, contribute, run_graph
         self._trust, self._keep_trust = trust, keep_trust
         self._receipt_deadline_s = receipt_deadline_s
         self._jitter = random.Random(int(rng.integers(1 << 62)))
         self._task: RoundTask | None = None
+        self._unjudged: tuple[str, bytes] | None = None
+        vouching.on_new_anchors(self._announced_again)
         self._changed = asyncio.Event()
         self._graphs: dict[str, bytes] = {}
         self._last_base: dict[str, bytes] = {}
@@ -96,10 +99,12 @@ class Participation:
         self.last_refusal = ""
         self.record = _read(path)
 
-    def announced(self, _topic: str, payload: bytes) -> None:
-        """A round announcement has arrived; an unbelievable one is counted and otherwise ignored."""
+    def announced(self, topic: str, payload: bytes) -> None:
+        """A round announcement has arrived; an unbelievable one is counted and otherwise ignored. One that is signed by
+        unknown keys is judged again when there are new ones."""
+        anchors, self._unjudged = self._vouching.anchors, None
         try:
-            task, trust = accept_task(payload, self._model, self._anchors, self._trust(), self._clock())
+            task, trust = accept_task(payload, self._model, anchors, self._trust(), self._clock())
             if trust != self._trust():
                 self._keep_trust(trust)
         except Expired:
@@ -108,9 +113,16 @@ class Participation:
             self.refused += 1
             self.last_refusal = str(error)
             _log.warning("%s: round announcement refused: %s", self._device_id, error)
+            if isinstance(error, SignatureInvalid):
+                self._unjudged = (topic, payload)
+                self._vouching.ask_soon()
             return
         self._task = task
         self._changed.set()
+
+    def _announced_again(self) -> None:
+        if self._unjudged is not None:
+            self.announced(*self._unjudged)
 
     def receipted(self, _topic: str, payload: bytes) -> None:
         """The coordinator has the contribution, or refuses it for good."""

@@ -50,13 +50,14 @@ class SafeAnswer(msgspec.Struct, frozen=True):
     digest: str
 
 
-def verified_baseline(anchors: TrustAnchors, model: str) -> OpenBaseline:
-    """Opens signed baselines of the anchors' tenant and of `model`, by the keys of the role `baseline`."""
+def verified_baseline(anchors: Callable[[], TrustAnchors], model: str) -> OpenBaseline:
+    """Opens signed baselines of the anchors' tenant and of `model`, by the keys that the role `baseline` has then."""
 
     def open_baseline(data: bytes) -> Baseline:
-        found = decode_verified(data, role_keys(anchors, "baseline")[0])
-        if (found.tenant, found.model) != (anchors.tenant, model):
-            raise Untrusted(f"baseline: expected {anchors.tenant}/{model}, found {found.tenant}/{found.model}")
+        known = anchors()
+        found = decode_verified(data, role_keys(known, "baseline")[0])
+        if (found.tenant, found.model) != (known.tenant, model):
+            raise Untrusted(f"baseline: expected {known.tenant}/{model}, found {found.tenant}/{found.model}")
         return found
 
     return open_baseline

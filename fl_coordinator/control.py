@@ -411,6 +411,7 @@ class _Control:
             {
                 "certificate_pem": enrolled.certificate_pem.decode(),
                 "ca_pem": enrolled.ca_pem.decode(),
+                "root": base64.b64encode(enrolled.root).decode(),
                 "anchors": base64.b64encode(enrolled.anchors).decode(),
             }
         )

@@ -99,7 +99,9 @@ class Coordinator:
         self._count_failures = self.metrics.counter("failures", "Failures of a background task.", ("task",))
         missing = self.metrics.gauge("records_missing", "Outbox records that no report will ever cover.")
         missing.read_from(lambda: float(self.ledger.missing_records()))
-        self._registrar = Registrar(tenant=tenant, ledger=ledger, keyring=keyring, clock=clock, note=self.note)
+        self._registrar = Registrar(
+            tenant=tenant, ledger=ledger, store=store, keyring=keyring, clock=clock, note=self.note
+        )
         self._desired = DesiredState(tenant=tenant, ledger=ledger, link=link, clock=clock)
         self._reception = Reception(
             ledger=ledger,

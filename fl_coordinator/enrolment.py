@@ -15,6 +15,8 @@ from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.keys.certificates import days_left, require_identity, same_keys, serial_of
 from model_delta.keys.keyring import Keyring
+from model_delta.store import ArtifactStore
+from model_delta.trust.repository import Repository
 
 RENEW_DAYS = 60
 AGGREGATORS = 3
@@ -31,19 +33,24 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Enrolled(msgspec.Struct, frozen=True):
-    """The answer: certificate and CA as PEM, the packed trust anchors."""
+    """The answer: certificate and CA as PEM, the newest root of the TUF repository (b"" before its ceremony), and the
+    packed trust anchors of the day."""
 
     certificate_pem: bytes
     ca_pem: bytes
+    root: bytes
     anchors: bytes
 
 
 class Registrar:
     """Issues, replaces and revokes identities; remembers them in the ledger before it answers."""
 
-    def __init__(self, *, tenant: str, ledger: Ledger, keyring: Keyring, clock: Clock, note: Note) -> None:
+    def __init__(
+        self, *, tenant: str, ledger: Ledger, store: ArtifactStore, keyring: Keyring, clock: Clock, note: Note
+    ) -> None:
         self._tenant = tenant
         self._ledger = ledger
+        self._repository = Repository(store)
         self._keyring = keyring
         self._clock = clock
         self._note = note
@@ -97,7 +104,10 @@ class Registrar:
             enrolled=self._clock(),
         )
         self._ledger.enrol(record)
-        return Enrolled(certificate, self._keyring.ca_pem(), pack(self._keyring.anchors()))
+        root = b""
+        with contextlib.suppress(NotFound):
+            root = self._repository.root_bytes()
+        return Enrolled(certificate, self._keyring.ca_pem(), root, pack(self._keyring.anchors()))
 
     def revoke(self, name: str) -> None:
         """End an identity's certificate: it gets no keys, and what it says or contributes no longer counts.

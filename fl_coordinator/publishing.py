@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -25,6 +26,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from fl_coordinator import forms
+from fl_coordinator.forms import Asked, Form
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger, ReleaseRecord
 from fl_coordinator.rollout import Rollout, holds_devices
@@ -47,6 +50,7 @@ from model_delta.manifest import (
     parse_manifest,
 )
 from model_delta.patch import fidelity
+from model_delta.patch.quantization import Measured, Worth
 from model_delta.patch.route import plan_update
 from model_delta.release import LIFETIME_S, Release, build_release, offer_patches, open_release
 from model_delta.store import ArtifactStore
@@ -80,11 +84,16 @@ GoldenInputs = Callable[[str, Sequence[TensorSpec]], Sequence[Mapping[str, Array
 """(model, its inputs) -> a few batches of inputs that a publisher wants every device to try."""
 
 
+LatencyUs = Callable[[LoadedModel, Mapping[str, Array]], float]
+"""(a loaded model, inputs of one row) -> median microseconds of an answer on this machine."""
+
+
 class Candidate(msgspec.Struct, frozen=True):
     """A file ready to be released, and the manifest as far as it is known before golden cases and signature."""
 
     draft: Manifest
     file: bytes
+    form: Form | None = None
 
 
 class Publisher:
@@ -101,9 +110,14 @@ class Publisher:
         open_model: OpenModel,
         golden_inputs: GoldenInputs,
         feature_counts: Mapping[str, int],
+        vouch: Callable[[], None] = lambda: None,
+        latency_us: LatencyUs | None = None,
+        worth: Mapping[str, Worth] | None = None,
     ) -> None:
         """`region` is whose counter of the version vector a publication raises; `feature_counts` says for which models
-        the input must be `features` of that width."""
+        the input must be `features` of that width; `vouch` is called after every publication, before anybody can
+        roll it out. `latency_us` measures both forms of a version, and `worth` by device class says what it must gain
+        to be int8 (see `forms`); unmeasured it always is."""
         self._tenant = tenant
         self._region = region
         self._ledger = ledger
@@ -112,6 +126,9 @@ class Publisher:
         self._open_model = open_model
         self._golden_inputs = golden_inputs
         self._feature_counts = dict(feature_counts)
+        self._vouch = vouch
+        self._latency_us = latency_us
+        self._worth = dict(worth or {})
         self._one_at_a_time = threading.Lock()
 
     def publish(
@@ -128,6 +145,7 @@ class Publisher:
         lineage: Lineage | None = None,
         provenance: str = "",
         lifetime_s: int = LIFETIME_S,
+        quantize: Asked = "",
     ) -> ReleaseRecord:
         """Make a version of `source` and return it, or the version that these bytes on this parent already are.
 
@@ -135,12 +153,13 @@ class Publisher:
         feature set and baseline are the parent's unless given. `now` dates the version, `lifetime_s` seconds later it
         expires on every device. `provenance` is the digest of a signature bundle that was checked, and lies in the
         store as an artifact. Raises Malformed for an unusable file or parent, and
-        StorageFull with nothing published.
+        StorageFull with nothing published. `quantize`: see `forms`.
         """
         with self._one_at_a_time:
             base = self._parent(model, parent)
             digest = digest_of(source)
             if base is not None and base.source == digest:
+                self._require_form(base, quantize)
                 self._require_provenance(base, provenance)
                 return base
             if provenance and not self._store.has("artifact", require_digest(provenance, "provenance")):
@@ -155,8 +174,11 @@ class Publisher:
                         "its files were removed from the store; train it anew, or publish it with another --parent"
                     )
                 self._require_provenance(known, provenance)
+                self._require_form(known, quantize)
                 return known
-            candidate = self.prepare(source, model=model, now=now, parent=base.manifest if base else None)
+            candidate = self.prepare(
+                source, model=model, now=now, parent=base.manifest if base else None, quantize=quantize
+            )
             before = self.manifest(base.manifest) if base is not None else None
             threshold = (
                 decision_threshold if decision_threshold is not None else before.decision_threshold if before else 0.5
@@ -180,7 +202,7 @@ class Publisher:
                 lineage=_with_provenance(lineage, provenance),
                 lifetime_s=lifetime_s,
             )
-            return self._commit(release, source, key, model=model, name=name, now=now)
+            return self._commit(release, source, key, model=model, name=name, now=now, form=candidate.form)
 
     def join_siblings(self, *, model: str, now: float, name: str = "") -> ReleaseRecord:
         """One release that contains all siblings of `model`: those that no other release contains and that are not
@@ -201,8 +223,8 @@ class Publisher:
             dots = {digest: self._dot(every, digest) for digest in apart}
             first = every[winner(dots)]
             parents = [first, *(every[digest] for digest in apart if digest != first.manifest)]
-            source, file, how = self._joined_file(parents)
             before = self.manifest(first.manifest)
+            source, file, how, form = self._joined_file(parents, before)
             key, _ = self._keyring.new_key(self._context("new"))  # made where the keys are; bound to its digest below
             counted = max(record.version.get(self._region, 0) for record in every.values())
             draft = msgspec.structs.replace(
@@ -226,23 +248,26 @@ class Publisher:
                 baseline=before.baseline,
                 lineage=Lineage(code=f"join of {', '.join(str(dots[parent.manifest]) for parent in parents)}: {how}"),
             )
-            return self._commit(release, source, key, model=model, name=name, now=now)
+            return self._commit(release, source, key, model=model, name=name, now=now, form=form)
 
-    def _joined_file(self, parents: Sequence[ReleaseRecord]) -> tuple[bytes, bytes, str]:
-        """What the joining release is made of: source, the file that devices run, and how it came about in words."""
+    def _joined_file(self, parents: Sequence[ReleaseRecord], like: Manifest) -> tuple[bytes, bytes, str, Form | None]:
+        """What the joining release is made of: source, the file that devices run, how it came about in words, and its
+        form."""
         bases = {parent.parents for parent in parents}
         if len(bases) == 1 and len(parents[0].parents) == 1:
             (base,) = parents[0].parents
             merged = merge_updates(self.source(base), [self.source(parent.manifest) for parent in parents])
             if merged is not None:
-                return merged, self._quantized(merged, base), "updates added"
-        return self.source(parents[0].manifest), self.file(parents[0].manifest), "the first one's file"
+                file, form = self._formed(merged, like, self._ledger.release(base), "")
+                return merged, file, "updates added", form
+        first = parents[0]
+        return self.source(first.manifest), self.file(first.manifest), "the first one's file", first.form
 
     def _dot(self, every: Mapping[str, ReleaseRecord], digest: str) -> Dot:
         record = every[digest]
         return dot_of(record.version, [every[parent].version for parent in record.parents if parent in every])
 
-    def prepare(self, source: bytes, *, model: str, now: float, parent: str | None) -> Candidate:
+    def prepare(self, source: bytes, *, model: str, now: float, parent: str | None, quantize: Asked = "") -> Candidate:
         """The file that would be released for `source`, quantized with the scales of `parent`; nothing is stored."""
         if len(source) > MODEL_BYTES_MAX:
             raise Malformed(f"model {model}: expected at most {MODEL_BYTES_MAX} bytes, found {len(source)}")
@@ -251,44 +276,109 @@ class Publisher:
         info = graphs.inspect(source, what)
         if model in self._feature_counts:
             graphs.require_features(info, self._feature_counts[model], what)
-        file = self._quantized(source, base.manifest if base is not None else None)
         releases = self._ledger.releases(model)
         version = merge(base.version if base is not None else {}, {})
         # The region's counter counts all of its publications, so that two versions on one parent do not share a vector.
         counted = max((record.version.get(self._region, 0) for record in releases), default=0)
         version = increment({**version, self._region: counted}, self._region)
-        digest = digest_of(file)
-        return Candidate(
-            Manifest(
-                tenant=self._tenant,
-                model=model,
-                version=version,
-                release=max((record.release for record in releases), default=0) + 1,
-                parents=(base.manifest,) if base is not None else (),
-                size=len(file),
-                file_digest=digest,
-                segments=(Segment("file", len(file), digest),),
-                merkle_root="",
-                inputs=info.inputs,
-                outputs=info.outputs,
-                created=int(now),
-                expires=int(now) + 86_400,
-            ),
-            file,
+        draft = Manifest(
+            tenant=self._tenant,
+            model=model,
+            version=version,
+            release=max((record.release for record in releases), default=0) + 1,
+            parents=(base.manifest,) if base is not None else (),
+            size=0,
+            file_digest="",
+            segments=(),
+            merkle_root="",
+            inputs=info.inputs,
+            outputs=info.outputs,
+            created=int(now),
+            expires=int(now) + 86_400,
         )
+        file, form = self._formed(source, draft, base, quantize)
+        digest = digest_of(file)
+        described = msgspec.structs.replace(
+            draft, size=len(file), file_digest=digest, segments=(Segment("file", len(file), digest),)
+        )
+        return Candidate(described, file, form)
 
-    def _quantized(self, source: bytes, base: str | None) -> bytes:
-        """The int8 file of `source`, with the scales of version `base` so that the patch from it is small; quantized
-        afresh where that would answer worse to the golden inputs or lose the update (`patch.fidelity`)."""
+    def _formed(self, source: bytes, like: Manifest, base: ReleaseRecord | None, asked: Asked) -> tuple[bytes, Form]:
+        """The file of `source` that devices are to run, in the form that was asked for or is worth it.
+
+        int8 has the scales of `base` so that the patch from it is small; it is quantized afresh where that would answer
+        worse to the golden inputs or lose the update (`patch.fidelity`). `like` is a manifest with the inputs."""
         fresh = graphs.quantize_weights(source)
-        if base is None:
-            return fresh
-        parent, before = self.file(base), self.source(base)
+        if fresh is source:
+            return source, Form(int8=False, reason="released as handed in: nothing in it can become int8")
+        file, form = fresh, Form(int8=True, reason="asked for" if asked == "int8" else "not measured")
+        if base is not None:
+            file, form = self._alike(source, fresh, base, form)
+        if asked == "none":
+            return source, Form(int8=False, reason="asked for")
+        if self._latency_us is not None:
+            measured = {
+                name: Measured(len(one), self._latency(like, one))
+                for name, one in (("float32", source), ("int8", file))
+            }
+            devices = Counter(record.device_class for record in self._ledger.devices() if record.kind == "device")
+            better, reason, classes = forms.decide(measured["int8"], measured["float32"], self._worth, devices)
+            form = msgspec.structs.replace(
+                form,
+                int8=better or asked == "int8",
+                reason=f"asked for; {reason}" if asked == "int8" else reason,
+                measured={name: forms.recorded(found) for name, found in measured.items()},
+                classes=classes,
+            )
+        if base is not None and not asked:
+            form = msgspec.structs.replace(form, int8=self._is_int8(base), reason=f"as its parent; {form.reason}")
+        return (file if form.int8 else source), form
+
+    def _alike(self, source: bytes, fresh: bytes, base: ReleaseRecord, form: Form) -> tuple[bytes, Form]:
+        """The int8 file with the scales of `base`, or the fresh one where that one fails; what was measured."""
+        parent, before = self.file(base.manifest), self.source(base.manifest)
         file = graphs.quantize_weights(source, parent, before)
         share = fidelity.carried(graphs.weight_changes(source, file, fresh, before, parent))
-        exact, ours, anew = (self._answers(self.manifest(base), one) for one in (source, file, fresh))
-        distances = _distance(ours, exact), _distance(anew, exact)
-        return fresh if fidelity.refusals(fidelity.Fidelity(*distances, share)) else file
+        exact, ours, anew = (self._answers(self.manifest(base.manifest), one) for one in (source, file, fresh))
+        found = fidelity.Fidelity(_distance(ours, exact), _distance(anew, exact), share)
+        refused = fidelity.refusals(found)
+        form = msgspec.structs.replace(
+            form,
+            distance=_number(found.distance),
+            distance_fresh=_number(found.distance_fresh),
+            carried=share,
+            fresh_because=refused,
+        )
+        if refused:
+            _log.info("model %s: quantized afresh: %s", base.model, "; ".join(refused))
+        return (fresh if refused else file), form
+
+    def _is_int8(self, record: ReleaseRecord) -> bool:
+        """Whether a version has int8 weights; the file tells of versions that were published before forms were kept."""
+        return record.form.int8 if record.form is not None else graphs.form_of(self.file(record.manifest)) is not None
+
+    def _require_form(self, known: ReleaseRecord, asked: Asked) -> None:
+        """Raise Malformed where bytes that are a version already are wanted in another form: its digest is signed."""
+        if asked in ("int8", "none") and self._is_int8(known) != (asked == "int8"):
+            there = "int8" if self._is_int8(known) else "float32"
+            raise Malformed(
+                f"model {known.model}: these bytes are version {known.release} already, released as {there}; "
+                "leave --quantize out, or publish on another parent"
+            )
+
+    def _latency(self, like: Manifest, file: bytes) -> float:
+        """Microseconds of one row; NaN for a model that does not answer one."""
+        if self._latency_us is None:
+            return float("nan")
+        free = {spec.name for spec in like.inputs if spec.shape[:1] == (-1,)}
+        try:
+            loaded = self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
+            for inputs in self._golden_inputs(like.model, like.inputs)[:1]:
+                row = {name: value[:1] if name in free else value for name, value in inputs.items()}
+                return self._latency_us(loaded, row)
+        except Malformed as error:
+            _log.info("model %s: its latency cannot be measured: %s", like.model, error)
+        return float("nan")
 
     def _answers(self, like: Manifest, file: bytes) -> list[Mapping[str, Array]]:
         """What a file answers to the golden inputs of a version, or nothing when it takes other inputs."""
@@ -467,7 +557,15 @@ class Publisher:
         return tuple(cases)
 
     def _commit(
-        self, release: Release, source: bytes, key: bytes, *, model: str, name: str, now: float
+        self,
+        release: Release,
+        source: bytes,
+        key: bytes,
+        *,
+        model: str,
+        name: str,
+        now: float,
+        form: Form | None,
     ) -> ReleaseRecord:
         manifest = release.manifest
         source_digest = digest_of(source)
@@ -496,10 +594,12 @@ class Publisher:
             bytes_whole=sum(blob.size for blob in release.delivery.segments),
             bytes_patch={offer.base: offer.blob.size for offer in release.delivery.patches},
             round_id=manifest.lineage.round_id,
+            form=form,
         )
         self._ledger.add_release(record)
         if not self._store.has("root", manifest.merkle_root):
             self._store.put("root", manifest.merkle_root, release.digest.encode())
+        self._vouch()
         return record
 
     def _store_all(self, objects: Mapping[tuple[str, str], bytes]) -> None:
@@ -526,6 +626,10 @@ def _distance(found: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[s
 
 def _with_provenance(lineage: Lineage | None, provenance: str) -> Lineage | None:
     return msgspec.structs.replace(lineage or Lineage(), provenance=provenance) if provenance else lineage
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
 
 
 def _tensors(values: Mapping[str, Array]) -> dict[str, Tensor]:

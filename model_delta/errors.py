@@ -6,7 +6,8 @@
     │   ├── DigestMismatch
     │   ├── Expired
     │   ├── RolledBack
-    │   └── TooLarge
+    │   ├── TooLarge
+    │   └── NotVouchedFor
     ├── Unavailable        retry with backoff, at the shell
     │   ├── NotFound
     │   ├── StorageFull
@@ -46,6 +47,10 @@ class RolledBack(Untrusted):
 
 class TooLarge(Untrusted):
     """More bytes than were declared, or than the reader's limit for this kind of file."""
+
+
+class NotVouchedFor(Untrusted):
+    """A version that no role of the repository vouches for: never published, or withdrawn."""
 
 
 class Unavailable(AtollError):

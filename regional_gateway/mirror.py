@@ -9,7 +9,8 @@ sealed keys lie in the same store.
 
 A published version's objects never change, so nothing kept here needs refreshing, but for one: the timestamp of the TUF
 repository (kind `tuf`, whose files go by role and version) is fetched again when it is asked for and older than
-TIMESTAMP_SECONDS. While the coordinator is away the one that is kept is handed out.
+TIMESTAMP_SECONDS. While the coordinator is away the one that is kept is handed out. A device that only wants to know
+whether there is anything new checks in (`model_delta.trust.checkin`): one question, one answer.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from model_delta.topics import (
     device_of,
     down,
 )
+from model_delta.trust.checkin import CHECK_IN_BYTES_MAX, answer_check_in, newest_root
+from model_delta.trust.paths import KIND as TUF
 from monitoring.metrics import Metrics
 from regional_gateway.supply import Fetch, Link
 
@@ -46,7 +49,9 @@ REQUEST_BYTES_MAX = 1_024
 MISSING_SECONDS = 2.0
 MISSING_MAX = 1_024
 TIMESTAMP = "timestamp.json"
-TIMESTAMP_SECONDS = 30.0
+TIMESTAMP_SECONDS = 0.5
+"""Short, because a version is vouched for just before the plan that names it is published."""
+ROOTS_AT_ONCE = 64
 
 
 class Mirror:
@@ -66,7 +71,7 @@ class Mirror:
         """`distant`: reading from `store` takes a network."""
         self._region, self._link, self._store, self._fetch = region, link, store, fetch
         self._timestamp_seconds, self._distant = timestamp_seconds, distant
-        self._waiting: asyncio.Queue[tuple[str, ChunkRequest]] = asyncio.Queue(WAITING_MAX)
+        self._waiting: asyncio.Queue[tuple[str, ChunkRequest | bytes]] = asyncio.Queue(WAITING_MAX)
         self._window: Counter[str] = Counter()
         self._fetches = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._fetching: dict[tuple[StoreKind, str], asyncio.Task[None]] = {}
@@ -79,6 +84,7 @@ class Mirror:
     async def run(self) -> None:
         """Answer until cancelled."""
         self._link.subscribe(f"{ROOT}/dev/+/up/req/{self._region}", self._on_request)
+        self._link.subscribe(f"{ROOT}/dev/+/up/trust/{self._region}", self._on_check_in)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for number in range(WORKERS):
@@ -98,6 +104,15 @@ class Mirror:
             # Without a request number there is nothing to answer to.
             self._requests.add(1, "malformed")
             return
+        self._admit(device, request)
+
+    def _on_check_in(self, topic: str, payload: bytes) -> None:
+        if len(payload) > CHECK_IN_BYTES_MAX:
+            self._requests.add(1, "malformed")
+            return
+        self._admit(device_of(topic), bytes(payload))
+
+    def _admit(self, device: str, request: ChunkRequest | bytes) -> None:
         if self._window[device] >= WINDOW_MAX or self._waiting.full():
             # Dropped, not answered: an answer would cost what the window saves. The device asks again.
             self._requests.add(1, "over_window")
@@ -109,6 +124,9 @@ class Mirror:
         while True:
             device, request = await self._waiting.get()
             try:
+                if isinstance(request, bytes):
+                    await self._answer_check_in(device, request)
+                    continue
                 response = await self._answer(request)
                 await self._link.publish(down(device, "res"), pack(response))
             except Unavailable as error:
@@ -125,6 +143,20 @@ class Mirror:
             else:
                 self._requests.add(1, "answered")
                 self._bytes.add(len(response.data), request.kind)
+
+    async def _answer_check_in(self, device: str, question: bytes) -> None:
+        """Say what is newest; nothing where that is not known: the device then asks for the files."""
+        try:
+            await self._renew_timestamp()
+            answer = answer_check_in(question, self._store, TUF)
+        except Unavailable as error:
+            log.info("check-in of %s: %s", device, error)
+            self._requests.add(1, "refused")
+        except AtollError:
+            self._requests.add(1, "malformed")
+        else:
+            await self._link.publish(down(device, "trust"), answer)
+            self._requests.add(1, "answered")
 
     async def _answer(self, request: ChunkRequest) -> ChunkResponse:
         """The chunk, or why there is none."""
@@ -152,9 +184,18 @@ class Mirror:
             return
         try:
             await self._have("tuf", TIMESTAMP)
+            await self._new_roots()
             self._timestamp_until = now + self._timestamp_seconds
         except Unavailable as error:
             log.info("timestamp of the TUF repository: %s", error)
+
+    async def _new_roots(self) -> None:
+        """Learn of the roots that came since, so that a check-in can tell of them."""
+        for _ in range(ROOTS_AT_ONCE):
+            try:
+                await self._have("tuf", f"{newest_root(self._store, TUF) + 1}.root.json")
+            except NotFound:
+                return
 
     async def _read(self, request: ChunkRequest, length: int) -> tuple[int, bytes]:
         """A chunk is a page or eight from the page cache: 20 us, less than the hop to a thread and back. A distant

@@ -1,14 +1,14 @@
 """Where a region's versions come from.
 
 The region follows the retained, signed plans of its tenants. What a plan names is fetched from the coordinator once
-(manifest, delivery, sealed blobs), kept in the region's own store, believed only after `model_delta.trust` and
-`model_delta.release` have checked it, and opened. So the region goes on answering when broker and coordinator are away,
-and also after its own restart: the last accepted plan with its trust state, the sealed blobs and the artifact keys are
-on disk. A key is kept sealed (HPKE) to the region's own X25519 key and asked for again only when that copy is missing
-or does not open.
+(manifest, delivery, sealed blobs), kept in the region's own store, taken only if the repository vouches for it
+(`Vouching`) and `model_delta.release` has checked it, and opened. So the region goes on answering when broker and
+coordinator are away, and also after its own restart: the last accepted plan with its trust state, which versions were
+vouched for, the sealed blobs and the artifact keys are on disk. A key is kept sealed (HPKE) to the region's own X25519
+key and asked for again only when that copy is missing or does not open.
 
-A plan stays in force until a newer one arrives: its expiry guards what arrives, not what runs. A manifest's expiry
-counts whenever the version is loaded.
+A plan stays in force until a newer one arrives: its expiry guards what arrives, not what runs. A version that was
+vouched for may run while nobody can be asked. A manifest's expiry counts whenever the version is loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from model_delta.digest import digest_of, require_digest, require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
+from model_delta.errors import AtollError, Malformed, NotFound, SignatureInvalid, Unavailable, Untrusted
 from model_delta.keys.encryption import open_sealed, seal_to
 from model_delta.manifest import Delivery, Manifest
 from model_delta.patch.route import Route, plan_update
@@ -32,7 +32,7 @@ from model_delta.plan import RolloutPlan
 from model_delta.release import open_release
 from model_delta.store import ArtifactStore
 from model_delta.topics import StoreKind, plan_topic
-from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan, check_release
+from model_delta.trust.updater import TrustAnchors, TrustState, accept_plan, check_release, read_manifest
 from model_delta.version import show
 from regional_gateway.pool import OpenModel, Pool, Version, open_version
 from regional_gateway.protocol import UnknownModel
@@ -48,6 +48,7 @@ ArtifactKey = Callable[[str], Awaitable[bytes]]
 
 KIND_PLAN = "plan"
 KIND_KEY = "key"
+KIND_VOUCHED = "vouched"
 MODELS_MAX = 1_024
 PLAN_BYTES_MAX = 256 * 1024
 FETCHES_AT_ONCE = 4
@@ -69,6 +70,20 @@ class Link(Protocol):
         """Call `handler` in the event loop for every message; renewed on every reconnect."""
 
 
+class Vouching(Protocol):
+    """Who says which versions of a tenant may run, and whose signature its plans need."""
+
+    @property
+    def anchors(self) -> TrustAnchors:
+        """The tenant's role keys, as they were last heard of."""
+
+    async def refresh(self) -> None:
+        """Hear what is new. Raises Unavailable."""
+
+    async def require(self, manifest: Manifest) -> None:
+        """Return if `manifest` is vouched for now. Raises NotVouchedFor, Unavailable."""
+
+
 class Followed(msgspec.Struct, frozen=True):
     """The plan in force, as it is kept on disk: whose it is, its envelope, when it was accepted, and the trust state
     after it."""
@@ -81,7 +96,7 @@ class Followed(msgspec.Struct, frozen=True):
 
 
 class Supply:
-    """Follows the plans of `anchors` (by tenant) and keeps `pool` able to answer with the versions they name.
+    """Follows the plans of the tenants in `vouching` and keeps `pool` able to answer with the versions they name.
 
     `store` holds what was fetched, and in kinds of its own the plans and the sealed keys. `clock` is Unix seconds.
     """
@@ -91,14 +106,14 @@ class Supply:
         *,
         store: ArtifactStore,
         link: Link,
-        anchors: Mapping[str, TrustAnchors],
+        vouching: Mapping[str, Vouching],
         fetch: Fetch,
         artifact_key: ArtifactKey,
         open_model: OpenModel,
         sealing: X25519PrivateKey,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._store, self._link, self._anchors = store, link, anchors
+        self._store, self._link, self._vouching = store, link, vouching
         self._fetch, self._artifact_key, self._open_model = fetch, artifact_key, open_model
         self._sealing, self._clock = sealing, clock
         self._plans: dict[tuple[str, str], RolloutPlan] = {}
@@ -127,7 +142,7 @@ class Supply:
         """Follow the plans until cancelled. A plan that is refused changes nothing; what cannot be had is retried."""
         await asyncio.to_thread(self._restore)
         self._changed.set()
-        for tenant in self._anchors:
+        for tenant in self._vouching:
             self._link.subscribe(plan_topic(tenant, "+"), self._on_plan)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -142,7 +157,7 @@ class Supply:
         if len(payload) > PLAN_BYTES_MAX or (key not in self._followed and len(self._followed) >= MODELS_MAX):
             log.warning("plan of %s/%s refused: larger than %d bytes, or too many models", *key, PLAN_BYTES_MAX)
             return
-        if payload and tenant in self._anchors:
+        if payload and tenant in self._vouching:
             self._arrived[key] = payload
             self._news.set()
 
@@ -164,7 +179,12 @@ class Supply:
             return  # a retained message returns on every reconnect
         now = self._clock()
         state = known.state if known else TrustState()
-        plan, state = accept_plan(envelope, model, self._anchors[tenant], state, now)
+        vouching = self._vouching[tenant]
+        try:
+            plan, state = accept_plan(envelope, model, vouching.anchors, state, now)
+        except SignatureInvalid:
+            await vouching.refresh()  # the keys may be new
+            plan, state = accept_plan(envelope, model, vouching.anchors, state, now)
         await self._keep(Followed(tenant, model, envelope, now, state))
         self._plans[key] = plan
         self._changed.set()
@@ -209,7 +229,8 @@ class Supply:
             raise UnknownModel(f"version {digest[:12]}: expected one that a plan in force names")
         plan = self._plans[key]
         envelope = await self._obtain("manifest", digest)
-        manifest = accept_manifest(envelope, digest, self._anchors[key[0]], self._clock())
+        manifest = read_manifest(envelope, digest, key[0], self._clock())
+        await self._require(digest, manifest)
         state = check_release(manifest, plan, self._followed[key].state)
         delivery = unpack(await self._obtain("delivery", digest), Delivery)
         route = plan_update({}, manifest, {digest: delivery})
@@ -222,6 +243,17 @@ class Supply:
             raised = msgspec.structs.replace(followed.state, release_floor=floor)
             await self._keep(msgspec.structs.replace(followed, state=raised))
         return version
+
+    async def _require(self, digest: str, manifest: Manifest) -> None:
+        """Return if the repository vouches for a version, or did when it was last heard. Raises NotVouchedFor,
+        Unavailable."""
+        try:
+            await self._vouching[manifest.tenant].require(manifest)
+        except Unavailable:
+            if not await asyncio.to_thread(self._store.has, KIND_VOUCHED, digest):
+                raise
+        else:
+            await asyncio.to_thread(self._store.put, KIND_VOUCHED, digest, b"vouched for")
 
     def _open(self, digest: str, manifest: Manifest, route: Route, blobs: Mapping[str, bytes], key: bytes) -> Version:
         file = open_release(manifest, route, blobs, {digest: key})
@@ -271,10 +303,11 @@ class Supply:
         for name in self._store.names(KIND_PLAN):
             try:
                 followed = unpack(self._store.get(KIND_PLAN, name), Followed)
-                anchors = self._anchors.get(followed.tenant)
-                if anchors is None:
+                vouching = self._vouching.get(followed.tenant)
+                if vouching is None:
                     continue
-                plan, _ = accept_plan(followed.envelope, followed.model, anchors, followed.state, followed.accepted)
+                anchors, accepted = vouching.anchors, followed.accepted
+                plan, _ = accept_plan(followed.envelope, followed.model, anchors, followed.state, accepted)
             except AtollError as error:
                 log.warning("kept plan %s: %s; waiting for a newer one", name[:12], error)
                 continue

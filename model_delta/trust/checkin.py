@@ -25,6 +25,7 @@ from model_delta.store import ArtifactStore
 
 PLAIN, DEFLATED = 0, 1
 TIMESTAMP_BYTES_MAX = 16_384
+CHECK_IN_BYTES_MAX = 64
 _ROOT = re.compile(r"(\d{1,9})\.root\.json")
 
 
@@ -49,14 +50,18 @@ def answer_check_in(question: bytes, store: ArtifactStore, kind: str) -> bytes:
     """The mirror's answer out of what lies in its store under `kind`. Raises Malformed, and NotFound when it has no
     timestamp."""
     asked = unpack(question, CheckIn)
-    roots = [int(match[1]) for match in map(_ROOT.fullmatch, store.names(kind)) if match]
     timestamp = store.get(kind, "timestamp.json")
-    newest = max(roots, default=0)
+    newest = newest_root(store, kind)
     if _version(timestamp) == asked.timestamp:
         return pack(CheckInAnswer(asked.request, newest))
     short = zlib.compress(timestamp, 9)
     form, data = (DEFLATED, short) if len(short) < len(timestamp) else (PLAIN, timestamp)
     return pack(CheckInAnswer(asked.request, newest, form, data))
+
+
+def newest_root(store: ArtifactStore, kind: str) -> int:
+    """The highest version of a root in the store, 0 when it has none."""
+    return max((int(match[1]) for match in map(_ROOT.fullmatch, store.names(kind)) if match), default=0)
 
 
 def read_answer(data: bytes) -> tuple[CheckInAnswer, bytes | None]:

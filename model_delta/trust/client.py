@@ -81,6 +81,19 @@ class TrustStatus(msgspec.Struct, frozen=True):
     alarm: str = ""
 
 
+def judged(held: TrustStatus, now: float) -> TrustStatus:
+    """What was true at some time, as it is to be seen at `now`: state and alarm anew."""
+    late = now - held.expires
+    if not held.timestamp:
+        return msgspec.structs.replace(held, state="unknown", alarm="trust: nothing was ever verified")
+    if late < 0:
+        return msgspec.structs.replace(held, state="current", alarm="")
+    alarm = f"trust: timestamp {held.timestamp} expired {late:.0f} s ago; nothing new is taken"
+    if late < GRACE_S:
+        return msgspec.structs.replace(held, state="stale", alarm=alarm)
+    return msgspec.structs.replace(held, state="frozen", alarm=f"{alarm}; is somebody holding news back?")
+
+
 class Trust:
     """The verified side of one repository, kept in `folder`. Calls block; one process at a time uses the folder.
 
@@ -134,16 +147,7 @@ class Trust:
 
     def status(self, now: float) -> TrustStatus:
         """Where the device stands, without asking anybody."""
-        held = self._held()
-        late = now - held.expires
-        if not held.timestamp:
-            return msgspec.structs.replace(held, state="unknown", alarm="trust: nothing was ever verified")
-        if late < 0:
-            return msgspec.structs.replace(held, state="current")
-        alarm = f"trust: timestamp {held.timestamp} expired {late:.0f} s ago; nothing new is taken"
-        if late < GRACE_S:
-            return msgspec.structs.replace(held, state="stale", alarm=alarm)
-        return msgspec.structs.replace(held, state="frozen", alarm=f"{alarm}; is somebody holding news back?")
+        return judged(self._held(), now)
 
     def target(self, path: str, now: float) -> VouchedTarget:
         """What the repository says of `path`, which may fetch a delegated role's file.
@@ -291,7 +295,7 @@ class _Updater(Updater):
     """The library's client with files that survive a power cut."""
 
     def _persist_file(self, filename: str, data: bytes) -> None:
-        _write(Path(filename), data)
+        write_durably(Path(filename), data)
 
     def _update_root_symlink(self) -> None:
         version = self._trusted_set.root.version
@@ -312,7 +316,7 @@ def _sweep(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
     """Replace a file durably; nothing happens when it holds these bytes already."""
     try:
         if path.read_bytes() == data:

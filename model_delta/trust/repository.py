@@ -259,6 +259,11 @@ class Repository:
         current = self._newest(Targets, role)
         return frozenset() if current is None else frozenset(current.signed.targets)
 
+    def anchored(self, tenant: str) -> str:
+        """The SHA-256 of the tenant's anchors in the newest targets; "" when they hold none."""
+        found = self._require(Targets).signed.targets.get(anchors_path(tenant))
+        return "" if found is None else found.hashes["sha256"]
+
     # -- online roles
 
     def publish(self, now: float, snapshot: Sequence[Signer], timestamp: Sequence[Signer]) -> int:

@@ -13,7 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from atoll.settings import DataFolder
-from atoll.trust import Publishing, trust_init, trust_of
+from atoll.trust import Publishing, hold_automatically, trust_init, trust_of
+from atoll.trust_sticks import automatic_sticks
 from atoll.vouching import Vouching
 from model_delta.digest import digest_of
 from model_delta.errors import Untrusted
@@ -69,7 +70,11 @@ class Platform:
         return trust_of(self.data)
 
     def vouching(self) -> Vouching:
-        return Vouching(self.publishing, self.ledger, self.store, "core")
+        return Vouching(self.publishing, self.ledger, self.store, "core", self.data.child("trust"))
+
+    def start(self) -> bool:
+        """What a coordinator does first; whether it held the ceremony."""
+        return hold_automatically(self.publishing, self.data.child("trust"), ["core"], time.time())
 
     def device(self, now: float) -> Trust:
         root = self.publishing.repository.root_bytes(1)
@@ -163,3 +168,54 @@ def test_it_goes_on_after_a_failure(platform: Platform, caplog: pytest.LogCaptur
 
     asyncio.run(scene())
     assert platform.publishing.vouched("core") == {path}
+
+
+def test_a_platform_that_starts_before_a_ceremony_holds_one_and_keeps_all_roles_fresh(platform: Platform) -> None:
+    assert platform.start()
+    assert not platform.start()
+    path = platform.ledger.publish(b"first")
+    vouching, now = platform.vouching(), time.time()
+    assert vouching.once(now) == ()
+    device = platform.device(now)
+    assert device.target(path, now).length == 5
+    for days in range(40, 800, 40):
+        assert vouching.once(now + days * DAY_S) == ()
+    assert min(vouching.days_left.values()) >= 0.5
+    after = now + 760 * DAY_S
+    assert platform.device(after).target(path, after).length == 5
+
+
+def test_new_keys_of_the_keyring_reach_the_targets_by_themselves(platform: Platform) -> None:
+    platform.start()
+    path = platform.ledger.publish(b"first")
+    vouching, now = platform.vouching(), time.time()
+    vouching.once(now)
+    before = platform.publishing.anchors()
+    platform.data.keyring_path.unlink()
+    vouching = platform.vouching()
+    assert vouching.once(now + 1) == ()
+    device = platform.device(now + 1)
+    assert device.target(path, now + 1).length == 5
+    assert device.anchors("acme", now + 1) == platform.publishing.anchors() != before
+
+
+def test_a_ceremony_gives_to_people_what_the_platform_held(platform: Platform) -> None:
+    platform.start()
+    trust = platform.data.child("trust")
+    assert len(automatic_sticks(trust)) == 3
+    path = platform.ledger.publish(b"first")
+    vouching, now = platform.vouching(), time.time()
+    vouching.once(now)
+    platform.device(now)
+    platform.ceremony("core")
+    assert automatic_sticks(trust) == ()
+    assert vouching.once(now + 60 * DAY_S) == ("targets",)
+    assert platform.device(now + 60 * DAY_S).target(path, now + 60 * DAY_S).length == 5
+    holders = {key for status in platform.publishing.repository.status()[:2] for key in status.keys}
+    assert len(holders) == 6
+
+
+def test_a_ceremony_before_the_first_start_is_the_platforms(platform: Platform) -> None:
+    platform.ceremony("core")
+    assert not platform.start()
+    assert automatic_sticks(platform.data.child("trust")) == ()

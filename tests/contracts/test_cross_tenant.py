@@ -24,11 +24,10 @@ from model_delta.errors import AtollError, SignatureInvalid, Untrusted
 from model_delta.keys.certificates import device_keys_of, make_request, serial_of
 from model_delta.keys.encryption import open_blob, open_sealed, seal_blob, seal_to
 from model_delta.keys.keyring import ROLES, Keyring
-from model_delta.manifest import MANIFEST_TYPE
 from model_delta.plan import PLAN_TYPE
 from model_delta.task import TASK_TYPE
 from model_delta.trust.signing import seal_envelope
-from model_delta.trust.updater import TrustState, accept_manifest, accept_plan, accept_task
+from model_delta.trust.updater import TrustState, accept_plan, accept_task
 from regional_gateway.mqtt_broker import MqttBroker, server_tls
 from regional_gateway.mqtt_sessions import FLEET_RULES, access
 from tests.fl_coordinator.platform_in_memory import Platform, fraud_model
@@ -58,7 +57,6 @@ def test_an_artifact_of_one_tenant_opens_with_nothing_of_another(both: Rings) ->
 def test_nothing_signed_for_one_tenant_is_believed_by_another(both: Rings, role: str) -> None:
     anchors, state, now = both.globex.anchors(), TrustState(), time.time()
     accept: dict[str, Callable[[bytes], object]] = {
-        MANIFEST_TYPE: lambda data: accept_manifest(data, "0" * 64, anchors, now),
         PLAN_TYPE: lambda data: accept_plan(data, "fraud", anchors, state, now),
         TASK_TYPE: lambda data: accept_task(data, "fraud", anchors, state, now),
     }

@@ -28,7 +28,7 @@ BASELINE_KEY = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 ANCHORS = TrustAnchors(TENANT, {"baseline": RoleKeys((public_bytes(BASELINE_KEY.public_key()),))})
 
 
-BY_TEST_KEY: dict[str, object] = {"open_baseline": verified_baseline(ANCHORS, MODEL)}
+BY_TEST_KEY: dict[str, object] = {"open_baseline": verified_baseline(lambda: ANCHORS, MODEL)}
 
 
 class AskedRegion:
@@ -106,7 +106,7 @@ def test_without_a_model_the_region_answers_then_the_baseline_then_the_rule(tmp_
         world = World(tmp_path)
         regions = AskedRegion()
         device = world.device(
-            "pos-0001", tmp_path / "device", regions=regions, open_baseline=verified_baseline(ANCHORS, MODEL)
+            "pos-0001", tmp_path / "device", regions=regions, open_baseline=verified_baseline(lambda: ANCHORS, MODEL)
         )
         assert (await device.decide(QUIET)).where == "region"
         regions.error = Unavailable("away")

@@ -1,4 +1,5 @@
-"""A small world around a device: a publisher, a coordinator and mirrors on the broker in memory. All crypto is real.
+"""A small world around a device: a publisher with a TUF repository, a coordinator and mirrors on the broker in memory.
+All crypto is real.
 
 world = World(tmp_path)
 first = world.publish(world.model(seed=1))
@@ -26,6 +27,7 @@ from edge_runtime.probation import ProbationRules
 from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
+from model_delta.errors import NotFound
 from model_delta.keys.encryption import new_key, seal_to
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import GoldenCase, Manifest, Requirements, Tensor
@@ -45,9 +47,12 @@ from model_delta.topics import (
     plan_topic,
     round_topic,
 )
+from model_delta.trust.checkin import answer_check_in
+from model_delta.trust.paths import KIND as TUF
 from model_delta.trust.signing import key_id, open_envelope, seal_envelope, verify
 from monitoring.telemetry import Report, UpdateOutcome
 from tests.fakes.link import FakeBroker, FakeLink
+from tests.fakes.tuf_site import Site
 
 TENANT, MODEL = "acme", "fraud"
 FEATURES = ("amount", "hour", "ratio", "count")
@@ -63,6 +68,8 @@ class World:
         self.broker = FakeBroker()
         self.now = NOW
         self.keyring = EmbeddedKeyring.create(folder / "keys", TENANT, clock=lambda: self.now)
+        self.site = Site(self.now, self.keyring.anchors())
+        self.frozen = False
         self.store: dict[tuple[str, str], bytes] = {}
         self.keys: dict[str, bytes] = {}
         self.releases: dict[str, Release] = {}
@@ -91,6 +98,7 @@ class World:
         for region in self.chunks:
             gateway = self.broker.link(f"gateway-{region}")
             gateway.subscribe(f"atoll/1/dev/+/up/req/{region}", self._in_task(gateway, self._mirror(region)))
+            gateway.subscribe(f"atoll/1/dev/+/up/trust/{region}", self._in_task(gateway, self._check_in(region)))
 
     def _in_task(
         self, link: FakeLink, handle: Callable[[FakeLink, str, bytes], Awaitable[None]]
@@ -112,8 +120,11 @@ class World:
             if region in self.dead:
                 return
             request = unpack(payload, ChunkRequest)
-            self.chunks[region] += 1
-            data = self.store.get((request.kind, request.name))
+            if request.kind == "tuf":
+                data = self._tuf(request.name)
+            else:
+                self.chunks[region] += 1
+                data = self.store.get((request.kind, request.name))
             if request.kept_only and request.name not in self.kept[region]:
                 data = None
             if data is None:
@@ -125,6 +136,25 @@ class World:
             await link.publish(down(device, "res"), pack(response))
 
         return answer
+
+    def _check_in(self, region: str) -> Callable[[FakeLink, str, bytes], Awaitable[None]]:
+        async def answer(link: FakeLink, device: str, payload: bytes) -> None:
+            if region not in self.dead:
+                self._keep_fresh()
+                await link.publish(down(device, "trust"), answer_check_in(payload, self.site.store, TUF))
+
+        return answer
+
+    def _tuf(self, name: str) -> bytes | None:
+        self._keep_fresh()
+        try:
+            return self.site.store.get(TUF, name)
+        except NotFound:
+            return None
+
+    def _keep_fresh(self) -> None:
+        if not self.frozen:
+            self.site.keep_fresh(self.now)
 
     async def _answer_key(self, link: FakeLink, device: str, payload: bytes) -> None:
         identity = self.devices[device]
@@ -163,8 +193,10 @@ class World:
         moved = [(w + 0.02 * nudge.standard_normal(w.shape).astype(np.float32) * (seed != 1), b) for w, b in weights]
         return graphs.quantize_weights(graphs.mlp_model(moved, np.zeros(4, np.float32), np.ones(4, np.float32)), like)
 
-    def publish(self, file: bytes, *parents: Release, golden_shift: float = 0.0, **options: Any) -> Release:
-        """Build, sign and store a release of `file`; `golden_shift` makes its golden case wrong."""
+    def publish(
+        self, file: bytes, *parents: Release, golden_shift: float = 0.0, vouched: bool = True, **options: Any
+    ) -> Release:
+        """Build, sign, store and vouch for a release of `file`; `golden_shift` makes its golden case wrong."""
         inputs = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
         outputs = run_graph(file, {"features": inputs})["score"].astype(np.float32) + np.float32(golden_shift)
         golden = GoldenCase({"features": tensor(inputs)}, {"score": tensor(outputs)})
@@ -188,7 +220,21 @@ class World:
         self.keys[release.digest] = key
         self.releases[release.digest] = release
         self.files[release.digest] = file
+        if vouched:
+            self.vouch(release)
         return release
+
+    def vouch(self, release: Release) -> None:
+        """Name a release in the repository."""
+        self.site.now = self.now
+        self.site.release(open_envelope(release.envelope).payload)
+        self.site.publish()
+
+    def withdraw(self, release: Release) -> None:
+        """Name a release no more."""
+        self.site.now = self.now
+        self.site.withdraw(open_envelope(release.envelope).payload)
+        self.site.publish()
 
     def plan(
         self, target: Release, stable: Release | None = None, *, share: float = 1.0, name: str = "", **options: Any
@@ -254,6 +300,8 @@ class World:
             "answer_deadline_s": 0.15,
             "retry_first_s": 0.02,
             "receipt_deadline_s": 0.1,
+            "vouching_patience_s": 0.3,
+            "check_in_s": 3600.0,
             "data": local_data,
             "contribute": lambda update, task: task.round_id.encode() + b"|" + update.tobytes(),
         }
@@ -263,6 +311,7 @@ class World:
             model=MODEL,
             directory=folder / "state",
             link=self.broker.link(device_id),
+            root=self.site.provisioned(),
             anchors=self.keyring.anchors(),
             feature_names=FEATURES,
             rng=random.Random(device_id),

@@ -26,8 +26,10 @@ from model_delta.manifest import GoldenCase, Tensor
 from model_delta.plan import PLAN_TYPE, Cohort, RolloutPlan
 from model_delta.release import Release, build_release
 from model_delta.topics import plan_topic
-from model_delta.trust.signing import seal_envelope
+from model_delta.trust.paths import KIND as TUF
+from model_delta.trust.signing import open_envelope, seal_envelope
 from tests.fakes.link import FakeBroker
+from tests.fakes.tuf_site import Site
 
 TENANT = "acme"
 MODEL = "fraud"
@@ -55,6 +57,7 @@ class Publisher:
         self.keyring = EmbeddedKeyring.create(directory / "keyring", TENANT, lambda: now)
         self.link = broker.link("coordinator")
         self.now = now
+        self.site = Site(now, self.keyring.anchors())
         self.up = True
         self.fetched: Counter[tuple[str, str]] = Counter()
         self.keys_given: Counter[str] = Counter()
@@ -64,7 +67,13 @@ class Publisher:
         self._serial = 0
 
     def publish(
-        self, file: bytes, *, golden_shift: float = 0.0, feature_set: str = "payments", model: str = MODEL
+        self,
+        file: bytes,
+        *,
+        golden_shift: float = 0.0,
+        feature_set: str = "payments",
+        model: str = MODEL,
+        vouched: bool = True,
     ) -> Release:
         """Release `file`. A `golden_shift` makes it a version that does not answer as its golden case says."""
         self._releases += 1
@@ -90,6 +99,10 @@ class Publisher:
         self.objects["delivery", release.digest] = pack(release.delivery)
         for name, data in release.blobs.items():
             self.objects["blob", name] = data
+        if vouched:
+            self.site.now = self.now
+            self.site.release(open_envelope(release.envelope).payload, model)
+            self.site.publish()
         return release
 
     def make_plan(
@@ -135,6 +148,8 @@ class Publisher:
         await asyncio.sleep(0)
         if not self.up:
             raise Unavailable(f"{kind} {name[:12]}: the coordinator is away")
+        if kind == "tuf":
+            return self.site.store.get(TUF, name)
         try:
             return self.objects[kind, name]
         except KeyError:

@@ -11,7 +11,7 @@ from model_delta import topics
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
 from model_delta.keys.certificates import make_request
-from model_delta.trust.updater import accept_manifest
+from model_delta.trust.updater import read_manifest
 from monitoring.telemetry import Report
 from tests.fl_coordinator.platform_in_memory import START, Device, Platform, fraud_model, until
 
@@ -80,8 +80,8 @@ def test_publish_roll_out_report_acknowledge(tmp_path: Path) -> None:
             assert snapshot.decisions == 6 * 30
             assert {device.version for device in snapshot.devices} == {"eu-west:1"}
             assert platform.ledger.stable("fraud") == manifest
-            described = accept_manifest(
-                platform.store.get("manifest", manifest), manifest, platform.keyring.anchors(), START
+            described = read_manifest(
+                platform.store.get("manifest", manifest), manifest, platform.keyring.tenant, START
             )
             assert described.golden[0].outputs["score"].shape == (3, 1)
 

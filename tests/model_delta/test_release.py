@@ -50,7 +50,8 @@ from model_delta.release import (
     with_offers,
 )
 from model_delta.segments import read_tensor
-from model_delta.trust.updater import accept_manifest
+from model_delta.trust.signing import open_envelope
+from model_delta.trust.updater import read_manifest
 from model_delta.version import private_branch
 from tests.model_delta.models import NOW, keyring, layers, model, nudged
 
@@ -115,7 +116,7 @@ def have(publisher: Publisher, *numbers: int) -> dict[str, int]:
 
 def test_what_is_published_is_accepted_and_describes_the_file(publisher: Publisher) -> None:
     release, file = publisher.releases[1], publisher.files[1]
-    manifest = accept_manifest(release.envelope, release.digest, publisher.ring.anchors(), NOW)
+    manifest = read_manifest(release.envelope, release.digest, publisher.ring.tenant, NOW)
     assert manifest == release.manifest
     assert manifest.parents == (publisher.releases[0].digest,)
     assert (manifest.size, manifest.file_digest) == (len(file), digest_of(file))
@@ -482,8 +483,9 @@ def test_a_file_that_is_not_onnx_is_described_by_hand(publisher: Publisher) -> N
         role="baseline",
     )
     with pytest.raises(Untrusted):
-        accept_manifest(made.envelope, made.digest, publisher.ring.anchors(), NOW)
-    manifest = accept_manifest(made.envelope, made.digest, publisher.ring.anchors(), NOW, role="baseline")
+        publisher.ring.verify(open_envelope(made.envelope), "manifest", "release")
+    publisher.ring.verify(open_envelope(made.envelope), "manifest", "baseline")
+    manifest = read_manifest(made.envelope, made.digest, publisher.ring.tenant, NOW)
     assert (manifest.inputs, manifest.golden, manifest.expires) == (inputs, (case,), int(NOW) + 10)
     assert manifest.requirements.runtime == "baseline"
     route = plan_update({}, manifest, {made.digest: made.delivery})

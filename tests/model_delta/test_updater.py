@@ -20,10 +20,10 @@ from model_delta.trust.updater import (
     RoleKeys,
     TrustAnchors,
     TrustState,
-    accept_manifest,
     accept_plan,
     accept_task,
     check_release,
+    read_manifest,
 )
 from tests.model_delta.models import NOW, keyring
 
@@ -97,7 +97,7 @@ def signed(kind: str, value: object, *keys: ed25519.Ed25519PrivateKey) -> bytes:
 def test_a_vouched_manifest_is_accepted() -> None:
     manifest = a_manifest()
     envelope = signed("manifest", manifest, KEYS["release"][1])
-    assert accept_manifest(envelope, manifest_digest(manifest), anchors(), NOW) == manifest
+    assert read_manifest(envelope, manifest_digest(manifest), "acme", NOW) == manifest
 
 
 def test_a_keyrings_signature_is_accepted_under_its_anchors(tmp_path: Path) -> None:
@@ -110,31 +110,27 @@ def test_a_keyrings_signature_is_accepted_under_its_anchors(tmp_path: Path) -> N
 def test_a_mix_and_match_manifest_is_another_version() -> None:
     envelope = signed("manifest", a_manifest(release=2), KEYS["release"][0])
     with pytest.raises(DigestMismatch, match="expected sha256"):
-        accept_manifest(envelope, manifest_digest(a_manifest()), anchors(), NOW)
+        read_manifest(envelope, manifest_digest(a_manifest()), "acme", NOW)
 
 
 def test_an_altered_payload_is_refused() -> None:
-    manifest = a_manifest()
-    good = sign("manifest", pack(manifest), KEYS["release"][:1])
-    evil = pack(a_manifest(size=4, release=99))
+    good, evil = sign("plan", pack(a_plan()), KEYS["plan"][:1]), pack(a_plan(serial=99))
     with pytest.raises(SignatureInvalid):
-        accept_manifest(seal_envelope(msgspec.structs.replace(good, payload=evil)), digest_of(evil), anchors(), NOW)
+        accept_plan(seal_envelope(msgspec.structs.replace(good, payload=evil)), "fraud", anchors(), TrustState(), NOW)
 
 
-@pytest.mark.parametrize("role", ["plan", "round", "baseline"])
+@pytest.mark.parametrize("role", ["release", "round", "baseline"])
 def test_a_key_of_another_role_does_not_count(role: str) -> None:
-    manifest = a_manifest()
     with pytest.raises(SignatureInvalid, match="expected 1 valid"):
-        accept_manifest(signed("manifest", manifest, KEYS[role][0]), manifest_digest(manifest), anchors(), NOW)
+        accept_plan(signed("plan", a_plan(), KEYS[role][0]), "fraud", anchors(), TrustState(), NOW)
 
 
 def test_a_foreign_key_that_borrows_a_known_key_id_does_not_count() -> None:
-    manifest, foreign = a_manifest(), ed25519.Ed25519PrivateKey.generate()
-    forged = sign("manifest", pack(manifest), [foreign])
-    real_id = sign("manifest", b"", KEYS["release"][:1]).signatures[0].key_id
-    envelope = Envelope("manifest", forged.payload, (Signature(real_id, forged.signatures[0].value),))
+    forged = sign("plan", pack(a_plan()), [ed25519.Ed25519PrivateKey.generate()])
+    real_id = sign("plan", b"", KEYS["plan"][:1]).signatures[0].key_id
+    envelope = Envelope("plan", forged.payload, (Signature(real_id, forged.signatures[0].value),))
     with pytest.raises(SignatureInvalid):
-        accept_manifest(seal_envelope(envelope), manifest_digest(manifest), anchors(), NOW)
+        accept_plan(seal_envelope(envelope), "fraud", anchors(), TrustState(), NOW)
 
 
 def test_the_wrong_type_is_refused_even_when_the_role_key_signed_it() -> None:
@@ -147,11 +143,11 @@ def test_the_wrong_type_is_refused_even_when_the_role_key_signed_it() -> None:
 
 
 def test_a_threshold_counts_different_keys() -> None:
-    manifest = a_manifest()
-    digest, first, second = manifest_digest(manifest), KEYS["release"][0], KEYS["release"][1]
+    plan = a_plan()
+    first, second = KEYS["plan"][0], KEYS["plan"][1]
     with pytest.raises(SignatureInvalid, match="expected 2 valid"):
-        accept_manifest(signed("manifest", manifest, first, first), digest, anchors(2), NOW)
-    assert accept_manifest(signed("manifest", manifest, first, second), digest, anchors(2), NOW) == manifest
+        accept_plan(signed("plan", plan, first, first), "fraud", anchors(2), TrustState(), NOW)
+    assert accept_plan(signed("plan", plan, first, second), "fraud", anchors(2), TrustState(), NOW)[0] == plan
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 4])
@@ -176,7 +172,7 @@ def test_an_expired_record_is_refused(late: float) -> None:
         a_task(deadline=int(NOW)),
     )
     with pytest.raises(Expired):
-        accept_manifest(signed("manifest", manifest, KEYS["release"][0]), manifest_digest(manifest), anchors(), now)
+        read_manifest(signed("manifest", manifest, KEYS["release"][0]), manifest_digest(manifest), "acme", now)
     with pytest.raises(Expired):
         accept_plan(signed("plan", plan, KEYS["plan"][0]), "fraud", anchors(), TrustState(), now)
     with pytest.raises(Expired):
@@ -211,9 +207,7 @@ def test_another_tenants_or_models_record_is_refused() -> None:
     with pytest.raises(Untrusted, match="expected model 'limits'"):
         accept_plan(signed("plan", plan, KEYS["plan"][0]), "limits", anchors(), TrustState(), NOW)
     with pytest.raises(Untrusted, match="expected tenant"):
-        accept_manifest(
-            signed("manifest", manifest, KEYS["release"][0]), manifest_digest(manifest), anchors(tenant="other"), NOW
-        )
+        read_manifest(signed("manifest", manifest, KEYS["release"][0]), manifest_digest(manifest), "other", NOW)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from model_delta.encoding import pack, unpack
 from model_delta.plan import BUCKETS, DeviceTraits, assign
 from model_delta.store import DirectoryStore
 from model_delta.topics import ChunkRequest, ChunkResponse, down, plan_topic, up
+from model_delta.trust.signing import open_envelope
 from monitoring.metrics import Metrics
 from monitoring.telemetry import Decision
 from regional_gateway.app import create_app
@@ -29,6 +30,7 @@ from regional_gateway.mirror import MISSING_SECONDS, WINDOW_MAX, Mirror
 from regional_gateway.serving import Gateway
 from regional_gateway.supply import Supply
 from regional_gateway.tenants import Tenant, Tenants
+from regional_gateway.vouching import Vouching
 from tests.fakes.link import FakeBroker
 from tests.fakes.publisher import MODEL, NAMES, TENANT, Publisher, mlp, run_file
 
@@ -48,6 +50,17 @@ class World:
         self.sealing = X25519PrivateKey.generate()
         self.left: list[Decision] = []
 
+    def vouching(self, store: DirectoryStore) -> Vouching:
+        return Vouching(
+            folder=self.path / "trust",
+            tenant=TENANT,
+            root=self.publisher.site.provisioned(),
+            anchors=self.publisher.keyring.anchors(),
+            store=store,
+            fetch=self.publisher.fetch,
+            clock=lambda: self.publisher.now,
+        )
+
     @contextlib.asynccontextmanager
     async def region(self, limit: Limit | None = None, **settings: Any) -> AsyncIterator[Region]:
         link = self.broker.link("gateway-eu-west")
@@ -56,7 +69,7 @@ class World:
         supply = Supply(
             store=store,
             link=link,
-            anchors={TENANT: self.publisher.keyring.anchors()},
+            vouching={TENANT: self.vouching(store)},
             fetch=self.publisher.fetch,
             artifact_key=self.publisher.artifact_key,
             open_model=open_model,
@@ -474,12 +487,52 @@ def test_the_region_answers_while_broker_and_coordinator_are_away_and_after_its_
             world.publisher.up = False
             world.broker.up = False
             assert (await region.predict()).status_code == 200
-        asked = world.publisher.fetched.total(), world.publisher.keys_given.total()
+        asked = objects_asked_for(world), world.publisher.keys_given.total()
         world.publisher.now += 30 * 86_400  # the plan has expired meanwhile; nobody said anything newer
         async with world.region() as region:
             await region.until_ready()
             assert (await region.predict()).json()["manifest"] == release.digest
-        assert (world.publisher.fetched.total(), world.publisher.keys_given.total()) == asked
+        assert (objects_asked_for(world), world.publisher.keys_given.total()) == asked
+
+    asyncio.run(story())
+
+
+def objects_asked_for(world: World) -> int:
+    """Without the repository's files, of which a region asks for newer ones."""
+    return sum(count for (kind, _), count in world.publisher.fetched.items() if kind != "tuf")
+
+
+def test_a_version_that_nobody_vouches_for_is_not_taken_whoever_signed_the_plan(world: World) -> None:
+    async def story() -> None:
+        first = world.publisher.publish(mlp(1))
+        async with world.region() as region:
+            await world.publisher.plan(stable=first.digest)
+            await region.until_ready()
+            invented = world.publisher.publish(mlp(2), vouched=False)
+            await world.publisher.plan(stable=first.digest, target=invented.digest, buckets=BUCKETS)
+            await region.until(lambda: world.publisher.fetched["manifest", invented.digest] > 0)
+            await region.until(lambda: world.publisher.fetched["tuf", "timestamp.json"] > 1)
+            await asyncio.sleep(0.05)
+            assert (await region.predict()).json()["manifest"] == first.digest
+            assert not world.publisher.keys_given[invented.digest]
+
+    asyncio.run(story())
+
+
+def test_a_version_that_was_withdrawn_does_not_come_back_with_a_plan(world: World) -> None:
+    async def story() -> None:
+        first, second = (world.publisher.publish(mlp(seed)) for seed in (1, 2))
+        async with world.region() as region:
+            await world.publisher.plan(stable=first.digest)
+            await region.until_ready()
+        world.publisher.site.withdraw(open_envelope(first.envelope).payload)
+        world.publisher.site.publish()
+        async with world.region() as region:
+            await region.until(lambda: world.publisher.fetched["tuf", "timestamp.json"] > 1)
+            await asyncio.sleep(0.05)
+            assert (await region.predict()).status_code == 503
+            await world.publisher.plan(stable=second.digest)
+            await region.until_ready()
 
     asyncio.run(story())
 

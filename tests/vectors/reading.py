@@ -26,7 +26,7 @@ from model_delta.patch.container import apply_bytes
 from model_delta.topics import Hello, KeyRequest
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
-from model_delta.trust.updater import TrustAnchors, TrustState, accept_manifest, accept_plan, accept_task, role_keys
+from model_delta.trust.updater import TrustAnchors, TrustState, accept_plan, accept_task, read_manifest, role_keys
 from monitoring.telemetry import Report
 from tests.vectors.directing import read_directing
 
@@ -61,8 +61,8 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
     """What the file holds, as plain values, after every check its reader makes. Raises what the reader raises."""
     data = bytes_of(name)
     if kind == "manifest":
-        payload = open_envelope(data).payload
-        return plain(accept_manifest(data, digest_of(payload), anchors(), now))
+        payload = verify_envelope(open_envelope(data), "manifest", *role_keys(anchors(), "release"))
+        return plain(read_manifest(data, digest_of(payload), anchors().tenant, now))
     if kind == "plan":
         return plain(accept_plan(data, MODEL, anchors(), SEEN, now)[0])
     if kind == "round":
