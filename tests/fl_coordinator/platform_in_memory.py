@@ -19,6 +19,7 @@ from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.ledger import Ledger
+from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.promotion import Evaluate
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.shares.client import make_contribution
@@ -98,8 +99,8 @@ class Platform:
 
     def open(self) -> None:
         """Open ledger and log, and make a coordinator on them."""
-        self.ledger = Ledger(self.folder / "ledger.sqlite")
-        self.log = SegmentLog(self.folder / "log", self.segment_bytes)
+        self.ledger = self.open_ledger()
+        self.log = self.open_log()
         self.publisher = Publisher(
             tenant="acme",
             region="eu-west",
@@ -124,6 +125,14 @@ class Platform:
             clock=self.clock,
             tick_s=0.02,
         )
+
+    def open_ledger(self) -> Ledger:
+        """The ledger in this folder; a test may have it behave in its own way."""
+        return Ledger(self.folder / "ledger.sqlite")
+
+    def open_log(self) -> UpdatesLog:
+        """The embedded log, or another one."""
+        return SegmentLog(self.folder / "log", self.segment_bytes)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Coordinator]:
