@@ -27,7 +27,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from benchmarks import cost, fraud_rounds, keys, models, trust_checkin
+from benchmarks import cost, device_update, fraud_rounds, keys, models, trust_checkin
 from benchmarks.claims import Claim, at_most, at_most_share, run
 from benchmarks.encoder import Batch
 from edge_runtime.onnx_model import run_graph
@@ -177,6 +177,26 @@ def apply_memory(pairs: Pairs) -> list[Claim]:
     ]
 
 
+def device_apply_memory(pairs: Pairs) -> list[Claim]:
+    """Memory of a device's whole update of those models once its blobs are there (sealed, opened, made, checked,
+    installed), over an interpreter that only imports the device's modules: by patch, and as a whole."""
+    nothing = cost.of("benchmarks.device_update:nothing").peak_mb
+    float32 = models.minilm("old"), models.minilm("round")
+    claims = []
+    folders = {"23": (pairs.old, pairs.locked_round), "90": float32}
+    for size, (before, after) in folders.items():
+        device_update.prepare(pairs.path(f"device{size}"), before, after)
+    for kind in ("patch", "whole"):
+        grown = {
+            size: cost.of("benchmarks.device_update:apply", pairs.path(f"device{size}"), kind).peak_mb - nothing
+            for size in folders
+        }
+        words = ", ".join(f"{size} MB {grown[size]:.1f}" for size in folders)
+        name = "delta.device_apply_memory" + ("" if kind == "patch" else f".{kind}")
+        claims.append(at_most(name, max(grown.values()), f"MB ({kind}; {words})", 4))
+    return claims
+
+
 def fp32(pairs: Pairs) -> list[Claim]:
     """The 90 MB pair in float32, beside the order-0 entropy of its differences by byte plane and tensor (bsdiff takes
     minutes and gigabytes)."""
@@ -264,6 +284,7 @@ PARTS: dict[str, Callable[[Pairs], list[Claim]]] = {
     "entropy": entropy,
     "encode": encode,
     "apply_memory": apply_memory,
+    "device_apply_memory": device_apply_memory,
     "fp32": fp32,
     "last_layer": last_layer,
     "behind12": behind12,

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from benchmarks.patching import device_folder
+from benchmarks import device_update
 from model_delta import graphs
 from model_delta.assembly import PATCH_NAME, MemoryRoom, check_file, is_finished, patch_label, pieces_of, write_release
 from model_delta.digest import digest_of
@@ -322,7 +322,7 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         new = [(w + np.float32(1e-4) * rng.standard_normal(w.shape, np.float32), b) for w, b in old]
         before = graphs.quantize_weights(mlp(old))
         folders.append(tmp_path_factory.mktemp("device") / f"{width}")
-        device_folder(folders[-1], before, graphs.quantize_weights(mlp(new), before))
+        device_update.prepare(folders[-1], before, graphs.quantize_weights(mlp(new), before))
     return folders
 
 
@@ -336,8 +336,8 @@ def test_memory_does_not_grow_with_the_model(devices: list[Path], kind: str) -> 
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from benchmarks import patching\n"
-        "if len(sys.argv) > 1: patching.device_apply(*sys.argv[1:])\n"
+        "from benchmarks import device_update\n"
+        "if len(sys.argv) > 1: device_update.apply(*sys.argv[1:])\n"
         "status = Path('/proc/self/status').read_text().split('VmHWM:')[1]\n"
         "print(int(status.split()[0]) / 1000)\n"
     )
