@@ -191,6 +191,13 @@ def publish(
     signed_folder: Annotated[
         Path | None, typer.Option(help="The folder that the bundle covers, where that is more than the model's file.")
     ] = None,
+    quantize: Annotated[
+        str,
+        typer.Option(
+            help="auto (int8 where it measures faster or smaller enough), int8 or none (float32); default: the form "
+            "of the version before, or auto."
+        ),
+    ] = "",
     join: Annotated[
         bool, typer.Option("--join", help="Publish one version that joins those that regions released apart.")
     ] = False,
@@ -220,6 +227,7 @@ def publish(
         signer_key=signer_key,
         signer_chain=signer_chain or (),
         signed_folder=signed_folder,
+        quantize=quantize,
         contact_s=contact,
         as_json=json,
     )

@@ -21,7 +21,7 @@ from atoll.events import Events
 from atoll.http_server import serving
 from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of, revocation_list_of
 from atoll.revocation import keep_list
-from atoll.settings import MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
+from atoll.settings import INT8_WORTH, MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
 from atoll.trust import hold_automatically, trust_of
 from atoll.updates import open_log, place_of
 from atoll.vouching import Vouching
@@ -38,9 +38,10 @@ from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.promotion import Evaluate, Evaluation
-from fl_coordinator.publishing import Publisher
+from fl_coordinator.publishing import LoadedModel, Publisher
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Manifest, TensorSpec
+from model_delta.patch.quantization import Worth
 from model_delta.trust.paths import delegated_role
 from monitoring.dashboard import page_routes
 from monitoring.quality import average_precision
@@ -50,6 +51,7 @@ REGION = "core"
 
 GOLDEN_ROWS = 16
 LATENCY_ROWS = 200
+LATENCY_S = 2.0
 HELD_OUT = "held_out.npz"
 """In the coordinator's folder, if candidates of rounds are to be measured: `features` float32[n, F], `fraud` bool[n],
 and `slice` str[n]."""
@@ -104,6 +106,8 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
                 golden_inputs=golden_inputs,
                 feature_counts={MODEL: len(FEATURES), MODEL_OF_CSV: len(CSV_FEATURES)},
                 vouch=vouching.published,
+                latency_us=latency_us,
+                worth={name: Worth(**figures) for name, figures in INT8_WORTH.items()},
             ),
             evaluate=evaluation_on(folder / HELD_OUT),
             bridge=bridge,
@@ -219,6 +223,17 @@ def evaluation_on(path: Path) -> Evaluate:
         )
 
     return evaluate
+
+
+def latency_us(model: LoadedModel, row: Mapping[str, Array]) -> float:
+    """Median processor time of one row; see `_latency_p95_us`."""
+    seconds: list[float] = []
+    model.run(row)
+    while len(seconds) < LATENCY_ROWS and sum(seconds) < LATENCY_S:
+        started = time.thread_time()
+        model.run(row)
+        seconds.append(time.thread_time() - started)
+    return float(np.median(seconds)) * 1e6
 
 
 def _latency_p95_us(run: Callable[[npt.NDArray[np.float32]], object], rows: npt.NDArray[np.float32]) -> float:

@@ -39,6 +39,7 @@ def publish_model(
     threshold: float | None,
     feature_set: str,
     *,
+    quantize: str = "",
     signature: Path | None = None,
     signer_key: Path | None = None,
     signer_chain: Sequence[Path] = (),
@@ -62,6 +63,9 @@ def publish_model(
     if signature is not None:
         bundle = _checked_signature(model, source, signature, signer_key, signer_chain, signed_folder)
     options = {"model": name, "name": label, "feature_set": feature_set or FEATURE_SET_OF.get(name, "")}
+    if quantize not in ("", "auto", "int8", "none"):
+        raise ConfigurationError(f"--quantize: expected auto, int8 or none, found {quantize!r}; or leave it out")
+    options["quantize"] = quantize
     if threshold is not None:
         options["threshold"] = str(threshold)
     client = operator(data, contact_s)
@@ -100,9 +104,21 @@ def _release_text(found: dict[str, Any]) -> str:
     patches = ", ".join(f"{size} B from {base[:12]}" for base, size in found["bytes_patch"].items()) or "none"
     return (
         f"published {found['model']} {found['version']} as release {found['release']}\n"
-        f"manifest  {found['manifest']}\nwhole     {found['bytes_whole']} B\npatches   {patches}\n"
+        f"manifest  {found['manifest']}\nwhole     {found['bytes_whole']} B\npatches   {patches}\n{_form_text(found)}"
         "Nobody runs it yet: atoll rollout apply FILE"
     )
+
+
+def _form_text(found: dict[str, Any]) -> str:
+    form = found.get("form")
+    if not form:
+        return ""
+    text = f"form      {'int8' if form['int8'] else 'float32'}: {form['reason']}\n"
+    for name, choice in form["classes"].items():
+        text += f"          {name or 'other'} ({choice['devices']} devices): {choice['reason']}\n"
+    if form["fresh_because"]:
+        text += f"          quantized afresh: {'; '.join(form['fresh_because'])}\n"
+    return text
 
 
 def apply_rollout(data: Path, file: Path, *, contact_s: float, as_json: bool) -> None:

@@ -39,6 +39,19 @@ MODEL = "fraud"
 MODEL_OF_CSV = "fraud-csv"
 LOOPBACK = "127.0.0.1"
 
+INT8_WORTH = {
+    "pos": {"faster": 0.95, "smaller": 0.6, "slower_max": 1.25},
+    "phone": {"faster": 0.95, "smaller": 0.7, "slower_max": 1.5},
+    "pi": {"faster": 0.9, "smaller": 0.5, "slower_max": 1.25},
+    "mcu": {"faster": 0.95, "smaller": 0.9, "slower_max": 3.0},
+}
+"""When int8 is worth it, by class of device: it takes at most `faster` of float32's time; or its file has at most
+`smaller` of float32's bytes, and it takes at most `slower_max` of its time. Of other classes: as for `pos`.
+
+A terminal answers while somebody waits and is sent its model over a line that is shared: both count. A phone pays for
+its bytes and has time to spare. A Pi is on a cable: its model has to be half as large, or clearly faster. A controller
+has neither flash nor radio to spare and is asked seldom."""
+
 TOKEN_ROLES = ("admin", "gateway", "aggregator", "flower", "join", "tenant")
 """Roles of bearer tokens: operators, gateways, aggregators, the Flower app, enrolment, and the tenant's API key."""
 

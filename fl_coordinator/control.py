@@ -40,6 +40,7 @@ from starlette.routing import BaseRoute, Route
 
 from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.enrolment import Enrolment
+from fl_coordinator.forms import asked
 from fl_coordinator.ledger import AggregatorRecord, ReleaseRecord
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import Round, RoundSpec
@@ -232,6 +233,8 @@ class _Control:
             raise Malformed("publish: expected the query parameter model, found none")
         options: dict[str, Any] = {"model": model, "name": query.get("name", "")[:128]}
         options.update({key: query[key] for key in ("parent", "baseline", "feature_set", "provenance") if key in query})
+        if "quantize" in query:
+            options["quantize"] = asked(query["quantize"])
         if "threshold" in query:
             options["decision_threshold"] = _number(query["threshold"], "threshold", 0.0, 1.0)
         if "created" in query:
@@ -488,6 +491,7 @@ def _release_view(record: ReleaseRecord) -> dict[str, Any]:
         "bytes_whole": record.bytes_whole,
         "bytes_patch": record.bytes_patch,
         "round_id": record.round_id,
+        "form": msgspec.to_builtins(record.form),
     }
 
 
@@ -514,11 +518,11 @@ def _round_view(found: Round) -> dict[str, Any]:
         "state": found.state,
         "base": found.task.base,
         "candidate": found.candidate,
-        "quorum": found.spec.quorum,
         "name": found.spec.name,
-        "opened": found.opened,
+        "quorum": found.spec.quorum,
         "policy": found.task.policy,
         "reveal": found.task.reveal,
+        "opened": found.opened,
         "deadline": found.task.deadline,
         "contributions": len(found.frozen),
         "root": found.root,

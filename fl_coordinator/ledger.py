@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from fl_coordinator.forms import Form
 from fl_coordinator.privacy import Spend
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
@@ -99,7 +100,8 @@ INSERT INTO identity VALUES (lower(hex(randomblob(16))));
 class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A published version. `source` is the digest of the bytes that the publisher handed in, `source_blob` names those
     bytes sealed under the artifact's key, `wrapped_key` is that key under the keyring. Sizes in bytes of sealed form:
-    `bytes_whole` for all segments, `bytes_patch` for the patch from each parent by manifest digest."""
+    `bytes_whole` for all segments, `bytes_patch` for the patch from each parent by manifest digest. `form`: see `forms`
+    (None of releases before there were any)."""
 
     manifest: str
     model: str
@@ -115,6 +117,7 @@ class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     bytes_whole: int
     bytes_patch: dict[str, int]
     round_id: str = ""
+    form: Form | None = None
 
 
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -377,3 +377,20 @@ def test_keys_are_rotated_and_a_version_is_shredded_over_http(tmp_path: Path) ->
         assert (await call("GET", f"/v1/releases/{kept['manifest']}/source")).content == fraud_model(2)
 
     calling(platform, story)
+
+
+def test_a_release_tells_its_form_and_what_was_asked_for_is_checked(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+
+    async def story(call: Call) -> None:
+        answer = await call("POST", "/v1/models?model=fraud&quantize=none", content=fraud_model(1))
+        assert answer.json()["form"]["int8"] is False
+        seen = (await call("GET", f"/v1/releases/{answer.json()['manifest']}")).json()
+        assert seen["form"] == answer.json()["form"]
+        second = await call("POST", "/v1/models?model=fraud&quantize=int8", content=fraud_model(2))
+        assert second.json()["form"]["int8"] is True
+        refused = await call("POST", "/v1/models?model=fraud&quantize=int4", content=fraud_model(3))
+        assert refused.status_code == 400
+        assert "quantize: expected auto, int8 or none, found 'int4'" in refused.text
+
+    calling(platform, story)

@@ -7,12 +7,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
 
+from fl_coordinator import forms
+from fl_coordinator.publishing import Publisher
 from model_delta import graphs
+from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
+from model_delta.patch.quantization import Measured, Worth
 from model_delta.segments import read_tensor, stored_tensors
-from tests.fl_coordinator.platform_in_memory import FEATURES, START, Platform
+from tests.fl_coordinator.platform_in_memory import FEATURES, START, Platform, golden_inputs
 
 
 class WeightModel:
@@ -75,3 +81,117 @@ def test_growth_that_clipping_would_swallow_is_quantized_afresh(tmp_path: Path) 
     second = publisher.publish(grown, model="fraud", now=START + 1)
     assert publisher.file(second.manifest) == graphs.quantize_weights(grown)
     assert publisher.file(second.manifest) != graphs.quantize_weights(grown, graphs.quantize_weights(wide_model(1.0)))
+
+
+# int8 or float32.
+
+
+def measuring(made: Platform, slower: float, worth: Mapping[str, Worth] | None = None) -> Publisher:
+    """A publisher on a machine where int8 takes `slower` times as long."""
+
+    def latency_us(model: Any, row: Mapping[str, Any]) -> float:
+        assert row["features"].shape == (1, FEATURES)
+        return 10.0 * (slower if model.int8 else 1.0)
+
+    class Timed(WeightModel):
+        def __init__(self, manifest: Manifest, file: bytes) -> None:
+            super().__init__(manifest, file)
+            self.int8 = graphs.form_of(file) is not None
+
+    return Publisher(
+        tenant="acme",
+        region="eu-west",
+        ledger=made.ledger,
+        store=made.store,
+        keyring=made.keyring,
+        open_model=Timed,
+        golden_inputs=golden_inputs,
+        feature_counts={"fraud": FEATURES},
+        latency_us=latency_us,
+        worth=worth,
+    )
+
+
+def wider_model(seed: int = 1) -> bytes:
+    """One whose file is mostly weights."""
+    rng, sizes = np.random.default_rng(seed), [FEATURES, 256, 64, 1]
+    weights = [(rng.normal(0, 1, pair).astype(np.float32), np.zeros(pair[1], np.float32)) for pair in pairwise(sizes)]
+    return graphs.mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
+
+
+def is_int8(publisher: Publisher, manifest: str) -> bool:
+    return graphs.form_of(publisher.file(manifest)) is not None
+
+
+@pytest.mark.parametrize(("slower", "int8"), [(0.5, True), (1.2, True), (1.3, False), (float("nan"), False)])
+def test_int8_is_released_where_it_measures_better(tmp_path: Path, slower: float, int8: bool) -> None:
+    publisher = measuring(platform(tmp_path), slower)
+    record = publisher.publish(wider_model(), model="fraud", now=START)
+    assert is_int8(publisher, record.manifest) == int8
+    assert record.form is not None
+    assert record.form.int8 == int8
+    whole, small = record.form.measured["float32"][0], record.form.measured["int8"][0]
+    assert (whole, small < 0.4 * whole) == (len(wider_model()), True)
+    assert publisher._ledger.release(record.manifest) == record
+
+
+def test_a_version_keeps_its_parents_form_unless_another_is_asked_for(tmp_path: Path) -> None:
+    made = platform(tmp_path)
+    first = measuring(made, 2.0).publish(wider_model(1), model="fraud", now=START)
+    publisher = measuring(made, 0.5)  # another day, another clock
+    second = publisher.publish(wider_model(2), model="fraud", now=START + 1)
+    assert [one.form is not None and one.form.int8 for one in (first, second)] == [False, False]
+    assert second.form is not None
+    assert second.form.reason.startswith("as its parent; int8 is right for")
+    assert publisher.file(second.manifest) == wider_model(2)
+    third = publisher.publish(wider_model(3), model="fraud", now=START + 2, quantize="auto")
+    fourth = publisher.publish(wider_model(4), model="fraud", now=START + 3)
+    fifth = publisher.publish(wider_model(5), model="fraud", now=START + 4, quantize="none")
+    assert [is_int8(publisher, one.manifest) for one in (third, fourth, fifth)] == [True, True, False]
+    sixth = measuring(made, 9.0).publish(wider_model(6), model="fraud", now=START + 5, quantize="int8")
+    assert sixth.form is not None
+    assert (sixth.form.int8, sixth.form.reason.split(";")[0]) == (True, "asked for")
+    candidate = publisher.prepare(wider_model(7), model="fraud", now=START + 6, parent=sixth.manifest)
+    assert graphs.form_of(candidate.file) is not None
+
+
+def test_a_version_does_not_change_its_form(tmp_path: Path) -> None:
+    publisher = measuring(platform(tmp_path), 0.5)
+    first = publisher.publish(wider_model(), model="fraud", now=START)
+    assert publisher.publish(wider_model(), model="fraud", now=START, quantize="int8") == first
+    with pytest.raises(Malformed, match="are version 1 already, released as int8; leave --quantize out"):
+        publisher.publish(wider_model(), model="fraud", now=START, quantize="none")
+
+
+def test_what_was_lost_by_locked_scales_is_told(tmp_path: Path) -> None:
+    publisher = platform(tmp_path).publisher
+    publisher.publish(wide_model(1.0), model="fraud", now=START)
+    alike = publisher.publish(wide_model(1.0, step=0.02), model="fraud", now=START + 1)
+    afresh = publisher.publish(wide_model(1.0, step=-0.04), model="fraud", now=START + 2)
+    assert alike.form is not None
+    assert afresh.form is not None
+    assert alike.form.fresh_because == ()
+    assert alike.form.distance is not None
+    assert alike.form.carried is not None
+    assert alike.form.carried.share == pytest.approx(1.0, abs=0.3)
+    assert "carried share" in afresh.form.fresh_because[0]
+    assert msgspec.json.decode(msgspec.json.encode(afresh.form), type=forms.Form) == afresh.form
+
+
+def test_the_form_for_more_devices_is_released_and_every_class_is_told() -> None:
+    int8, float32 = Measured(70, 120.0), Measured(100, 100.0)
+    worth = {"pos": Worth(), "mcu": Worth(smaller=0.8, slower_max=3.0)}
+    few = forms.decide(int8, float32, worth, {"pos": 5, "mcu": 4, "odd": 1, "gone": 0})
+    assert few[0] is False
+    assert few[1] == "int8 is right for 4 of 10 devices"
+    assert {name: (one.devices, one.int8) for name, one in few[2].items()} == {
+        "pos": (5, False),
+        "mcu": (4, True),
+        "odd": (1, False),
+    }
+    assert forms.decide(int8, float32, worth, {"pos": 4, "mcu": 4})[0] is True  # a tie
+    assert forms.decide(int8, float32, worth, {})[:2] == (True, "int8 is right for 1 of 2 device classes")
+    assert forms.decide(int8, float32, {}, {})[0] is False
+    assert forms.recorded(Measured(3, float("nan"))) == (3, None)
+    with pytest.raises(Malformed, match="expected auto, int8 or none"):
+        forms.asked("int4")
