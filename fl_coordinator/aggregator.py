@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import msgspec
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.channel import Channel, ChannelMessage
@@ -222,6 +224,7 @@ class Aggregator:
             rng=self._rng,
             remembered=memory.decision,
             final=memory.final,
+            noise_secret=self._noise_secret(),
         )
         names = {peer: task.aggregators[peer].name for peer in channels}
         try:
@@ -231,6 +234,11 @@ class Aggregator:
             raise
         finally:
             self._mailbox.discard(command.round_id, command.attempt)
+
+    def _noise_secret(self) -> bytes:
+        """From its own key, so that it is the same after a crash, and nobody's else."""
+        info = pack(["atoll noise", self.name])
+        return HKDF(hashes.SHA256(), 32, None, info).derive(self._sealing.private_bytes_raw())
 
     def _accept(self, command: RoundCommand) -> tuple[RoundTask, int]:
         """The announcement, if the role `round` signed it and this aggregator is in it; and its place."""

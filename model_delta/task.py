@@ -37,8 +37,9 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     `labels` float32[n], `learning_rate` float32[] and outputs `updated` float32[d], `loss` float32[].
     A device runs `steps` mini-batches of `batch_size`, clips the difference to `clip_norm_l2`, encodes it with
     `fraction_bits` and shares it in Z_2^32. At most `contributions_max` are taken (0: the most that a round may take);
-    `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`). `deadline`
-    and `issued` are Unix seconds.
+    `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`). The opened
+    sum carries noise of `noise_multiplier` times the clip norm times the largest weight (0: none). `deadline` and
+    `issued` are Unix seconds.
     """
 
     format: int = 1
@@ -63,3 +64,4 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     contributions_max: int = 0
     policy: str = "krum"
     reveal: str = "distances"
+    noise_multiplier: float = 0.0

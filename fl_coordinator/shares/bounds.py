@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from fl_coordinator.privacy import HONEST_MIN, headroom_units, part_std_units
 from fl_coordinator.rules.policy import contributions_min, weight_bits
 from fl_coordinator.shares.fixed_point import norm_max
 from fl_coordinator.shares.sharing import PARTIES
@@ -27,6 +28,7 @@ COPIES, BUCKETS = 3, 1_024
 EXPONENT_MAX = 24
 FRACTION_BITS_MAX = 24
 LENGTH_MAX = 1 << 26
+NOISE_MAX = 10_000
 _SKETCH_BITS, _GRAM_BITS, _SUM_BITS = 29, 62, 31
 
 
@@ -88,11 +90,14 @@ def require_announceable(task: RoundTask) -> None:
     if task.policy == "history":
         raise Malformed(f"{what}: policy: expected krum or robust; aggregators keep no memory of rounds for 'history'")
     contributions_min(task.policy, task.hostile_max)
+    if not 0 <= task.noise_multiplier <= NOISE_MAX:
+        raise Malformed(f"{what}: noise_multiplier: expected 0 to {NOISE_MAX}, found {task.noise_multiplier}")
     overflow = _overflow(task)
     if overflow:
         fitting = fitted(task)
         advice = f"lower fraction_bits to {fitting.fraction_bits}" if not _overflow(fitting) else "lower the clip norm"
         raise Malformed(f"{what}: {overflow}; {advice} or take fewer contributions")
+    noise_std(task)
     keys = {key.sealing for key in task.aggregators} | {key.verifying for key in task.aggregators}
     if len(task.aggregators) != PARTIES or len(keys) != 2 * PARTIES or len({key.name for key in task.aggregators}) != 3:
         raise Malformed(f"{what}: expected three aggregators of different name and keys, found {len(task.aggregators)}")
@@ -101,6 +106,16 @@ def require_announceable(task: RoundTask) -> None:
             f"{what}: expected selected_min of at least hostile_max + 2 = {task.hostile_max + 2} (hostile devices can "
             f"subtract their own updates from the opened sum), found {task.selected_min}"
         )
+
+
+def noise_std(task: RoundTask) -> float:
+    """Standard deviation, in fixed-point units, of each aggregator's part of the noise; 0.0 for a round without.
+
+    Raises Malformed for noise so small that its rounding shows.
+    """
+    if task.noise_multiplier == 0:
+        return 0.0
+    return part_std_units(task.noise_multiplier, bounds_of(task).norm, 1 << weight_bits(task.policy))
 
 
 def contributions_max(task: RoundTask) -> int:
@@ -122,9 +137,13 @@ def _overflow(task: RoundTask) -> str:
     largest = 5 << found.exponent
     given = f"{task.length} parameters, clip norm {task.clip_norm_l2:g}, {task.fraction_bits} fraction bits: "
     total = count * found.norm_accepted << bits
+    if task.noise_multiplier > 0:
+        # Not `noise_std`: whether its rounding shows is another question, asked once the bits are settled.
+        total += headroom_units(task.noise_multiplier * (found.norm << bits) / math.sqrt(HONEST_MIN))
+    noise = " and noise" if task.noise_multiplier else ""
     if total >= 1 << _SUM_BITS:
         return given + (
-            f"the sum of {count} updates with weights of {bits} bits can reach 2^{total.bit_length()}, at most "
+            f"the sum of {count} updates with weights of {bits} bits{noise} can reach 2^{total.bit_length()}, at most "
             f"2^{_SUM_BITS} fits"
         )
     if found.exponent > EXPONENT_MAX:

@@ -6,17 +6,17 @@ have to conspire to read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.shares.bounds import require_announceable
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, sealing_info, sealing_keys
-from fl_coordinator.shares.fixed_point import Rng, encode, norm_of
-from fl_coordinator.shares.sharing import PARTIES, to_bytes
-from fl_coordinator.shares.streams import SEED_BYTES, Words, crypt, expand
-from model_delta.digest import digest_of
+from fl_coordinator.shares.fixed_point import BLOCK, Rng, encode_blocks, norm_of
+from fl_coordinator.shares.sharing import PARTIES
+from fl_coordinator.shares.streams import SEED_BYTES, KeyStream, Words
 from model_delta.encoding import pack
 from model_delta.errors import Malformed
 from model_delta.keys.encryption import seal_to
@@ -42,8 +42,8 @@ def make_contribution(
         raise Malformed(f"update for round {task.round_id!r}: expected {task.length} values, found {update.size}")
     norm = norm_of(update)
     factor = task.clip_norm_l2 / norm if norm > task.clip_norm_l2 else 1.0
-    encoded = encode(update, task.fraction_bits, rng, factor)
-    return share_out(encoded, task, identity_sign, certificate_pem, device_id, rng)
+    encoded = encode_blocks(update, task.fraction_bits, rng, factor)
+    return _shared(encoded, update.size, task, identity_sign, certificate_pem, device_id, rng)
 
 
 def share_out(
@@ -55,9 +55,21 @@ def share_out(
     rng: Rng,
 ) -> bytes:
     """A packed Contribution from ring elements, uint32[d], as they are: nothing is clipped or checked here."""
+    blocks = (encoded[start : start + BLOCK] for start in range(0, encoded.size, BLOCK))
+    return _shared(blocks, encoded.size, task, identity_sign, certificate_pem, device_id, rng)
+
+
+def _shared(
+    blocks: Iterable[Words],
+    length: int,
+    task: RoundTask,
+    identity_sign: Callable[[bytes], bytes],
+    certificate_pem: bytes,
+    device_id: str,
+    rng: Rng,
+) -> bytes:
     secrets = [rng(SEED_BYTES) for _ in range(PARTIES)]
-    rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
-    masked = crypt(secrets[2], to_bytes(rest))
+    masked, digest = _masked(blocks, length, secrets)
     sealed = tuple(
         seal_to(key.sealing, secrets[index] + secrets[(index + 1) % PARTIES], sealing_info(task, device_id, index))
         for index, key in enumerate(task.aggregators)
@@ -69,13 +81,27 @@ def share_out(
             round_id=task.round_id,
             base=task.base,
             device_id=device_id,
-            length=encoded.size,
+            length=length,
             fraction_bits=task.fraction_bits,
             certificate=certificate_pem,
             sealing_keys=sealing_keys(task.aggregators),
             sealed=sealed,
-            masked=digest_of(masked),
+            masked=digest,
         )
     )
     signature = identity_sign(pre_authentication_encoding(CONTRIBUTION_TYPE, claim))
     return pack(Contribution(claim, signature, masked))
+
+
+def _masked(blocks: Iterable[Words], length: int, secrets: Sequence[bytes]) -> tuple[bytes, str]:
+    """Share 2 under the last secret, and its digest. Block by block: a device has little cache and less memory."""
+    first, second, cover = (KeyStream(secret) for secret in secrets)
+    masked, hashed, done = np.empty(length, dtype="<u4"), hashlib.sha256(), 0
+    for block in blocks:
+        rest = block - first.words(block.size)
+        rest -= second.words(block.size)
+        part = masked[done : done + block.size]
+        part[:] = cover.masked(rest)
+        hashed.update(part.data)
+        done += block.size
+    return masked.tobytes(), hashed.hexdigest()

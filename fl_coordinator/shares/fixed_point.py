@@ -9,33 +9,35 @@ elements are exact, hence every aggregator gets bit-identical results on every m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.shares.streams import SEED_BYTES, Words, expand
+from fl_coordinator.shares.streams import SEED_BYTES, KeyStream, Words
 from model_delta.errors import Malformed
 
 Rng = Callable[[int], bytes]
 """Returns that many bytes; cryptographic in production (`os.urandom`), seeded in a replay."""
 
-_BLOCK = 32_768
+BLOCK = 32_768
 
 
 def norm_of(update: NDArray[np.float32] | NDArray[np.float64]) -> float:
     """L2 norm, also of values whose squares overflow. Raises Malformed for NaN or infinity."""
     values = update.reshape(-1)
-    # An infinity or a NaN anywhere makes this product a NaN; finite values make it 0.
-    with np.errstate(invalid="ignore"):
-        product = float(np.dot(values, np.zeros_like(values)))
-    if not math.isfinite(product):
-        raise Malformed(f"update: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite")
-    blocks = (values[start : start + _BLOCK].astype(np.float64) for start in range(0, values.size, _BLOCK))
+    squared = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, values.size, BLOCK):
+            block = values[start : start + BLOCK].astype(np.float64)
+            squared += float(np.dot(block, block))
+    if 1e-200 < squared < 1e200:
+        return math.sqrt(squared)
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise Malformed(f"update: {int((~finite).sum())} of {values.size} values are not finite")
     peak = float(np.abs(values).max(initial=0.0))
-    if 1e-100 < peak < 1e100:
-        return math.sqrt(sum(float(np.dot(block, block)) for block in blocks))
-    return peak * math.sqrt(sum(float(np.square(block / peak).sum()) for block in blocks)) if peak > 0 else 0.0
+    return peak * math.sqrt(float(np.square(values.astype(np.float64) / peak).sum())) if peak > 0 else 0.0
 
 
 def clip(update: NDArray[np.float32] | NDArray[np.float64], norm_max: float) -> NDArray[np.float64]:
@@ -44,27 +46,37 @@ def clip(update: NDArray[np.float32] | NDArray[np.float64], norm_max: float) -> 
     return np.asarray(update, dtype=np.float64).reshape(-1) * (min(norm_max, norm) / norm if norm > 0 else 1.0)
 
 
-def encode(
-    update: NDArray[np.float32] | NDArray[np.float64], fraction_bits: int, rng: Rng, factor: float = 1.0
-) -> Words:
-    """`factor` * update in fixed point with stochastic rounding: uint32[d], each within 1 of the exact product.
+def encode(update: NDArray[np.float32] | NDArray[np.float64], fraction_bits: int, rng: Rng) -> Words:
+    """Fixed point with unbiased stochastic rounding: uint32[d], each within 1 of update * 2^fraction_bits.
 
-    Unbiased to within 2^-21 of a unit. 32 bytes of `rng` seed an AES key stream, from which the 32 random bits of each
-    rounding come. Raises Malformed when a value leaves +-2^31 after scaling.
+    Raises Malformed when a value leaves +-2^31 after scaling.
     """
-    values, scale = update.reshape(-1), factor * float(1 << fraction_bits)
-    encoded = np.empty(values.size, dtype=np.uint32)
-    uniform = expand(rng(SEED_BYTES), values.size)
-    for start in range(0, values.size, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        scaled = values[part] * np.float64(scale)
+    parts = [block.copy() for block in encode_blocks(update, fraction_bits, rng)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+
+
+def encode_blocks(
+    update: NDArray[np.float32] | NDArray[np.float64], fraction_bits: int, rng: Rng, factor: float = 1.0
+) -> Iterator[Words]:
+    """`factor` * update so encoded, BLOCK words at a time; each is valid until the next is asked for.
+
+    32 bytes of `rng` seed an AES key stream, from which the 32 random bits of each rounding come; the expectation is
+    exact to within 2^-21 of a unit. Raises Malformed as `encode` does.
+    """
+    values, scale = update.reshape(-1), np.float64(factor * float(1 << fraction_bits))
+    uniform = KeyStream(rng(SEED_BYTES))
+    room, chance = np.empty(BLOCK), np.empty(BLOCK)
+    for start in range(0, values.size, BLOCK):
+        part = values[start : start + BLOCK]
+        scaled, random = room[: part.size], chance[: part.size]
+        np.multiply(part, scale, out=scaled)
+        np.multiply(uniform.words(part.size), 2.0**-32, out=random)
         # Below 2^31 a double holds 21 bits or more behind the point: all that is lost of the sum is below 2^-21.
-        scaled += uniform[part] * 2.0**-32
+        np.add(scaled, random, out=scaled)
         np.floor(scaled, out=scaled)
         if not (scaled.min() >= -(2.0**31) and scaled.max() < 2.0**31):
             raise Malformed(f"update: expected values below 2^{31 - fraction_bits} in magnitude, found a larger one")
-        encoded[part] = scaled.astype(np.int32).view(np.uint32)
-    return encoded
+        yield scaled.astype(np.int32).view(np.uint32)
 
 
 def decode(words: Words, fraction_bits: int) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ probability 1/k, and products of different pairs have independent signs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +25,16 @@ from model_delta.encoding import pack
 
 _ROWS = 128
 _OCTETS = PROJECTIONS // 4
-_TERNARY = np.array(
-    [[(octet >> 2 * place & 1) - (octet >> 2 * place + 1 & 1) for place in range(4)] for octet in range(256)],
-    dtype=np.float64,
-)
-"""Coefficients of four projections by octet: the difference of two bits each."""
+
+
+def _ternary_table() -> NDArray[np.uint64]:
+    octets = np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    bits = np.unpackbits(octets, axis=1, bitorder="little").astype(np.int8)
+    return np.ascontiguousarray(bits[:, 0::2] - bits[:, 1::2]).view(np.uint64).reshape(-1)
+
+
+_TERNARY = _ternary_table()
+"""Coefficients of eight projections, one a byte, by two octets: the difference of two bits each."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,18 @@ class Coefficients:
         """All coefficients of the projections, -1, 0 or 1, float64[d, 64]; for small d."""
         return _coefficients(expand_bytes(self._seed, _OCTETS * self._length))
 
-    def measure(self, rows: Rows, chosen: Sequence[int]) -> Measured:
-        """Projections and sketch of the chosen rows, modulo 2^32. Reads each row once, some columns at a time."""
-        return self._measure(rows.blocks(chosen), len(chosen))
-
-    def measure_words(self, words: Words) -> Measured:
-        """The same of vectors at hand, uint32[n, d]."""
-        blocks = ((start, words[:, start : start + COLUMNS].copy()) for start in range(0, self._length, COLUMNS))
-        return self._measure(blocks, len(words))
+    def measure(self, *wanted: tuple[Rows, Sequence[int]]) -> list[Measured]:
+        """Projections and sketches, modulo 2^32, of the chosen ones of some rows, in one pass over all of them."""
+        streams = [rows.blocks(chosen) for rows, chosen in wanted]
+        found = [self._empty(len(chosen)) for _, chosen in wanted]
+        # Memory that is written again costs a fraction of memory that is new.
+        drawn, room, real = KeyStream(self._seed), np.empty((COLUMNS, PROJECTIONS)), np.empty(_ROWS * COLUMNS)
+        for start in range(0, self._length, COLUMNS):
+            width = min(COLUMNS, self._length - start)
+            ternary = _coefficients(drawn.take(_OCTETS * width), room)
+            for stream, (sums, sketch) in zip(streams, found, strict=True):
+                self._add(next(stream)[1], start, ternary, sums, sketch, real)
+        return [Measured(_reduced(sums).astype(np.int64).astype(np.uint32), sketch) for sums, sketch in found]
 
     def sketch_exact(self, vector: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sketch of one vector of integers, int64[d], over the integers: int64[w]."""
@@ -90,24 +99,27 @@ class Coefficients:
                 sketch[copy] += turned if self._added[copy, block] else -turned
         return sketch.reshape(-1)
 
-    def _measure(self, blocks: Iterable[tuple[int, Words]], count: int) -> Measured:
-        sums = np.zeros((count, PROJECTIONS))
-        sketch = np.zeros((count, self.width), dtype=np.uint32)
-        room = np.empty((min(count, _ROWS), COLUMNS))
-        stream = KeyStream(self._seed)
-        for start, block in blocks:
-            ternary = _coefficients(stream.take(block.shape[1] * _OCTETS))
-            for top in range(0, count, _ROWS):
-                part = block[top : top + _ROWS]
-                real = room[: part.shape[0], : part.shape[1]]
-                np.copyto(real, part.view(np.int32))
-                # Magnitudes below 2^31, at most 2^26 columns: below 2^57 in all, so each is reduced in time.
-                sums[top : top + _ROWS] += real @ ternary
-                self._add_to_sketch(sketch[top : top + _ROWS], part, start)
-            if start % (COLUMNS << 8) == 0:
-                sums = _reduced(sums)
-        words = _reduced(sums).astype(np.int64).astype(np.uint32)
-        return Measured(words, sketch)
+    def _empty(self, count: int) -> tuple[NDArray[np.float64], Words]:
+        return np.zeros((count, PROJECTIONS)), np.zeros((count, self.width), dtype=np.uint32)
+
+    def _add(
+        self,
+        block: Words,
+        start: int,
+        ternary: NDArray[np.float64],
+        sums: NDArray[np.float64],
+        sketch: Words,
+        room: NDArray[np.float64],
+    ) -> None:
+        for top in range(0, len(block), _ROWS):
+            part = block[top : top + _ROWS]
+            real = room[: part.size].reshape(part.shape)
+            np.copyto(real, part.view(np.int32))
+            # Magnitudes up to 2^31 in at most 2^12 columns: each product is below 2^43, and 512 of them below 2^52.
+            sums[top : top + _ROWS] += real @ ternary
+            self._add_to_sketch(sketch[top : top + _ROWS], part, start)
+        if start // COLUMNS % 512 == 511:
+            sums[:] = _reduced(sums)
 
     def _add_to_sketch(self, sketch: Words, part: Words, start: int) -> None:
         if not self._copies:
@@ -127,8 +139,13 @@ class Coefficients:
                 combine(low, signed[:, : min(turn, size)], out=low)
 
 
-def _coefficients(octets: bytes) -> NDArray[np.float64]:
-    return _TERNARY[np.frombuffer(octets, dtype=np.uint8)].reshape(-1, PROJECTIONS)
+def _coefficients(octets: bytes, room: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Coefficients float64[d, 64] from 16 octets for each coordinate, in `room` if that is given."""
+    drawn = np.take(_TERNARY, np.frombuffer(octets, dtype="<u2")).view(np.int8).reshape(-1, PROJECTIONS)
+    if room is None:
+        return drawn.astype(np.float64)
+    np.copyto(room[: len(drawn)], drawn)
+    return room[: len(drawn)]
 
 
 def _reduced(sums: NDArray[np.float64]) -> NDArray[np.float64]:

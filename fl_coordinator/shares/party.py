@@ -11,6 +11,7 @@ Three parties run this over the same frozen, ordered list of contributions, one 
     lift ...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
     gram       shares of the sketches' Gram matrix, opened to all three
     agree      hash of the decision; sent only after the decision was written down
+    noise      in a round with privacy: each party's own noise on the sum, in shares (see `_noisy`)
 
 and the policy in `rules` chooses, from the matrix alone. Only then does a party return its two shares of the weighted
 sum over the chosen. Because each writes the decision down before it says `agree`, and opens only after both peers said
@@ -40,16 +41,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fl_coordinator.privacy import noise
 from fl_coordinator.rules import selection
 from fl_coordinator.rules.policy import Verdicts
-from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, require_announceable
+from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, noise_std, require_announceable
 from fl_coordinator.shares.contribution import Holding
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
 from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
-from fl_coordinator.shares.streams import SEED_BYTES, Rows, weighted_sum
+from fl_coordinator.shares.streams import SEED_BYTES, WORD_BYTES, KeyStream, Rows, Words, expand, weighted_sum
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
@@ -150,8 +152,8 @@ class AggregationParty:
     """Party `index` of attempt `attempt` at a round whose contributions are frozen under the Merkle root `root`.
 
     `pair_secrets` are 32 bytes per peer index that only the two know (any number of attempts may share them);
-    `remembered` is the decision kept by an earlier attempt, `final` whether all three had agreed on it. Raises
-    Malformed for a round that must not be run.
+    `remembered` is the decision kept by an earlier attempt, `final` whether all three had agreed on it. `noise_secret`
+    is known to nobody else and the same in every attempt. Raises Malformed for a round that must not be run.
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class AggregationParty:
         rng: Rng,
         remembered: bytes = b"",
         final: bool = False,
+        noise_secret: bytes = b"",
     ) -> None:
         require_announceable(task)
         if not holding.first.length == holding.second.length == task.length:
@@ -182,6 +185,7 @@ class AggregationParty:
         self._holding = holding
         self._pair_secrets = pair_secrets
         self._rng = rng
+        self._noise_secret = noise_secret or rng(SEED_BYTES)
         self._remembered = remembered
         self._final = final
         self._names = (task.aggregators[0].name, task.aggregators[1].name, task.aggregators[2].name)
@@ -212,7 +216,36 @@ class AggregationParty:
             return Outcome(decision, None)
         weights = [taken.devices[index].weight for index in chosen]
         first = weighted_sum(self._holding.first, chosen, weights)
-        return Outcome(decision, Pair(first, weighted_sum(self._holding.second, chosen, weights)))
+        second = weighted_sum(self._holding.second, chosen, weights)
+        if self._task.noise_multiplier > 0:
+            first, second = yield from self._noisy(decision, first, second)
+        return Outcome(decision, Pair(first, second))
+
+    def _noisy(self, decision: bytes, first: Words, second: Words) -> Steps[tuple[Words, Words]]:
+        """The shares of the sum with the noise of all three on them.
+
+        Party i deals its noise as a + b: b, from a seed that it tells the following party, goes on share i + 1, a on
+        share i, and to the preceding party, who holds it too and to whom it is random. All follows from a secret of
+        the party's own and the decision, so that a decision that is opened again carries the same noise: two
+        openings with fresh noise would be less noisy together.
+        """
+        info = pack(["atoll noise", self._task.round_id, self._root, digest_of(decision)])
+        secret = HKDF(hashes.SHA256(), 2 * SEED_BYTES, None, info).derive(self._noise_secret)
+        seed, draw = secret[:SEED_BYTES], KeyStream(secret[SEED_BYTES:])
+        own = noise(first.size, noise_std(self._task), draw.take).astype(np.uint32)
+        after = expand(seed, first.size)
+        before = own - after
+        following, preceding = (self._index + 1) % PARTIES, (self._index - 1) % PARTIES
+        received = yield Exchange(
+            "noise", {following: seed, preceding: to_bytes(before)}, frozenset({following, preceding})
+        )
+        for peer, size in ((preceding, SEED_BYTES), (following, WORD_BYTES * first.size)):
+            if len(received[peer]) != size:
+                found = len(received[peer])
+                raise Untrusted(f"{self._names[peer]}: step 'noise': expected {size} bytes, found {found}")
+        first = first + before + expand(received[preceding], first.size)
+        second = second + after + np.frombuffer(received[following], dtype="<u4")
+        return first, second
 
     def _decide(self, session: Session, hellos: Sequence[_Hello], secret: bytes) -> Steps[Decision]:
         task = self._task
@@ -240,12 +273,13 @@ class AggregationParty:
     def _measured(self, session: Session, coin: bytes, usable: list[int]) -> Steps[tuple[Pair, Pair]]:
         """Shares of all projections and sketches: of the first share by own computing, of the second by the peer's."""
         coefficients = Coefficients(coin, self._task.length, bounds_of(self._task))
-        own = coefficients.measure(self._holding.first, usable).joined
+        probed = self._probed(len(usable))
+        chosen = [usable[place] for place in probed]
+        measured, again = coefficients.measure((self._holding.first, usable), (self._holding.second, chosen))
+        own = measured.joined
         received = yield Exchange("measured", {session.preceding: to_bytes(own)}, frozenset({session.following}))
         other = session.read_words(received, session.following, "measured", own)
-        probed = self._probed(len(usable))
-        again = coefficients.measure(self._holding.second, [usable[place] for place in probed]).joined
-        if not np.array_equal(other[probed], again):
+        if not np.array_equal(other[probed], again.joined):
             raise Untrusted(
                 f"{session.names[session.following]}: step 'measured': what it says it measured of a share is not what "
                 "the share gives; nothing was opened"

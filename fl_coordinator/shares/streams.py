@@ -44,8 +44,8 @@ class Rows(Protocol):
         """What the row follows from: rows are equal where their origins are."""
 
     def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
-        """(first column, uint32[len(rows), up to COLUMNS]) from left to right. Valid until the next one is asked for;
-        the receiver may change it."""
+        """(first column, uint32[len(rows), COLUMNS], the last one narrower) from left to right. Valid until the next
+        one is asked for; the receiver may change it."""
 
 
 class SecretRows:
@@ -83,7 +83,7 @@ class SecretRows:
             for place, row in enumerate(rows):
                 given = zeros[: WORD_BYTES * width] if self._masked is None else self._masked[row][part]
                 ciphers[place].update_into(given, octets[place])
-            yield start, room[:, :width] if sys.byteorder == "little" else room[:, :width].byteswap()
+            yield start, _native(room[:, :width])
 
 
 def expand(seed: bytes, count: int) -> Words:
@@ -100,19 +100,33 @@ def expand_bytes(seed: bytes, count: int) -> bytes:
 
 
 class KeyStream:
-    """The key stream of `seed`, taken in pieces."""
+    """The key stream of `seed`, taken in pieces. Words are valid until the next piece is asked for: memory that is
+    written again costs a fraction of memory that is new."""
 
     def __init__(self, seed: bytes) -> None:
         self._cipher = _stream(seed)
+        self._zeros = memoryview(b"")
+        self._room = np.empty(0, dtype=np.uint32)
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
         return self._cipher.update(bytes(count))
 
+    def words(self, count: int) -> Words:
+        """The next `count` words."""
+        if len(self._zeros) < WORD_BYTES * count:
+            self._zeros = memoryview(bytes(WORD_BYTES * count))
+        return self._through(self._zeros[: WORD_BYTES * count], count)
 
-def crypt(secret: bytes, data: bytes) -> bytes:
-    """`data` under the key stream of a secret that is used once; the same again gives it back."""
-    return _stream(secret).update(data)
+    def masked(self, words: Words) -> Words:
+        """`words` under the next piece of the key stream."""
+        return self._through(words.astype("<u4", copy=False).view(np.uint8).data, words.size)
+
+    def _through(self, data: bytes | memoryview, count: int) -> Words:
+        if self._room.size < count + _SPARE_WORDS:
+            self._room = np.empty(count + _SPARE_WORDS, dtype=np.uint32)
+        self._cipher.update_into(data, self._room.view(np.uint8).data)
+        return _native(self._room[:count])
 
 
 def weighted_sum(rows: Rows, chosen: Sequence[int], weights: Sequence[int]) -> Words:
@@ -125,6 +139,10 @@ def weighted_sum(rows: Rows, chosen: Sequence[int], weights: Sequence[int]) -> W
             np.multiply(block, factors, out=block)
         np.add.reduce(block, axis=0, out=total[start : start + block.shape[1]])
     return total
+
+
+def _native(words: Words) -> Words:
+    return words if sys.byteorder == "little" else words.byteswap()
 
 
 def _stream(seed: bytes) -> CipherContext:

@@ -29,9 +29,10 @@ from fl_coordinator.shares.contribution import (
     sealing_info,
 )
 from fl_coordinator.shares.fixed_point import clip, encode
+from fl_coordinator.shares.measuring import Coefficients, Measured
 from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome
 from fl_coordinator.shares.sharing import Exchange, Pair, Ring
-from fl_coordinator.shares.streams import COLUMNS, Rows, Words, crypt, expand
+from fl_coordinator.shares.streams import COLUMNS, KeyStream, Rows, Words, expand
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.keys.certificates import make_authority, make_leaf, make_request
@@ -134,7 +135,7 @@ class SecureRound:
         """By a device that seals one value of share 1 to the first aggregator and another to the second."""
         secrets = [os.urandom(32) for _ in range(3)]
         rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
-        masked = crypt(secrets[2], rest.tobytes())
+        masked = KeyStream(secrets[2]).masked(rest).tobytes()
         pairs = [secrets[0] + secrets[1], os.urandom(32) + secrets[2], secrets[2] + secrets[0]]
         sealed = tuple(
             seal_to(key.sealing, pairs[index], sealing_info(self.task, name, index))
@@ -261,6 +262,11 @@ class ArrayRows:
     def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
         for start in range(0, self.length, COLUMNS):
             yield start, self.words[list(rows), start : start + COLUMNS].copy()
+
+
+def measure_words(coefficients: Coefficients, words: Words) -> Measured:
+    """Projections and sketches of vectors at hand."""
+    return coefficients.measure((ArrayRows(words), range(len(words))))[0]
 
 
 def whole(rows: Rows, count: int) -> Words:

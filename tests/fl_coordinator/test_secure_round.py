@@ -23,7 +23,7 @@ from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
-from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, random_holdings, run_parties, whole
+from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, measure_words, random_holdings, run_parties, whole
 
 
 def honest_rows(world: SecureRound, count: int, seed: int = 0) -> Words:
@@ -194,7 +194,8 @@ def test_an_update_made_for_the_coin_of_another_attempt_is_refused() -> None:
         if columns[tuple(row[:4])] != place
     )
     rows[4, [first, second]] += np.array([2**31, 2**31], dtype=np.uint32)
-    crafted = Coefficients(decision.coin, LENGTH, bounds_of(world.task)).measure_words(rows[4:5]).projections[0, :4]
+    known = Coefficients(decision.coin, LENGTH, bounds_of(world.task))
+    crafted = measure_words(known, rows[4:5]).projections[0, :4]
     assert (np.abs(crafted.view(np.int32)) < 2 ** bounds_of(world.task).exponent).all()
     _, _, later = world.run_rows(rows)
     assert later.coin != decision.coin
@@ -293,7 +294,7 @@ def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> O
             coin = hashlib.sha256(pack(["atoll joint coin", *parts])).digest()
         if wanted.step == "measured":
             coefficients = Coefficients(coin, world.task.length, bounds_of(world.task))
-            received = {following: coefficients.measure_words(noise[1]).joined.tobytes()}
+            received = {following: measure_words(coefficients, noise[1]).joined.tobytes()}
             continue
         received = simulated(party, wanted, secrets, following, preceding, gram, len(rows), world.task.length)
 
@@ -421,6 +422,34 @@ def test_a_sum_of_fewer_than_selected_min_is_not_opened() -> None:
     assert decision.refusal == "6 updates selected, a sum of fewer than 7 is not opened"
     assert all(outcome.opened is None for outcome in outcomes)
     assert all(verdict.reason for verdict in decision.devices)
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+
+def test_noise_on_the_sum_is_as_strong_as_announced_and_the_same_when_opened_again() -> None:
+    world = SecureRound(length=3000, selected_min=4, noise_multiplier=0.5, contributions_max=16)
+    rows = honest_rows(world, 6)
+    outcomes, views, decision = world.run_rows(rows)
+    noise = (opened_sum(outcomes) - rows[list(decision.selected)].sum(axis=0, dtype=np.uint32)).view(np.int32)
+    # Three parts of half the variance each: one may be subtracted by who colludes with its dealer.
+    stated = 0.5 * bounds_of(world.task).norm * math.sqrt(1.5)
+    assert abs(float(np.std(noise)) / stated - 1) < 6 / math.sqrt(2 * 3000)
+    for view in views:
+        received = [data for (step, _), data in view.received.items() if step == "noise"]
+        assert sorted(map(len, received)) == [32, 4 * 3000]
+        assert all(ones_off_balance(data) < 6 for data in received)
+
+    def again(secret: int) -> Words:
+        holdings = random_holdings(rows, 0)
+        digests = [bytes.fromhex(digest) for digest in holdings[0].digests]
+        parties = [world.party(i, digests, 2, holdings[i], outcomes[0].decision, True) for i in range(3)]
+        for place, party in enumerate(parties):
+            party._noise_secret = bytes([secret, place]) * 16
+        return opened_sum(run_parties(parties)[0])
+
+    assert np.array_equal(again(1), again(1))
+    assert not np.array_equal(again(1), again(2))
 
 
 # --- deviating aggregators ------------------------------------------------------------------------------------------

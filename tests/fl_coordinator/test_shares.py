@@ -31,7 +31,7 @@ from fl_coordinator.shares.sharing import (
 from fl_coordinator.shares.streams import COLUMNS, SecretRows, expand, weighted_sum
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
-from tests.fakes.secure_round import NAMES, NOW, ArrayRows, SecureRound, random_sharing, whole
+from tests.fakes.secure_round import NAMES, NOW, ArrayRows, SecureRound, measure_words, random_sharing, whole
 
 WORDS = st.integers(0, 2**64 - 1)
 
@@ -128,7 +128,7 @@ def test_measurements_are_the_linear_maps_they_claim_to_be(seed: int, d: int) ->
     words = rng.integers(0, 2**32, size=(3, d), dtype=np.uint32)
     bounds = bounds_of(msgspec.structs.replace(SecureRound().task, length=d))
     coefficients = Coefficients(rng.bytes(32), d, bounds)
-    measured = coefficients.measure(ArrayRows(words), [2, 0, 1])
+    measured = coefficients.measure((ArrayRows(words), [2, 0, 1]))[0]
     ternary = coefficients.ternary()
     assert set(np.unique(ternary)) <= {-1.0, 0.0, 1.0}
     exact = words.astype(object) @ ternary.astype(np.int64).astype(object)
@@ -137,8 +137,8 @@ def test_measurements_are_the_linear_maps_they_claim_to_be(seed: int, d: int) ->
         sketch = coefficients.sketch_exact(words[row].view(np.int32).astype(np.int64))
         assert np.array_equal(measured.sketch[place], sketch.astype(np.uint32))
     halves = rng.integers(0, 2**32, size=words.shape, dtype=np.uint32)
-    parts = [coefficients.measure_words(part).joined for part in (halves, words - halves)]
-    assert np.array_equal(parts[0] + parts[1], coefficients.measure_words(words).joined)
+    parts = [measure_words(coefficients, part).joined for part in (halves, words - halves)]
+    assert np.array_equal(parts[0] + parts[1], measure_words(coefficients, words).joined)
 
 
 def test_projections_of_many_columns_are_exact_at_the_edge() -> None:
@@ -148,7 +148,7 @@ def test_projections_of_many_columns_are_exact_at_the_edge() -> None:
     words = np.full((1, 1 << 20), 2**31 + 1, dtype=np.uint32)
     column_sums = coefficients.ternary().sum(axis=0).astype(np.int64)
     expected = (column_sums * (2**31 + 1)) % 2**32
-    assert np.array_equal(coefficients.measure_words(words).projections[0], expected.astype(np.uint32))
+    assert np.array_equal(measure_words(coefficients, words).projections[0], expected.astype(np.uint32))
 
 
 def test_sketched_products_are_unbiased_and_as_sharp_as_stated() -> None:
@@ -161,7 +161,7 @@ def test_sketched_products_are_unbiased_and_as_sharp_as_stated() -> None:
     bounds = bounds_of(msgspec.structs.replace(SecureRound().task, length=d))
     errors = []
     for _ in range(200):
-        sketch = Coefficients(os.urandom(32), d, bounds).measure_words(rows.view(np.uint32)).sketch
+        sketch = measure_words(Coefficients(os.urandom(32), d, bounds), rows.view(np.uint32)).sketch
         found = sketch.view(np.int32).astype(np.float64)
         errors.append((found @ found.T / bounds.scale - exact) / exact)
     rms = np.sqrt(np.square(errors).mean(axis=0))
@@ -300,6 +300,9 @@ def test_the_proof_bounds_what_a_small_ring_really_does(b: int) -> None:
         ({"length": 1 << 24, "fraction_bits": 18, "contributions_max": 8}, r"sum of 16384 coordinates in the sketch"),
         ({"length": 1 << 27}, "expected 1 to 67108864 parameters"),
         ({"contributions_max": 1025}, "at most 1024 contributions"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier: expected 0 to 10000, found nan"),
+        ({"noise_multiplier": 1e-9}, "would show its rounding"),
+        ({"noise_multiplier": 2000.0}, "weights of 0 bits and noise can reach"),
         ({"policy": "average"}, "policy: expected one of krum, robust, history, found 'average'"),
         ({"policy": "history"}, "policy: expected krum or robust"),
         ({"reveal": "selection"}, "reveal: expected distances, found 'selection'"),
