@@ -38,6 +38,7 @@ from monitoring.telemetry import Report
 QUEUE_MAX = 4_096
 REQUEST_BYTES_MAX = 16_384
 BATCH_MAX = 256
+ALARMS_TOLD_MAX = 16
 LATE_MAX = 64
 """How many direct patches may wait to be made; a device that finds none takes another way."""
 
@@ -79,6 +80,10 @@ class Reception:
         self._count_files = metrics.counter(
             "hello_files", "Greetings, by the file that stands on the device.", ("file",)
         )
+        self._alarmed: set[str] = set()
+        metrics.gauge("devices_alarmed", "Devices that say something is wrong with their trust.").read_from(
+            lambda: float(len(self._alarmed))
+        )
         self._count_reports = metrics.counter("reports", "Reports folded, by verdict.", ("verdict",))
         self._count_keys = metrics.counter("key_requests", "Key requests, by answer.", ("answer",))
 
@@ -108,6 +113,7 @@ class Reception:
         folded = await asyncio.to_thread(self._fold, reports, now)
         for report, verdict, sequence in folded:
             self._count_reports.add(1, verdict)
+            await self._hear_alarm(report)
             if verdict in ("new", "gap"):
                 self.window.add(now, report.summaries)
                 self.decided[report.device_id] += sum(summary.decisions for summary in report.summaries)
@@ -115,6 +121,15 @@ class Reception:
             # A lost acknowledgement is repeated when the device repeats the report.
             with contextlib.suppress(Unavailable):
                 await self._link.publish(topics.down(report.device_id, "ack"), pack(ack))
+
+    async def _hear_alarm(self, report: Report) -> None:
+        """Remember who raises an alarm; people hear of the first few, the metric counts the rest."""
+        if not report.alarm:
+            self._alarmed.discard(report.device_id)
+        elif report.device_id not in self._alarmed:
+            self._alarmed.add(report.device_id)
+            if len(self._alarmed) <= ALARMS_TOLD_MAX:
+                await asyncio.to_thread(self._note, "alert", f"{report.device_id}: {report.alarm[:200]}")
 
     def _fold(self, reports: Sequence[Report], now: float) -> list[tuple[Report, str, int]]:
         plans = [self._ledger.plan(model) for model in self._ledger.planned_models()]

@@ -117,8 +117,8 @@ class AccessRules(msgspec.Struct, frozen=True):
     platform: tuple[str, ...] = ("coordinator",)
     platform_filter: str = f"{ROOT}/#"
     region_prefix: str = "gateway-"
-    region_write: tuple[str, ...] = (f"{ROOT}/dev/+/down/res",)
-    region_read: tuple[str, ...] = (f"{ROOT}/dev/+/up/req/%r",)
+    region_write: tuple[str, ...] = (f"{ROOT}/dev/+/down/res", f"{ROOT}/dev/+/down/trust")
+    region_read: tuple[str, ...] = (f"{ROOT}/dev/+/up/req/%r", f"{ROOT}/dev/+/up/trust/%r")
 
     def region_of(self, identity: str) -> str:
         """The region whose gateway `identity` is; "" when it is none."""

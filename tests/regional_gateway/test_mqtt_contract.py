@@ -88,21 +88,24 @@ def test_a_region_hears_its_own_requests_and_answers_them_and_nothing_else(broke
         Client(broker, device) as client,
     ):
         coordinator.subscribe("atoll/1/#")
-        for topic_filter in ("atoll/1/#", "atoll/1/dev/+/up/#", "atoll/1/dev/+/down/#", "atoll/1/dev/+/up/req/eu-west"):
-            gateway.subscribe(topic_filter)
+        for topic_filter in ("#", "dev/+/up/#", "dev/+/down/#", "dev/+/up/req/eu-west", "dev/+/up/trust/eu-west"):
+            gateway.subscribe(f"atoll/1/{topic_filter}")
         client.subscribe(down(device, "#"))
-        for channel in ("report", "key", "contribution", "req/ap-south", "req/eu-west"):
+        for channel in ("report", "key", "contribution", "req/ap-south", "trust/ap-south"):
+            client.publish(up(device, channel), channel.encode())
+        for channel in ("trust/eu-west", "req/eu-west"):
             client.publish(up(device, channel), channel.encode())
         coordinator.publish(down(device, "key"), b"a sealed key")
         coordinator.publish(down("gateway-eu-west", "key"), b"end")
-        assert gateway.payloads_until(b"req/eu-west") == []
+        assert gateway.payloads_until(b"req/eu-west") == [b"trust/eu-west"]
         forbidden = (up(device, "report"), down(device, "ack"), down(device, "key"), plan_topic("acme", "fraud"))
         for topic in forbidden:
             gateway.publish(topic, b"forged")
         assert gateway.publish(up("gateway-eu-west", "key"), b"its own") == 0
+        assert gateway.publish(down(device, "trust"), b"what is newest") == 0
         assert gateway.publish(down(device, "res"), b"a chunk") == 0
         assert b"forged" not in coordinator.payloads_until(b"a chunk")
-        assert client.payloads_until(b"a chunk") == [b"a sealed key"]
+        assert client.payloads_until(b"a chunk") == [b"a sealed key", b"what is newest"]
 
 
 def test_publishing_as_somebody_else_is_refused_and_not_delivered(broker: BrokerProcess) -> None:
