@@ -23,6 +23,7 @@ EXAMPLES = (
     "model quantize",
     "keys rotate",
     "keys shred",
+    "store gc",
     "vault setup",
     "vault migrate",
     "delta make",
