@@ -97,7 +97,7 @@ def test_a_region_hears_its_own_requests_and_answers_them_and_nothing_else(broke
             client.publish(up(device, channel), channel.encode())
         coordinator.publish(down(device, "key"), b"a sealed key")
         coordinator.publish(down("gateway-eu-west", "key"), b"end")
-        assert gateway.payloads_until(b"req/eu-west") == [b"trust/eu-west"]
+        assert set(gateway.payloads_until(b"req/eu-west")) == {b"trust/eu-west"}
         forbidden = (up(device, "report"), down(device, "ack"), down(device, "key"), plan_topic("acme", "fraud"))
         for topic in forbidden:
             gateway.publish(topic, b"forged")
