@@ -142,8 +142,6 @@ class RoundDriver:
             raise Malformed(f"round: model {spec.model!r} has no stable version; publish one and roll it out first")
         self._require_canary(spec)
         if spec.privacy is not None:
-            if "noise_multiplier" not in RoundTask.__struct_fields__:
-                raise Malformed("round: privacy: these aggregators add no noise to what they open; leave privacy out")
             require_affordable(self._ledger, spec.model, spec.privacy)
         manifest, source = self._publisher.manifest(base), self._publisher.source(base)
         parameters = masters.parameters_of(manifest)
@@ -175,6 +173,7 @@ class RoundDriver:
             contributions_max=spec.contributions_max or min(CONTRIBUTIONS_MAX, max(spec.quorum, 2 * enrolled)),
             policy=spec.policy,
             reveal=spec.reveal,
+            noise_multiplier=spec.privacy.noise_multiplier if spec.privacy is not None else 0.0,
         )
         task = fitted(task)
         require_announceable(task)
@@ -422,13 +421,13 @@ class RoundDriver:
         return found, Event.OPENED
 
     def _pay(self, found: Round) -> Charge | None:
-        """What this attempt costs, written down; None without privacy. Raises Malformed when it would overspend."""
+        """What the opening costs, written down; None without privacy. Raises Malformed when it would overspend."""
         if found.spec.privacy is None:
             return None
         frozen = set(found.frozen)
         entries = self._ledger.contributions(found.round_id)
         names = [entry.device_id for entry in entries if entry.digest in frozen]
-        return charge(self._ledger, found.task.model, found.spec.privacy, found.round_id, found.attempt, names)
+        return charge(self._ledger, found.task.model, found.spec.privacy, found.round_id, names)
 
     def _candidate_source(self, found: Round) -> bytes:
         result = self._ledger.round_result(found.round_id)
