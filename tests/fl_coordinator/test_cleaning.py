@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 
 from fl_coordinator.cleaning import OWNER, Cleaning
-from fl_coordinator.ledger import Ledger, ReleaseRecord
+from fl_coordinator.ledger import Directed, Ledger, ReleaseRecord
 from fl_coordinator.retention import DAY_S, Terms
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import RoundSpec
+from model_delta.encoding import pack
 from model_delta.errors import AtollError, Malformed, NotFound
 from model_delta.manifest import late_delivery_name
 from model_delta.object_store import ObjectStore
 from model_delta.patch.route import plan_update
+from model_delta.trust.director import ChosenStep, DevicePlan, HeldFile, VersionReport
+from model_delta.trust.signing import seal_envelope
 from monitoring.metrics import Metrics
 from tests.fl_coordinator.platform_in_memory import Platform, fraud_model, until
 from tests.fl_coordinator.test_control import Call, calling
@@ -163,6 +166,56 @@ def test_a_device_from_the_window_still_gets_its_late_patch(tmp_path: Path) -> N
     platform.clock.now += 31 * DAY_S
     cleaning(platform).run()
     assert not platform.store.has("delivery", name)
+    require_complete(platform)
+
+
+def test_what_a_device_holds_or_was_told_to_go_over_stays(tmp_path: Path) -> None:
+    """By its signed report and by the signed plan that it was answered with, until that runs out."""
+    platform = platform_at(tmp_path)
+    held, wanted, step, old, _ = (record.manifest for record in published(platform, 5))
+    platform.clock.now += 100 * DAY_S
+    now = int(platform.clock())
+
+    def signed(value: VersionReport | DevicePlan) -> bytes:
+        return seal_envelope(platform.keyring.sign("plan", "test", pack(value)))
+
+    report = VersionReport(
+        tenant="acme",
+        device_id="pos-1",
+        model="fraud",
+        wanted=wanted,
+        held=(HeldFile(held, "r"),),
+        nonce=b"n" * 16,
+        counter=1,
+        time=now,
+    )
+    plan = DevicePlan(
+        tenant="acme",
+        device_id="pos-1",
+        model="fraud",
+        target=step,
+        nonce=b"n" * 16,
+        serial=1,
+        issued=now,
+        expires=now + 600,
+        steps=(ChosenStep(kind="whole", target=step, blobs=()),),
+    )
+    platform.ledger.save_directed(
+        [
+            Directed(
+                device_id="pos-1",
+                model="fraud",
+                counter=1,
+                serial=1,
+                heard=now,
+                report=signed(report),
+                plan=signed(plan),
+            )
+        ]
+    )
+    assert cleaning(platform).run().retired == (old,)
+    platform.clock.now += 31 * DAY_S
+    assert set(cleaning(platform).run().retired) == {held, wanted, step}
     require_complete(platform)
 
 
