@@ -489,8 +489,8 @@ class Ledger:
         return (bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
 
     def spend_privacy(self, round_id: str, attempt: int, model: str, spend: Spend, device_ids: Iterable[str]) -> None:
-        """Write down what an attempt at opening costs, before it opens: a second attempt opens the same sum with fresh
-        noise and costs as much again. Raises Malformed when this attempt has spent already."""
+        """Write down what an opening costs, before it opens; `attempt` tells several of one round apart, if they ever
+        open different noise. Raises Malformed when this one was paid for already."""
         try:
             with self._write() as db:
                 db.execute(
@@ -502,18 +502,25 @@ class Ledger:
         except sqlite3.IntegrityError:
             raise Malformed(f"round {round_id!r}: attempt {attempt} was paid for already; begin another") from None
 
-    def privacy_of_release(self, model: str) -> list[Spend]:
-        """All openings that the model's releases descend from, in order of round."""
-        query = "SELECT noise_multiplier, sampling FROM privacy_openings WHERE model = ? ORDER BY round_id, attempt"
-        return [Spend(*row) for row in self._rows(query, (model,))]
+    def privacy_paid(self, round_id: str) -> bool:
+        """Whether a round's opening was written down."""
+        return bool(self._rows("SELECT 1 FROM privacy_openings WHERE round_id = ?", (round_id,)))
 
-    def privacy_of_devices(self, device_ids: Iterable[str]) -> dict[str, list[Spend]]:
-        """All openings that each device was frozen into, of any model."""
+    def privacy_of_release(self, model: str, other_than: str = "") -> list[Spend]:
+        """All openings that the model's releases descend from, but those of one round, in order of round."""
+        query = (
+            "SELECT noise_multiplier, sampling FROM privacy_openings WHERE model = ? AND round_id <> ? "
+            "ORDER BY round_id, attempt"
+        )
+        return [Spend(*row) for row in self._rows(query, (model, other_than))]
+
+    def privacy_of_devices(self, device_ids: Iterable[str], other_than: str = "") -> dict[str, list[Spend]]:
+        """All openings that each device was frozen into, of any model, but those of one round."""
         query = (
             "SELECT noise_multiplier, sampling FROM privacy_devices JOIN privacy_openings USING (round_id, attempt) "
-            "WHERE device_id = ? ORDER BY round_id, attempt"
+            "WHERE device_id = ? AND round_id <> ? ORDER BY round_id, attempt"
         )
-        return {name: [Spend(*row) for row in self._rows(query, (name,))] for name in device_ids}
+        return {name: [Spend(*row) for row in self._rows(query, (name, other_than))] for name in device_ids}
 
     def admit(self, round_id: str, admitted: Iterable[AdmittedContribution]) -> None:
         """Record contributions that are durable in the updates log. A device's first one in a round stays."""

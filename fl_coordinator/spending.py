@@ -1,7 +1,8 @@
 """What a round with privacy costs, written down before it opens; or why it must not open.
 
-`privacy` has the arithmetic, the ledger the history. An attempt is paid for when it begins: whether it opened anything
-is known for certain only to the aggregators, so one that failed counts as if it had.
+`privacy` has the arithmetic, the ledger the history. A round is paid for before its first attempt at opening, once: an
+attempt that is repeated opens the same decision with the same noise, or nothing was opened before it. Whether anything
+was is known for certain only to the aggregators, so a round that failed counts as if it had opened.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ class Charge:
     account: Account
 
 
-def charge(
-    ledger: Ledger, model: str, privacy: Privacy, round_id: str, attempt: int, device_ids: Sequence[str]
-) -> Charge:
-    """Pay for an attempt. Blocking. Raises Malformed when it would overspend, or was paid for already."""
-    release, devices = ledger.privacy_of_release(model), ledger.privacy_of_devices(device_ids)
+def charge(ledger: Ledger, model: str, privacy: Privacy, round_id: str, device_ids: Sequence[str]) -> Charge:
+    """Pay for a round, unless that was done. Blocking. Raises Malformed when it would overspend."""
+    release = ledger.privacy_of_release(model, round_id)
+    devices = ledger.privacy_of_devices(device_ids, round_id)
     spend = Spend(privacy.noise_multiplier)
     found = account(_budget(privacy), release, devices, spend)
     if found.refusal:
         raise Malformed(f"privacy: round {round_id!r}: {found.refusal}")
-    ledger.spend_privacy(round_id, attempt, model, spend, device_ids)
+    if not ledger.privacy_paid(round_id):
+        ledger.spend_privacy(round_id, 1, model, spend, device_ids)
     # The loss of a history falls with its noise: the most burdened device is the one with the largest sum of 1/noise^2.
     heaviest = max(devices.values(), key=lambda spends: sum(s.noise_multiplier**-2 for s in spends), default=[])
     return Charge(spend, tuple(release), tuple(heaviest), found)

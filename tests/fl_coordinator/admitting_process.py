@@ -3,8 +3,8 @@
     python -m tests.fl_coordinator.admitting_process FOLDER LOG PLACE COUNT
 
 The COUNT-th batch stops at PLACE: `appended` (in the log, not in the ledger), `recorded` (in the ledger, without a
-receipt) or `never`. Contributions are in FOLDER/sent before they are sent; a line on standard output names each device that has
-its receipt, and `stopped` says that the place was reached.
+receipt) or `never`. Contributions are in FOLDER/sent before they are sent; a line on standard output names each device
+that has its receipt, and `stopped` says that the place was reached.
 """
 
 from __future__ import annotations

@@ -1,0 +1,308 @@
+"""What a round's spec asks for beside learning: quotas, gates, a budget of privacy, a canary that starts by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fl_coordinator.privacy import Spend, epsilon
+from fl_coordinator.promotion import Evaluation, Limits
+from fl_coordinator.rounds import Privacy, Quota, Round, RoundSpec, State
+from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
+from fl_coordinator.transcript import replay
+from model_delta.encoding import pack, unpack
+from model_delta.errors import Malformed
+from model_delta.manifest import Manifest
+from model_delta.trust.signing import pre_authentication_encoding
+from tests.fl_coordinator.platform_in_memory import Device, Platform, fraud_model, until
+from tests.fl_coordinator.test_coordinator import CANARY, adopt_first
+from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet, honest
+
+
+def asked(**changes: Any) -> RoundSpec:
+    return msgspec.structs.replace(SPEC, **changes)
+
+
+async def learned(platform: Platform, devices: list[Device], spec: RoundSpec) -> Round:
+    """A round from its announcement to its end."""
+    opened = await platform.coordinator.open_round(spec)
+    await contribute_all(devices, opened.round_id)
+    await until(lambda: not platform.coordinator.round(opened.round_id).live, 20)
+    return platform.coordinator.round(opened.round_id)
+
+
+def rollouts(platform: Platform) -> dict[str, Any]:
+    return {found.name: found for found in platform.coordinator.snapshot().rollouts}
+
+
+def test_a_candidate_starts_its_canary_by_itself(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            ended = await learned(platform, devices, asked(autopilot=True))
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            assert ended.figures["autopilot"] == f"rollout {ended.round_id} began"
+            begun = rollouts(platform)[ended.round_id]
+            assert begun.target == ended.candidate
+            await until(lambda: all(device.running == ended.candidate for device in devices))
+            manifest = platform.publisher.manifest(ended.candidate)
+            assert (manifest.lineage.round_id, manifest.lineage.contributions_root) == (ended.round_id, ended.root)
+            # Died after the canary began, before the round said so: what is there already is not begun again.
+            again = msgspec.structs.replace(ended, state=State.APPLIED.value, candidate="", figures={})
+            platform.ledger.save_round(
+                round_id=ended.round_id, model="fraud", state=again.state, created=ended.opened, record=pack(again)
+            )
+        platform.reopen()
+        async with platform.running() as coordinator:
+            await until(lambda: not coordinator.round(ended.round_id).live)
+            assert coordinator.round(ended.round_id).candidate == ended.candidate
+            assert coordinator.round(ended.round_id).figures["autopilot"] == f"rollout {ended.round_id} began"
+            assert list(rollouts(platform)) == ["first", ended.round_id]
+            assert len(platform.ledger.releases("fraud")) == 2
+
+    asyncio.run(story())
+
+
+def test_the_canary_follows_the_yaml_that_the_round_was_given(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running(), aggregators.serving():
+            await adopt_first(platform, devices)
+            ended = await learned(platform, devices, asked(autopilot=True, rollout=CANARY.replace("NAME", "any")))
+            assert rollouts(platform)[ended.round_id].state == "running"
+            assert len(rollouts(platform)[ended.round_id].stages) == 3
+            await until(lambda: sum(device.running == ended.candidate for device in devices) == 1)
+
+    asyncio.run(story())
+
+
+def test_a_canary_that_cannot_begin_is_told_and_does_not_undo_the_round(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(asked(autopilot=True))
+            await until(lambda: all(device.task is not None for device in devices))
+            await coordinator.publish(fraud_model(7), model="fraud")
+            await coordinator.start_rollout(CANARY.replace("NAME", "meanwhile"))
+            await contribute_all(devices, opened.round_id)
+            await until(lambda: not coordinator.round(opened.round_id).live, 20)
+            ended = coordinator.round(opened.round_id)
+            assert ended.state == "PUBLISHED"
+            assert "did not begin: rollout" in ended.figures["autopilot"]
+            assert "meanwhile" in ended.figures["autopilot"]
+            assert any("its canary did not begin" in event.text for event in platform.ledger.events())
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ("kind: Rollout", "rollout:1"),
+        (CANARY.replace("NAME", "any").replace("model: fraud", "model: other"), "expected a rollout of 'fraud'"),
+    ],
+)
+def test_a_canary_that_could_never_begin_is_refused_at_the_announcement(
+    tmp_path: Path, rollout: str, words: str
+) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform, 3)
+    Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            with pytest.raises(Malformed, match=words):
+                await coordinator.open_round(asked(autopilot=True, rollout=rollout))
+            assert platform.ledger.rounds() == []
+
+    asyncio.run(story())
+
+
+def test_a_round_has_gates_of_its_own(tmp_path: Path) -> None:
+    def evaluate(manifest: Manifest, file: bytes) -> Evaluation:
+        return Evaluation(average_precision=0.55 if manifest.parents else 0.6, size_bytes=len(file))
+
+    platform = Platform(tmp_path, evaluate)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running(), aggregators.serving():
+            await adopt_first(platform, devices)
+            strict = await learned(platform, devices, asked(name="strict"))
+            assert (strict.state, "allowed loss 0.01" in strict.reason) == ("REFUSED", True)
+            mild = await learned(platform, devices, asked(name="mild", gates=Limits(precision_loss_max=0.1)))
+            assert (mild.state, mild.reason) == ("PUBLISHED", "")
+
+    asyncio.run(story())
+
+
+def test_quotas_count_rounds_of_a_device_and_devices_of_a_group(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = [platform.device(f"pos-{n:04}", batch="old" if n < 5 else f"new-{n}") for n in range(10)]
+    aggregators = Aggregators(platform)
+    quota = Quota(per_device=1, per_group=3, group="batch")
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            first = await coordinator.open_round(asked(name="first", quota=quota, contributions_max=10))
+            await contribute_all(devices, first.round_id)
+            entries = platform.ledger.contributions(first.round_id)
+            assert [entry.device_id for entry in entries] == [f"pos-{n:04}" for n in (0, 1, 2, 5, 6, 7, 8, 9)]
+            assert platform.ledger.refusals(first.round_id) == {"over quota": 2}
+            assert "over quota: round" in devices[3].receipts[-1].reason
+            await coordinator.abort_round(first.round_id)
+            await until(lambda: not coordinator.round(first.round_id).live)
+            second = await coordinator.open_round(asked(name="second", quota=quota, contributions_max=10))
+            await contribute_all(devices[:4], second.round_id)
+            entries = platform.ledger.contributions(second.round_id)
+            assert [entry.device_id for entry in entries] == ["pos-0003"]
+            assert "over quota: 1 rounds took this device" in devices[0].receipts[-1].reason
+            counted = coordinator.metrics.render().decode()
+            assert 'contributions_refused_total{reason="over quota"} 5.0' in counted
+
+    asyncio.run(story())
+
+
+def test_each_refusal_is_counted_by_the_first_reason_that_applies(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform, 8)
+    Aggregators(platform)
+
+    def resigned(device: Device, by: Device, **changes: Any) -> bytes:
+        found = parse(device.contribution(honest(0)))
+        claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
+        message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
+        return pack(Contribution(claim, by.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
+
+    async def story() -> None:
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(SPEC)
+            await until(lambda: all(device.task is not None for device in devices))
+            forger, stranger, revoked, other_round, other_base, short, late = devices[:7]
+            platform.coordinator.revoke(revoked.device_id)
+            cases = [
+                (forger, resigned(forger, stranger, base="0" * 64), "bad signature"),
+                (revoked, resigned(revoked, stranger), "bad signature"),  # asked before anything about certificates
+                (stranger, forger.contribution(honest(1)), "unknown certificate"),
+                (revoked, resigned(revoked, revoked, base="0" * 64), "revoked certificate"),
+                (other_round, resigned(other_round, other_round, round_id="fraud-0", base="0" * 64), "wrong round"),
+                (other_base, resigned(other_base, other_base, base="0" * 64, length=1), "wrong base"),
+                (short, resigned(short, short, length=5), "wrong length"),
+                (short, resigned(short, short, fraction_bits=1), "malformed"),
+            ]
+            for device, data, reason in cases:
+                before = len(device.receipts)
+                await device.contribute(data)
+                await until(lambda: len(device.receipts) > before)  # noqa: B023 - awaited within its turn
+                assert device.receipts[-1].reason.startswith(f"{reason}: "), device.receipts[-1].reason
+            platform.clock.now += 3600
+            await late.contribute(late.contribution(honest(2)))
+            await until(lambda: late.receipts)
+            assert late.receipts[-1].reason.startswith("late: ")
+            counts = platform.ledger.refusals(opened.round_id)
+            expected = ["bad signature", "late", "malformed", "revoked certificate", "unknown certificate"]
+            assert sorted(counts) == sorted([*expected, "wrong base", "wrong length"])
+            assert counts["bad signature"] == 2
+
+    asyncio.run(story())
+
+
+def test_an_expired_certificate_is_said_to_be_expired(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform, 3)
+    Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(asked(deadline_s=29 * 86_400))
+            await until(lambda: devices[0].task is not None)
+            data = devices[0].contribution(np.zeros(opened.task.length))
+            platform.clock.now += 3650 * 86_400
+            platform.coordinator.revoke(devices[0].device_id)
+            await devices[0].contribute(data)
+            await until(lambda: devices[0].receipts)
+            assert devices[0].receipts[-1].reason.startswith("expired certificate: ")
+
+    asyncio.run(story())
+
+
+@pytest.mark.slow
+def test_a_round_with_privacy_is_paid_for_once_and_told_in_its_transcript(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+    aggregators.down = {"a1"}
+    private = asked(privacy=Privacy(epsilon=4, delta=1e-5, noise_multiplier=2.0))
+    once = [Spend(2.0)]
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(msgspec.structs.replace(private, name="one"))
+            await contribute_all(devices, opened.round_id)
+            await until(lambda: len(coordinator.round(opened.round_id).failures) >= 1, 15)
+            aggregators.down = set()
+            await until(lambda: not coordinator.round(opened.round_id).live, 20)
+            ended = coordinator.round(opened.round_id)
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            assert platform.ledger.privacy_of_release("fraud") == once == [Spend(2.0)]
+            spent = ended.figures["privacy"]
+            assert (
+                spent["epsilon_release"] == spent["epsilon_device"] == pytest.approx(epsilon([Spend(2.0)], 1e-5), 1e-3)
+            )
+            result = platform.ledger.round_result(opened.round_id)
+            assert result is not None
+            told = replay(result[1], platform.keyring.anchors())
+            assert told.holds, told.checks
+            assert told.epsilon_release == pytest.approx(spent["epsilon_release"], abs=1e-3)
+            mean = np.frombuffer(result[0], "<f4")
+            assert 0.01 < float(np.std(mean)) < 5  # the updates' own spread is 0.002
+            with pytest.raises(Malformed, match=r"would bring the release to epsilon [\d.]+ .*the budget is 2\.5"):
+                await coordinator.open_round(asked(privacy=Privacy(epsilon=2.5, delta=1e-5, noise_multiplier=2.0)))
+
+    asyncio.run(story())
+
+
+@pytest.mark.slow
+def test_a_round_whose_devices_have_spent_their_budget_does_not_open(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+    private = asked(privacy=Privacy(epsilon=100, epsilon_device=2.5, delta=1e-5, noise_multiplier=2.0))
+
+    async def story() -> None:
+        async with platform.running(), aggregators.serving():
+            await adopt_first(platform, devices)
+            first = await learned(platform, devices, msgspec.structs.replace(private, name="one"))
+            assert first.state == "PUBLISHED"
+            second = await learned(platform, devices, msgspec.structs.replace(private, name="two"))
+            assert second.state == "FAILED"
+            assert "would bring 8 of 8 devices (first: pos-0000) to epsilon" in second.reason
+            assert platform.ledger.round_result(second.round_id) is None
+            assert len(aggregators.commands) == 1  # nobody was even asked
+            assert len(platform.ledger.privacy_of_release("fraud")) == 1
+
+    asyncio.run(story())
