@@ -407,7 +407,7 @@ def device_run(
     count: Annotated[int, typer.Option(help="Stop after so many decisions; 0 runs until Ctrl-C.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the simulated payments.")] = 7,
     update_memory: Annotated[
-        int, typer.Option(help="MiB that a step of an update may work in, beside the files; 0: no limit.", min=0)
+        int, typer.Option(help="MiB that a step of an update may work in; 0: no limit.", min=0)
     ] = 0,
     update_storage: Annotated[
         int, typer.Option(help="MiB that an update may store on its way; 0: no limit.", min=0)

@@ -24,7 +24,7 @@ import numpy as np
 from model_delta.errors import DigestMismatch, Malformed
 from model_delta.manifest import StoredTensor
 from model_delta.patch import bsdiff, bspatch
-from model_delta.patch.access import RandomAccess, ResumedOutput, read_exactly
+from model_delta.patch.access import Part, RandomAccess, ResumedOutput, read_exactly
 from model_delta.patch.align import Run, align
 from model_delta.patch.coding import (
     LEVELS_MAX,
@@ -66,7 +66,6 @@ from model_delta.patch.tp1 import (
     Kind,
     Operation,
     SegmentHead,
-    Tail,
     operations,
     pack_header,
     read_header,
@@ -237,7 +236,9 @@ def apply_dense(old: RandomAccess, patch: RandomAccess, new: BinaryIO, size_max:
         raise DigestMismatch("patch: it was made for another old file than this one (the SHA-256 differ)")
     digested = _Digested(new)
     if header.body == Body.BSDIFF40:
-        written = bspatch.apply_stream(old, Tail(patch, HEADER_BYTES), digested.file, header.new_size, done=done)
+        written = bspatch.apply_stream(
+            old, Part(patch, HEADER_BYTES, patch.size), digested.file, header.new_size, done=done
+        )
     else:
         output = ResumedOutput(digested.file, done)
         for piece in _pieces(old, patch, header):

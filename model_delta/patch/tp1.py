@@ -193,22 +193,6 @@ class Drafted:
             self.old_end = operation.old_start + operation.size
 
 
-class Tail:
-    """What follows the header of a patch, as a `RandomAccess`."""
-
-    def __init__(self, whole: RandomAccess, start: int) -> None:
-        self._whole, self._start = whole, start
-
-    @property
-    def size(self) -> int:
-        """How many bytes there are."""
-        return max(self._whole.size - self._start, 0)
-
-    def pread(self, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer only at the end."""
-        return self._whole.pread(self._start + offset, size)
-
-
 def segments(patch: RandomAccess, header: Header) -> Iterator[SegmentHead]:
     """The heads of the segments, in order; together they make the new file. Raises Malformed."""
     offset, left = HEADER_BYTES, header.new_size
