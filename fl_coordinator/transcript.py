@@ -309,6 +309,9 @@ def _settlement(settled: Settlement, decision: Decision, task: RoundTask, aggreg
     ):
         if expected != found:
             return f"settles {what} {found[:48]!r}, expected {expected[:48]!r}"
+    paid = settled.spend.noise_multiplier if settled.spend is not None else 0.0
+    if paid != task.noise_multiplier:
+        return f"settles a noise multiplier of {paid:g}, announced was {task.noise_multiplier:g}"
     mean = mean_digest(None if aggregate is None else aggregate.mean)
     if mean != settled.mean:
         return f"the mean has digest {mean[:16] or 'none'}…, settled was {settled.mean[:16] or 'none'}…"

@@ -38,8 +38,10 @@ SPENT = (Spend(4.0),)
 class Written:
     """A round that was run, and its transcript, which a test may write anew with the keys of all who signed it."""
 
-    def __init__(self) -> None:
-        self.world = SecureRound(length=LENGTH, hostile_max=1, selected_min=3, policy="krum")
+    def __init__(self, noise_multiplier: float = 0.0) -> None:
+        self.world = SecureRound(
+            length=LENGTH, hostile_max=1, selected_min=3, policy="krum", noise_multiplier=noise_multiplier
+        )
         rng = np.random.default_rng(3)
         updates = [rng.normal(0.1, 0.02, LENGTH) for _ in range(6)] + [np.full(LENGTH, -0.7)]
         contributions = [self.world.contribution(f"pos-{n}", update) for n, update in enumerate(updates)]
@@ -50,13 +52,18 @@ class Written:
             (to_bytes(outcome.opened.first), to_bytes(outcome.opened.second)) for outcome in outcomes if outcome.opened
         ]
         aggregate = combine_openings(self.replies(), self.world.task)
-        spend = Spend(3.0)
         self.settlement = Settlement(
             tenant="acme",
             model="fraud",
             round_id=self.world.task.round_id,
             root=self.decision.root,
             mean=mean_digest(aggregate.mean),
+        )
+        if not noise_multiplier:
+            return
+        spend = Spend(noise_multiplier)
+        self.settlement = msgspec.structs.replace(
+            self.settlement,
             spend=spend,
             before_release=SPENT,
             delta=DELTA,
@@ -90,8 +97,8 @@ class Written:
 
 
 @cache
-def written() -> Written:
-    return Written()
+def written(noise_multiplier: float = 0.0) -> Written:
+    return Written(noise_multiplier)
 
 
 def problems(found: Replay) -> dict[str, str]:
@@ -106,6 +113,13 @@ def test_a_transcript_holds_and_tells_the_round() -> None:
     assert found.chosen == tuple(f"pos-{n}" for n in range(6))
     assert found.refused.keys() == {"pos-6"}
     assert found.aggregators == ("north", "centre", "south")
+
+
+@pytest.mark.slow
+def test_a_transcript_with_privacy_holds_and_tells_the_epsilons() -> None:
+    found = written(3.0).replay(written(3.0).transcript())
+    assert problems(found) == {}
+    assert found.holds
     assert found.epsilon_release > found.epsilon_device > 0
 
 
@@ -267,16 +281,29 @@ def test_a_gram_matrix_of_other_updates_does_not_foretell_the_sum() -> None:
         ({"model": "other"}, "settlement", "settles model"),
         ({"mean": "0" * 64}, "settlement", "the mean has digest"),
         ({"mean": ""}, "settlement", "settled was none"),
-        ({"epsilon_release": 0.1}, "epsilon", "epsilon of the release is"),
-        ({"epsilon_device": 0.1}, "epsilon", "epsilon of the device is"),
-        ({"spend": Spend(30.0)}, "epsilon", "epsilon of the release is"),
-        ({"before_release": ()}, "epsilon", "epsilon of the release is"),
-        ({"spend": None}, "epsilon", "epsilons without a spend"),
+        ({"spend": Spend(3.0)}, "settlement", "settles a noise multiplier of 3, announced was 0"),
+        ({"epsilon_device": 0.1}, "epsilon", "epsilons without a spend"),
     ],
 )
 def test_what_the_coordinator_signed_is_computed_again(changes: dict[str, Any], check: str, words: str) -> None:
     settled = msgspec.structs.replace(written().settlement, **changes)
     assert words in problems(written().replay(written().transcript(settlement=settled)))[check]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "check", "words"),
+    [
+        ({"epsilon_release": 0.1}, "epsilon", "epsilon of the release is"),
+        ({"epsilon_device": 0.1}, "epsilon", "epsilon of the device is"),
+        ({"spend": Spend(30.0)}, "epsilon", "epsilon of the release is"),
+        ({"before_release": ()}, "epsilon", "epsilon of the release is"),
+        ({"spend": None}, "settlement", "settles a noise multiplier of 0, announced was 3"),
+    ],
+)
+def test_epsilons_are_computed_again(changes: dict[str, Any], check: str, words: str) -> None:
+    settled = msgspec.structs.replace(written(3.0).settlement, **changes)
+    assert words in problems(written(3.0).replay(written(3.0).transcript(settlement=settled)))[check]
 
 
 def test_every_check_is_made() -> None:
