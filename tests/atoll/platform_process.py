@@ -27,9 +27,10 @@ START_S = 30.0
 class Platform:
     """One running `atoll up`. `endpoints` is what it printed."""
 
-    def __init__(self, data: Path, broker: str, *, port: int | None = None) -> None:
+    def __init__(self, data: Path, broker: str, *, port: int | None = None, store: str = "") -> None:
         self.data = data
         options = ["--data", str(data), "--broker", broker, "--json"] + (["--port", str(port)] if port else [])
+        options += ["--store", store] if store else []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "atoll", "up", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -63,9 +64,9 @@ class Platform:
 
 
 @contextmanager
-def platform(data: Path, broker: str = "embedded", *, port: int | None = None) -> Iterator[Platform]:
+def platform(data: Path, broker: str = "embedded", *, port: int | None = None, store: str = "") -> Iterator[Platform]:
     """A platform while the block runs."""
-    running = Platform(data, broker, port=port)
+    running = Platform(data, broker, port=port, store=store)
     try:
         yield running
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.retention import DAY_S
 from model_delta.object_store import ObjectStore
 from model_delta.store import DirectoryStore
+from tests.atoll.platform_process import answer, atoll, lines, platform, write_mlp, write_rollout
+from tests.fakes import s3_server
 from tests.fl_coordinator.test_ledger import release
 
 
@@ -115,3 +118,38 @@ def test_gc_tells_what_it_did(
     stores.clean_store(tmp_path, dry_run=False, contact_s=1, as_json=True)
     assert json.loads(capsys.readouterr().out)["freed_bytes"] == 1234
     assert [body["dry_run"] for _, body in asked] == [True, False, False, True, False]
+
+
+@pytest.mark.slow
+def test_a_platform_on_a_bucket_and_back_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish, roll out, decide, clean; after a restart everything is still there, and a bare folder is refused."""
+    data = tmp_path / "data"
+    with s3_server.running(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        folder = tmp_path / "s3" / s3_server.BUCKET / "shop"
+        with platform(data, store=f"s3://{s3_server.BUCKET}/shop"):
+            version = answer(data, "publish", str(write_mlp(tmp_path / "m.onnx", 1)), "--name", "first")["manifest"]
+            answer(data, "rollout", "apply", str(write_rollout(tmp_path / "one.yaml", "one")))
+            ran = atoll(data, "device", "run", "--count", "3", "--rate", "4", "--json")
+            assert ran.returncode == 0, ran.stderr
+            assert [line.get("version") for line in lines(ran.stdout) if line["event"] == "decision"][1:] == [
+                version
+            ] * 2
+            assert (folder / "manifest" / version).is_file()
+            assert not (data / "coordinator" / "store").exists()
+            (folder / "blob" / ("f" * 64)).write_bytes(b"left by a crash")
+            os.utime(folder / "blob" / ("f" * 64), (1_000_000_000, 1_000_000_000))
+            assert answer(data, "store", "gc", "--dry-run")["removed"] == {"blob": 1}
+            cleaned = answer(data, "store", "gc")
+            assert (cleaned["removed"], cleaned["freed_bytes"], cleaned["retired"]) == ({"blob": 1}, 15, [])
+            assert cleaned["kept"]["plan"] > 0
+            assert not (folder / "blob" / ("f" * 64)).exists()
+        secret = server.environment["AWS_SECRET_ACCESS_KEY"].encode()
+        assert not [path for path in data.rglob("*") if path.is_file() and secret in path.read_bytes()]
+        with platform(data):
+            second = answer(data, "publish", str(write_mlp(tmp_path / "m.onnx", 2)))
+            assert second["parents"] == [version]
+            assert (folder / "manifest" / second["manifest"]).is_file()
+        refused = atoll(data, "coordinator", "run", "--store", "default")
+        assert (refused.returncode, "copy the objects" in refused.stderr) == (2, True), refused.stderr
