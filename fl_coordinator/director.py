@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ COMPOSE_BYTES_MAX = 32 << 20
 """Up to which file size a direct patch is made while the device waits (about half a second); larger ones come later."""
 CHAIN_VERSIONS_MAX = 8
 REGION_BLOBS_MAX = 4_096
+MANIFESTS_MAX = 32
+"""How many manifests stay parsed: a fleet that is due asks for the same few, one device after the other."""
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -90,6 +93,7 @@ class Director:
         )
         self._tenant, self._ledger, self._keyring, self._link = tenant, ledger, keyring, link
         self._publisher, self._clock, self._note, self._want_direct = publisher, clock, note, want_direct
+        self._manifest = functools.lru_cache(MANIFESTS_MAX)(publisher.manifest)
         self._later: list[tuple[str, str]] = []
         self._in_region: dict[str, OrderedDict[str, None]] = {}
         self._count = metrics.counter(
@@ -200,7 +204,7 @@ class Director:
     def route(self, report: VersionReport, target: str, region: str) -> Route:
         """The cheapest steps to `target` from what `report` says that the device holds. Raises NotFound when none fit
         it, or when nothing is to be fetched."""
-        want = self._publisher.manifest(target)
+        want = self._manifest(target)
         files, pieces, manifests = self._standing(report)
         if target in files:
             raise NotFound(f"version {target[:16]}…: stands on {report.device_id} already")
@@ -240,7 +244,7 @@ class Director:
     def _known(self, held: HeldFile, model: str) -> Manifest | None:
         with contextlib.suppress(NotFound):
             if self._ledger.release(held.manifest).model == model:
-                return self._publisher.manifest(held.manifest)
+                return self._manifest(held.manifest)
         return None
 
     def _ways_to(self, want: Manifest, target: str, files: Mapping[str, int]) -> dict[str, Delivery]:

@@ -77,7 +77,7 @@ def _verify(what: str, signed: Path, bundle: Path, key: Path | None, chain: Sequ
                 config.use_certificate_verifier(certificate_chain=chain)
             config.verify(signed, bundle)
     except Exception as error:  # whatever the library, its parsers and OpenSSL raise on a hostile bundle
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).partition(": Expected ")[0][:200]  # which file; not its digests' bytes
         raise SignatureInvalid(f"{what}: does not vouch for {signed}: {reason or type(error).__name__}") from None
 
 

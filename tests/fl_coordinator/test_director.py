@@ -110,12 +110,12 @@ class Asking:
 async def published(platform: Platform, count: int) -> list[str]:
     """Manifests of versions that differ a little from each other, the last of them rolled out to everybody."""
     found: list[str] = []
-    source = fraud_model(hidden=3_000)
+    source = fraud_model(hidden=1_500)
     tensor = next(one for one in stored_tensors(source) if one.name == "layer0.weight")
     weights = read_tensor(source, tensor).copy()
     rng = np.random.default_rng(1)
     for _ in range(count):
-        weights.reshape(-1)[rng.choice(weights.size, 2_000, replace=False)] += np.float32(0.03)
+        weights.reshape(-1)[rng.choice(weights.size, 1_500, replace=False)] += np.float32(0.03)
         source = source[: tensor.offset] + weights.tobytes() + source[tensor.offset + tensor.size :]
         parent = found[-1] if found else None
         now = platform.clock()
@@ -144,6 +144,7 @@ def test_a_device_is_told_how_to_get_to_its_version(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_device_far_behind_gets_a_patch_made_on_the_spot(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     one = Asking(platform, "pos-0001")
@@ -212,6 +213,7 @@ def test_a_device_that_missed_the_rollout_plan_is_given_it(tmp_path: Path) -> No
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_blob_that_the_region_has_is_preferred_where_it_is_cheaper(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     chain, late = Asking(platform, "pos-0001"), Asking(platform, "pos-0002")
@@ -351,6 +353,7 @@ def test_a_keyring_without_a_directors_key_answers_that_it_cannot(tmp_path: Path
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_patch_of_a_large_file_is_made_later(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     later: list[tuple[str, str]] = []
