@@ -21,6 +21,8 @@ from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable, Un
 
 T = TypeVar("T")
 TRY_TIMEOUT_S = 30.0
+LASTING = (NotFound, StorageFull)
+"""Kinds of Unavailable that trying again within seconds does not cure: a person has to."""
 
 
 class ControlClient:
@@ -93,7 +95,7 @@ def reach(seconds: float, call: Callable[[], T]) -> T:
     """Call the coordinator until it answers, for at most `seconds`; then say what to do. Raises Unavailable."""
     try:
         return retry_until(time.monotonic() + seconds, call)
-    except NotFound:
+    except LASTING:
         raise
     except Unavailable as error:
         raise Unavailable(f"{error}; tried for {seconds:g} s; is `atoll up` running on this data folder?") from None
@@ -106,7 +108,7 @@ async def answered(call: Callable[[], T], seconds: float, *, pause_s: float = 0.
     while True:
         try:
             return await asyncio.to_thread(call)
-        except NotFound:
+        except LASTING:
             raise
         except Unavailable:
             if time.monotonic() >= deadline:
@@ -115,11 +117,12 @@ async def answered(call: Callable[[], T], seconds: float, *, pause_s: float = 0.
 
 
 def retry_until(deadline: float, call: Callable[[], T], *, pause_s: float = 0.3) -> T:
-    """Call until it answers or `deadline` (time.monotonic) passes; only Unavailable is retried, NotFound is not."""
+    """Call until it answers or `deadline` (time.monotonic) passes; only Unavailable is retried, and of it not
+    what is LASTING."""
     while True:
         try:
             return call()
-        except NotFound:
+        except LASTING:
             raise
         except Unavailable:
             if time.monotonic() >= deadline:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -133,9 +134,12 @@ async def _act(stage: Stage, name: str, before: list[ActResult]) -> ActResult:
             gave_up.result()
     except AtollError as error:
         problem = str(error)
-    except Exception as error:  # a bug of ours: the report says so, and the other acts still run
-        problem = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"no room left on the disk of {stage.data.path}: free some space, or set TMPDIR"
+        else:  # a bug of ours: the report says so, and the other acts still run
+            problem = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
     finally:
         for task in (work, gave_up):
             task.cancel()

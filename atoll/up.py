@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from atoll.revocation import reload_when_changed
 from atoll.settings import DataFolder, Endpoints, require_free_port
 from atoll.stores import choose_store, require_store
 from atoll.updates import choose_place, require_place
+from model_delta.errors import StorageFull
 
 FIRST_PORT = 7400
 
@@ -42,19 +45,44 @@ def run_up(
     require_place(updates_log)
     store = require_store(store) or store
     layout = Layout(regions=(region,), broker=broker, learning=learning)
-    if not DataFolder.exists(path):
+    existed, new = path.is_dir(), not DataFolder.exists(path)
+    if new:
         check(layout, _ports(None, port))  # what would be refused is refused before there is a folder
-    data = DataFolder.open(path, create=True)
+    try:
+        data = DataFolder.open(path, create=True)
+    except StorageFull:
+        if not existed:
+            with contextlib.suppress(OSError):  # where somebody else made one meanwhile, it is not empty
+                path.rmdir()
+        raise
     with data.locked():
-        choose_place(data, updates_log)
-        choose_store(data, store)
-        before = data.endpoints() if data.was_started else None
-        endpoints = prepare(data, layout, _ports(before, port))
-        if learning:
-            from atoll.coordinator import prepare_flower
+        with _nothing_half_made(data, new=new, existed=existed):
+            choose_place(data, updates_log)
+            choose_store(data, store)
+            before = data.endpoints() if data.was_started else None
+            endpoints = prepare(data, layout, _ports(before, port))
+            if learning:
+                from atoll.coordinator import prepare_flower
 
-            prepare_flower(data)
+                prepare_flower(data)
         return asyncio.run(_up(data, endpoints, as_json=as_json))
+
+
+@contextlib.contextmanager
+def _nothing_half_made(data: DataFolder, *, new: bool, existed: bool) -> Iterator[None]:
+    """Take away again what the block wrote into a `new` folder before it failed, and the folder unless it `existed`.
+
+    Call it with the folder's lock: another platform may have been started here since `new` was looked up, and stays."""
+    removable = new and not data.was_started
+    try:
+        yield
+    except BaseException:
+        if removable:
+            for entry in data.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if not existed:
+                data.path.rmdir()
+        raise
 
 
 def _ports(before: Endpoints | None, first: int | None) -> Callable[[str], int]:

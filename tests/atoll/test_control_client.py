@@ -1,3 +1,4 @@
+import asyncio
 import http.server
 import json
 import threading
@@ -7,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from atoll.control_client import ControlClient, retry_until
+from atoll.control_client import ControlClient, answered, reach, retry_until
 from atoll.settings import ConfigurationError
-from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
+from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable, Untrusted
 
 
 class Server:
@@ -94,14 +95,19 @@ def test_nobody_there_is_unavailable_and_retried_until_the_deadline(server: Serv
     assert calls > 1
 
 
-def test_what_is_missing_is_not_retried() -> None:
+@pytest.mark.parametrize("error", [NotFound("no such rollout"), StorageFull("no room left for key.pem")])
+def test_what_only_a_person_can_put_right_is_not_retried(error: Unavailable) -> None:
     calls = 0
 
     def call() -> None:
         nonlocal calls
         calls += 1
-        raise NotFound("no such rollout")
+        raise error
 
-    with pytest.raises(NotFound):
+    with pytest.raises(type(error)):
         retry_until(time.monotonic() + 5, call)
-    assert calls == 1
+    with pytest.raises(type(error), match=f"^{error}$"):
+        reach(5, call)
+    with pytest.raises(type(error)):
+        asyncio.run(answered(call, 5))
+    assert calls == 3
