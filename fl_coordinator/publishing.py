@@ -84,6 +84,7 @@ GoldenInputs = Callable[[str, Sequence[TensorSpec]], Sequence[Mapping[str, Array
 """(model, its inputs) -> a few batches of inputs that a publisher wants every device to try."""
 
 
+Cases = Sequence[Mapping[str, Array]]
 LatencyUs = Callable[[LoadedModel, Mapping[str, Array]], float]
 """(a loaded model, inputs of one row) -> median microseconds of an answer on this machine."""
 
@@ -258,7 +259,7 @@ class Publisher:
             (base,) = parents[0].parents
             merged = merge_updates(self.source(base), [self.source(parent.manifest) for parent in parents])
             if merged is not None:
-                file, form = self._formed(merged, like, self._ledger.release(base), "")
+                file, form = self._formed(merged, like, self._ledger.release(base), asked="")
                 return merged, file, "updates added", form
         first = parents[0]
         return self.source(first.manifest), self.file(first.manifest), "the first one's file", first.form
@@ -310,17 +311,22 @@ class Publisher:
         worse to the golden inputs or lose the update (`patch.fidelity`). `like` is a manifest with the inputs."""
         fresh = graphs.quantize_weights(source)
         if fresh is source:
-            return source, Form(int8=False, reason="released as handed in: nothing in it can become int8")
-        file, form = fresh, Form(int8=True, reason="asked for" if asked == "int8" else "not measured")
-        if base is not None:
-            file, form = self._alike(source, fresh, base, form)
+            int8 = graphs.form_of(source) is not None
+            if asked == "int8" and not int8:
+                raise Malformed(
+                    f"model {like.model}: expected constant float32 matrices that can become int8, found none; "
+                    "leave --quantize out to release it as it is"
+                )
+            return source, Form(int8=int8, reason="released as handed in: nothing in it can become int8")
         if asked == "none":
             return source, Form(int8=False, reason="asked for")
+        file, form = fresh, Form(int8=True, reason="asked for" if asked == "int8" else "not measured")
+        cases = self._golden_inputs(like.model, like.inputs)
+        if base is not None:
+            file, form = self._alike(source, fresh, base, form, like, cases)
         if self._latency_us is not None:
-            measured = {
-                name: Measured(len(one), self._latency(like, one))
-                for name, one in (("float32", source), ("int8", file))
-            }
+            both = {"float32": source, "int8": file}
+            measured = {name: Measured(len(one), self._latency(like, one, cases[:1])) for name, one in both.items()}
             devices = Counter(record.device_class for record in self._ledger.devices() if record.kind == "device")
             better, reason, classes = forms.decide(measured["int8"], measured["float32"], self._worth, devices)
             form = msgspec.structs.replace(
@@ -334,12 +340,14 @@ class Publisher:
             form = msgspec.structs.replace(form, int8=self._is_int8(base), reason=f"as its parent; {form.reason}")
         return (file if form.int8 else source), form
 
-    def _alike(self, source: bytes, fresh: bytes, base: ReleaseRecord, form: Form) -> tuple[bytes, Form]:
+    def _alike(
+        self, source: bytes, fresh: bytes, base: ReleaseRecord, form: Form, like: Manifest, cases: Cases
+    ) -> tuple[bytes, Form]:
         """The int8 file with the scales of `base`, or the fresh one where that one fails; what was measured."""
         parent, before = self.file(base.manifest), self.source(base.manifest)
         file = graphs.quantize_weights(source, parent, before)
         share = fidelity.carried(graphs.weight_changes(source, file, fresh, before, parent))
-        exact, ours, anew = (self._answers(self.manifest(base.manifest), one) for one in (source, file, fresh))
+        exact, ours, anew = (self._answers(like, one, cases) for one in (source, file, fresh))
         found = fidelity.Fidelity(_distance(ours, exact), _distance(anew, exact), share)
         refused = fidelity.refusals(found)
         form = msgspec.structs.replace(
@@ -366,26 +374,25 @@ class Publisher:
                 "leave --quantize out, or publish on another parent"
             )
 
-    def _latency(self, like: Manifest, file: bytes) -> float:
-        """Microseconds of one row; NaN for a model that does not answer one."""
-        if self._latency_us is None:
+    def _latency(self, like: Manifest, file: bytes, cases: Cases) -> float:
+        """Microseconds of the first row of `cases`; NaN for a model that does not answer it."""
+        if self._latency_us is None or not cases:
             return float("nan")
         free = {spec.name for spec in like.inputs if spec.shape[:1] == (-1,)}
+        row = {name: value[:1] if name in free else value for name, value in cases[0].items()}
         try:
-            loaded = self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
-            for inputs in self._golden_inputs(like.model, like.inputs)[:1]:
-                row = {name: value[:1] if name in free else value for name, value in inputs.items()}
-                return self._latency_us(loaded, row)
+            return self._latency_us(self._opened(like, file), row)
         except Malformed as error:
             _log.info("model %s: its latency cannot be measured: %s", like.model, error)
-        return float("nan")
+            return float("nan")
 
-    def _answers(self, like: Manifest, file: bytes) -> list[Mapping[str, Array]]:
-        """What a file answers to the golden inputs of a version, or nothing when it takes other inputs."""
-        if graphs.inspect(file, f"model {like.model}").inputs != like.inputs:
-            return []
-        loaded = self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
-        return [loaded.run(inputs) for inputs in self._golden_inputs(like.model, like.inputs)]
+    def _answers(self, like: Manifest, file: bytes, cases: Cases) -> list[Mapping[str, Array]]:
+        """What a file with the inputs of `like` answers."""
+        loaded = self._opened(like, file)
+        return [loaded.run(inputs) for inputs in cases]
+
+    def _opened(self, like: Manifest, file: bytes) -> LoadedModel:
+        return self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
 
     def manifest(self, manifest: str) -> Manifest:
         """A published manifest. Raises NotFound."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from fl_coordinator import forms
@@ -161,6 +162,23 @@ def test_a_version_does_not_change_its_form(tmp_path: Path) -> None:
     assert publisher.publish(wider_model(), model="fraud", now=START, quantize="int8") == first
     with pytest.raises(Malformed, match="are version 1 already, released as int8; leave --quantize out"):
         publisher.publish(wider_model(), model="fraud", now=START, quantize="none")
+
+
+def test_what_cannot_become_int8_is_released_as_it_is(tmp_path: Path) -> None:
+    publisher = measuring(platform(tmp_path), 0.5)
+    rounded = graphs.quantize_weights(wider_model())
+    record = publisher.publish(rounded, model="fraud", now=START)
+    assert record.form is not None
+    assert (record.form.int8, record.form.reason[:8]) == (True, "released")
+    assert publisher.file(record.manifest) == rounded
+    proto = onnx.ModelProto.FromString(wider_model())
+    proto.opset_import[0].version = 12  # before DequantizeLinear knew channels
+    old = proto.SerializeToString()
+    assert publisher.publish(old, model="other", now=START).form == forms.Form(
+        int8=False, reason="released as handed in: nothing in it can become int8"
+    )
+    with pytest.raises(Malformed, match="expected constant float32 matrices that can become int8, found none"):
+        publisher.publish(old, model="third", now=START, quantize="int8")
 
 
 def test_what_was_lost_by_locked_scales_is_told(tmp_path: Path) -> None:
