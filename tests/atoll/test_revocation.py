@@ -27,6 +27,7 @@ from atoll.platform import (
     mosquitto_argv,
     open_keyring,
     prepare,
+    read_root,
     revocation_list_of,
 )
 from atoll.revocation import keep_informed, keep_list, reload_when_changed
@@ -182,7 +183,9 @@ def test_an_enrolled_identity_asks_again_in_time_and_goes_on_while_nobody_answer
             sealing = base64.b64decode(body["sealing_public"])
             issued = keyring.issue_certificate(body["csr_pem"].encode(), body["common_name"], sealing, days=days)
             anchors = base64.b64encode(pack(keyring.anchors())).decode()
-            return {"certificate_pem": issued.decode(), "ca_pem": keyring.ca_pem().decode(), "anchors": anchors}
+            root = base64.b64encode(f"root {len(asked)}".encode()).decode()
+            ca = keyring.ca_pem().decode()
+            return {"certificate_pem": issued.decode(), "ca_pem": ca, "root": root, "anchors": anchors}
 
     def enrolled() -> float:
         identity = enrolled_identity(folder, "gateway-eu-west", "gateway", Coordinator())  # type: ignore[arg-type]
@@ -193,6 +196,29 @@ def test_an_enrolled_identity_asks_again_in_time_and_goes_on_while_nobody_answer
     assert enrolled() > 390
     assert enrolled() > 390
     assert asked == ["/v1/enroll"] * 3
+    assert read_root(folder) == b"root 1"
+    (folder / "root.json").unlink()  # enrolled by a program of before there was a root
+    assert enrolled() > 390
+    assert enrolled() > 390
+    assert read_root(folder) == b"root 4"
+
+
+def test_who_is_enrolled_before_the_ceremony_asks_again(tmp_path: Path) -> None:
+    data, _ = prepared(tmp_path / "data", "embedded")
+    keyring = open_keyring(data)
+
+    class Coordinator:
+        def post(self, path: str, body: dict[str, Any]) -> dict[str, str]:
+            return {
+                "certificate_pem": "",
+                "ca_pem": "",
+                "root": "",
+                "anchors": base64.b64encode(pack(keyring.anchors())).decode(),
+            }
+
+    with pytest.raises(Unavailable, match="no root of trust yet"):
+        enrolled_identity(data.identity("pos-1"), "pos-1", "device", Coordinator())  # type: ignore[arg-type]
+    assert not Identity.load(data.identity("pos-1"), "pos-1").is_enrolled
 
 
 @pytest.mark.slow
