@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from atoll.coordinator import LATENCY_ROWS, latency_us
 from atoll.settings import (
+    INT8_WORTH,
     Broker,
     ConfigurationError,
     DataFolder,
@@ -16,7 +19,9 @@ from atoll.settings import (
     require_free_port,
     write_private,
 )
+from device_sim.population import CLASSES
 from model_delta.errors import StorageFull
+from model_delta.patch.quantization import Worth
 
 
 def test_a_folder_is_created_once_and_opened_again(tmp_path: Path) -> None:
@@ -121,3 +126,25 @@ def test_what_a_process_writes_is_its_own_whatever_the_umask(tmp_path: Path) -> 
     written = tmp_path / "ledger"
     subprocess.run([sys.executable, "-c", program, str(written)], check=True, timeout=30)
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
+
+
+def test_what_int8_is_worth_is_told_for_every_class_of_device() -> None:
+    assert INT8_WORTH.keys() == CLASSES.keys()
+    for figures in INT8_WORTH.values():
+        worth = Worth(**figures)
+        assert 0 < worth.smaller < 1
+        assert worth.faster < 1 < worth.slower_max
+
+
+def test_latency_is_that_of_the_models_own_work() -> None:
+    class Slow:
+        digest = ""
+        calls = 0
+
+        def run(self, inputs: object) -> dict[str, np.ndarray]:
+            self.calls += 1
+            return {"score": np.sort(np.zeros(1 << 16))}
+
+    model = Slow()
+    assert latency_us(model, {}) > 1.0
+    assert model.calls <= LATENCY_ROWS + 1

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fl_coordinator.distant_keyring import DistantKeyring
 from model_delta.keys.certificates import make_request
 from model_delta.keys.keyring import EmbeddedKeyring, Keyring
 from model_delta.keys.vault import TenantPaths
@@ -17,7 +18,7 @@ from model_delta.keys.vault_setup import setup
 from tests.fakes.vault_server import running
 
 NOW = 1_790_000_000.0
-KINDS = ("embedded", "vault")
+KINDS = ("embedded", "distant", "vault")
 
 
 class Rings(NamedTuple):
@@ -35,6 +36,11 @@ def rings(kind: str, folder: Path, now: float = NOW) -> Iterator[Rings]:
     if kind == "embedded":
         acme, globex = (EmbeddedKeyring.create(folder / name, name, lambda: now) for name in ("acme", "globex"))
         yield Rings(kind, acme, globex, lambda: EmbeddedKeyring.open(folder / "acme", lambda: now))
+        return
+    if kind == "distant":
+        with rings("embedded", folder, now) as near:
+            acme, globex = DistantKeyring(near.acme), DistantKeyring(near.globex)
+            yield Rings(kind, acme, globex, lambda: DistantKeyring(near.again()))
         return
     with running() as server:
         for tenant in ("acme", "globex"):
