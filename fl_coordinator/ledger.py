@@ -30,7 +30,7 @@ from model_delta.task import AggregatorKey
 from monitoring.collector import Fold, judge_range
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, merge_summaries
 
-SCHEMA = 4
+SCHEMA = 5
 EVENTS_KEPT = 5_000
 
 _SCHEMA_1 = """
@@ -94,6 +94,10 @@ _SCHEMA_4 = """
 CREATE TABLE retired (manifest TEXT PRIMARY KEY, time REAL NOT NULL);
 CREATE TABLE identity (id TEXT NOT NULL);
 INSERT INTO identity VALUES (lower(hex(randomblob(16))));
+"""
+
+_SCHEMA_5 = """
+CREATE INDEX contributions_by_device ON contributions (device_id, time);
 """
 
 
@@ -247,7 +251,7 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN EXCLUSIVE")
-            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2), (3, _SCHEMA_3), (4, _SCHEMA_4)):
+            for version, schema in ((1, _SCHEMA_1), (2, _SCHEMA_2), (3, _SCHEMA_3), (4, _SCHEMA_4), (5, _SCHEMA_5)):
                 if found < version:
                     for statement in schema.split(";\n"):
                         if statement.strip():
@@ -484,7 +488,7 @@ class Ledger:
             db.execute("INSERT OR IGNORE INTO round_results VALUES (?,?,?)", (round_id, mean, transcript))
 
     def round_result(self, round_id: str) -> tuple[bytes, bytes] | None:
-        """Mean update and transcript, if the round has opened."""
+        """Mean update and packed transcript, if the aggregators have decided; the mean is empty when they refused."""
         rows = self._rows("SELECT mean, transcript FROM round_results WHERE round_id = ?", (round_id,))
         return (bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
 

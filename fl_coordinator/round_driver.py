@@ -374,7 +374,7 @@ class RoundDriver:
         (the coordinator died in between) is taken instead of a second opening."""
         result = await asyncio.to_thread(self._ledger.round_result, found.round_id)
         if result is not None:
-            return _with_verdicts(found, decision_in(result[1])), Event.OPENED
+            return _decided(found, decision_in(result[1]))
         if found.attempt >= ATTEMPTS_MAX:
             return msgspec.structs.replace(
                 found,
@@ -409,16 +409,12 @@ class RoundDriver:
             return msgspec.structs.replace(found, failures=failures), Event.ATTEMPT_FAILED
         ordered = [replies[name] for name in names]
         aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
-        decision = aggregate.decision
-        found = _with_verdicts(found, decision)
-        if aggregate.mean is None:
-            return msgspec.structs.replace(found, reason=f"the aggregators refused: {decision.refusal}"), Event.BROKEN
         settled = _settlement(found, mean_digest(aggregate.mean), paid)
         signed = seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, SETTLEMENT_TYPE, pack(settled)))
         transcript = pack_transcript(transcript_of(announcement, ordered, signed))
-        mean = aggregate.mean.astype("<f4").tobytes()
+        mean = b"" if aggregate.mean is None else aggregate.mean.astype("<f4").tobytes()
         await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript)
-        return found, Event.OPENED
+        return _decided(found, aggregate.decision)
 
     def _pay(self, found: Round) -> Charge | None:
         """What the opening costs, written down; None without privacy. Raises Malformed when it would overspend."""
@@ -512,9 +508,13 @@ def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:
     }
 
 
-def _with_verdicts(found: Round, decision: Decision) -> Round:
-    return msgspec.structs.replace(
+def _decided(found: Round, decision: Decision) -> tuple[Round, Event]:
+    """The round with everybody's verdict; it ends here when the aggregators refused to open anything."""
+    found = msgspec.structs.replace(
         found,
         chosen=tuple(device.device_id for device in decision.devices if device.selected),
         rejected={device.device_id: device.reason for device in decision.devices if not device.selected},
     )
+    if decision.refusal:
+        return msgspec.structs.replace(found, reason=f"the aggregators refused: {decision.refusal}"), Event.BROKEN
+    return found, Event.OPENED

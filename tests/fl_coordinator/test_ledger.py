@@ -207,6 +207,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     raw.execute("DROP TABLE version_reports")
     raw.execute("DROP TABLE retired")
     raw.execute("DROP TABLE identity")
+    raw.execute("DROP INDEX contributions_by_device")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
@@ -303,3 +304,18 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
     child.stdout.close()
     survived = {int(event.text) for event in Ledger(path).events(1_000_000)}
     assert set(range(1, acknowledged + 1)) <= survived
+
+
+def test_contributions_are_counted_by_device_and_by_what_devices_were_enrolled_with(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for number, labels in enumerate(({"batch": "b-1"}, {"batch": "b-1"}, {"batch": "b-2"}, {})):
+        ledger.enrol(msgspec.structs.replace(device(f"pos-{number}"), labels=labels))
+    for round_id, time, numbers in (("r1", 100.0, (0, 1)), ("r2", 200.0, (0, 1, 2, 3))):
+        ledger.admit(
+            round_id, [AdmittedContribution(f"pos-{n}", f"{round_id}-{n}", 10 * n, 5, time) for n in numbers]
+        )
+    assert ledger.groups_of("r2", "batch") == {"b-1": 2, "b-2": 1, "": 1}
+    assert ledger.groups_of("r2", "device_class") == {"pos": 4}
+    assert [ledger.contributions_of("pos-0", since, "r3") for since in (50.0, 150.0, 250.0)] == [2, 1, 0]
+    assert ledger.contributions_of("pos-0", 50.0, "r2") == 1
+    ledger.close()

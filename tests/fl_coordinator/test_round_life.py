@@ -306,3 +306,35 @@ def test_a_round_whose_devices_have_spent_their_budget_does_not_open(tmp_path: P
             assert len(platform.ledger.privacy_of_release("fraud")) == 1
 
     asyncio.run(story())
+
+
+def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform, 6)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            ended = await learned(platform, devices, asked(policy="robust", selected_min=5))
+            assert ended.state == "FAILED"
+            assert "4 updates selected, a sum of fewer than 5 is not opened" in ended.reason
+            result = platform.ledger.round_result(ended.round_id)
+            assert result is not None
+            assert result[0] == b""
+            told = replay(result[1], platform.keyring.anchors())
+            assert told.holds, told.checks
+            assert (told.chosen, told.mean, told.policy) == ((), "", "robust")
+            assert "4 updates selected" in told.refusal
+            # Died after the refusal was written down, before the round said so: nobody is asked again.
+            again = msgspec.structs.replace(ended, state=State.AGGREGATING.value, reason="")
+            platform.ledger.save_round(
+                round_id=ended.round_id, model="fraud", state=again.state, created=ended.opened, record=pack(again)
+            )
+        platform.reopen()
+        async with platform.running() as coordinator:
+            await until(lambda: not coordinator.round(ended.round_id).live)
+            assert coordinator.round(ended.round_id).reason == ended.reason
+            assert len(aggregators.commands) == 1
+
+    asyncio.run(story())

@@ -60,12 +60,14 @@ def test_a_pair_that_is_not_listed_is_refused() -> None:
         ({"quorum": 7}, "quorum: expected at least 8"),
         ({"quorum": 12, "hostile_max": 5}, "quorum: expected at least 13"),
         ({"contributions_max": 4}, "contributions_max: expected at least the quorum"),
+        ({"quorum": 9, "hostile_max": 2, "contributions_max": 10}, "at least 11 .policy robust leaves out 3 of them"),
+        ({"quorum": 9, "hostile_max": 2, "contributions_max": 9, "policy": "krum"}, "at least 10 .policy krum"),
         ({"steps": 0}, "steps: expected 1 to 100000, found 0"),
         ({"clip_norm_l2": float("nan")}, "clip_norm_l2"),
         ({"deadline_s": float("inf")}, "deadline_s"),
     ],
 )
-def test_a_spec_that_cannot_work_is_refused_with_the_number(changes: dict[str, float], words: str) -> None:
+def test_a_spec_that_cannot_work_is_refused_with_the_number(changes: dict[str, object], words: str) -> None:
     with pytest.raises(Malformed, match=words):
         RoundSpec(model="fraud", **changes).checked()  # type: ignore[arg-type]
 
