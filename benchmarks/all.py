@@ -17,6 +17,7 @@ from benchmarks.claims import ROOT, Claim, table
 PAGE = ROOT / "docs" / "benchmarks.md"
 NOT_SUBJECTS = {"__init__", "all", "attacks", "claims", "cost", "encoder", "fraud_rounds", "models", "patching"}
 NOT_SUBJECTS |= {"robustness_report", "tasks"}
+NOT_SUBJECTS |= {"keys", "trust_checkin"}  # `deltas` measures them too
 
 
 def main(*subjects: str) -> int:
