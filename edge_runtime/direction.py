@@ -63,6 +63,8 @@ from model_delta.trust.updater import TrustAnchors
 SILENCES_ALARM = 3
 ASK_AGAIN_S = 60.0
 """How long a device that heard no answer plans for itself before it asks again."""
+ALARM_KEPT_S = 86_400
+"""How long an alarm is told while no director is heard to have it: whoever drops reports cannot hide it by that."""
 CONNECTION_POLL_S = 0.25
 ANSWER_BYTES_MAX = 900_000
 
@@ -78,10 +80,11 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class DirectionRecord(msgspec.Struct, frozen=True):
-    """What survives: how far directing has advanced, and what is yet to be told."""
+    """What survives: how far directing has advanced, and what is yet to be told (`alarmed`: from then on, in s)."""
 
     state: DirectorState = DirectorState()
     alarm: str = ""
+    alarmed: int = 0
 
 
 class Direction:
@@ -128,8 +131,9 @@ class Direction:
 
     @property
     def alarm(self) -> str:
-        """What looked like an attack and was not told to a director yet; "" when there is nothing."""
-        return self._record.alarm
+        """What looked like an attack in the last day, and was not heard by a director yet; "" when there is nothing."""
+        record = self._record
+        return record.alarm if self._clock() < record.alarmed + ALARM_KEPT_S else ""
 
     def start(self) -> None:
         """Subscribe to the answers."""
@@ -252,7 +256,7 @@ class Direction:
             nonce=nonce or self._draw(NONCE_BYTES),
             counter=counter,
             time=int(now),
-            alarm=self._record.alarm,
+            alarm=self.alarm,
         )
 
     async def _send(self, report: VersionReport) -> None:
@@ -275,8 +279,8 @@ class Direction:
 
     def _raise_alarm(self, text: str) -> None:
         with contextlib.suppress(AtollError):  # a full disk: it is told while this process lives
-            alarm = text[:ALARM_CHARACTERS_MAX]
-            self._record = msgspec.structs.replace(self._record, alarm=alarm)
+            alarm, now = text[:ALARM_CHARACTERS_MAX], int(self._clock())
+            self._record = msgspec.structs.replace(self._record, alarm=alarm, alarmed=now)
             self._write(self._record)
 
     def _write(self, record: DirectionRecord) -> None:

@@ -185,6 +185,8 @@ def accept_device_plan(
         raise Expired(f"{what}: expired at {plan.expires}, {now - plan.expires:.0f} s ago")
     if plan.expires - plan.issued > PLAN_LIFETIME_S:
         raise Untrusted(f"{what}: expected at most {PLAN_LIFETIME_S} s of validity, found {plan.expires - plan.issued}")
+    if now >= rollout.expires:
+        raise Expired(f"{what}: rollout plan {rollout.name!r} serial {rollout.serial} expired at {rollout.expires}")
     _require_allowed(what, plan.target, rollout, traits)
     return plan, msgspec.structs.replace(state, serial=plan.serial)
 

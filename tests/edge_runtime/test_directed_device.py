@@ -42,6 +42,11 @@ def runs(device: Device, release: Release) -> Callable[[], bool]:
     return lambda: device.running.digest == release.digest and device.state == State.IDLE
 
 
+def patient(world: World, folder: Path) -> Device:
+    """A device that waits for its director however busy the machine is."""
+    return world.device("pos-0001", folder, answer_deadline_s=5.0)
+
+
 def two(world: World) -> tuple[Release, Release]:
     first = world.publish(world.model(seed=1))
     return first, world.publish(world.model(seed=2, like=world.files[first.digest]), first)
@@ -56,7 +61,7 @@ def test_a_directed_device_fetches_no_delivery_and_reports_what_it_installed(tmp
     async def story(world: World, desk: Desk, folder: Path) -> None:
         first, second = two(world)
         world.plan(first)
-        async with Life(world.device("pos-0001", folder)) as device:
+        async with Life(patient(world, folder)) as device:
             await eventually(runs(device, first))
             world.plan(second)
             await eventually(runs(device, second))
@@ -116,7 +121,7 @@ def test_a_stolen_directors_key_cannot_choose_what_runs(tmp_path: Path, attack: 
         first, bad = two(world)
         second = world.publish(world.model(seed=3, like=world.files[first.digest]), first)
         world.plan(first)
-        async with Life(world.device("pos-0001", folder)) as device:
+        async with Life(patient(world, folder)) as device:
             await eventually(runs(device, first))
             target, words = stolen(world, attack, first, second, bad)
             desk.spoil = lambda plan: msgspec.structs.replace(plan, target=target)
@@ -174,7 +179,7 @@ def test_bundles_that_do_not_make_the_version_are_given_up(
     async def story(world: World, desk: Desk, folder: Path) -> None:
         first, second = two(world)
         world.plan(first)
-        async with Life(world.device("pos-0001", folder)) as device:
+        async with Life(patient(world, folder)) as device:
             await eventually(runs(device, first))
             desk.spoil_route = bundle(first, second)
             world.plan(second)
@@ -189,13 +194,13 @@ def test_a_plan_of_yesterday_is_refused_and_the_alarm_survives_a_power_cut(tmp_p
     async def story(world: World, desk: Desk, folder: Path) -> None:
         first, second = two(world)
         world.plan(first)
-        async with Life(world.device("pos-0001", folder)) as device:
+        async with Life(patient(world, folder)) as device:
             await eventually(runs(device, first))
             desk.spoil = lambda plan: msgspec.structs.replace(plan, expires=int(world.now))
             world.plan(second)
             await eventually(runs(device, second))
             assert "expired at" in device.direction.alarm
-        again = world.device("pos-0001", folder)
+        again = patient(world, folder)
         assert "expired at" in again.direction.alarm
 
     play(story, tmp_path)
@@ -207,11 +212,11 @@ def test_a_download_that_a_power_cut_ended_is_asked_about_anew(tmp_path: Path) -
         missing = second.delivery.segments[0].digest
         held_back = {name: world.store.pop(("blob", name)) for name in second.blobs}
         world.plan(second, first)
-        async with Life(world.device("pos-0001", folder)):
+        async with Life(patient(world, folder)):
             await eventually(lambda: missing in asked_for(world, "blob"))
         world.store.update({("blob", name): data for name, data in held_back.items()})
         before = len(desk.reports)
-        async with Life(world.device("pos-0001", folder)) as device:
+        async with Life(patient(world, folder)) as device:
             await eventually(runs(device, second))
             assert device.direction.directed >= 1
         counters = [report.counter for report in desk.reports]
@@ -226,7 +231,7 @@ def test_a_baseline_never_replaces_a_newer_full_model(tmp_path: Path) -> None:
     async def story(world: World, desk: Desk, folder: Path) -> None:
         first, second = two(world)
         world.plan(second, first)
-        async with Life(world.device("pos-0001", folder)) as device:
+        async with Life(patient(world, folder)) as device:
             await eventually(runs(device, second))
             old = quantized(
                 mlp_weights(np.random.default_rng(1)),

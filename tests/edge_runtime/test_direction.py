@@ -101,7 +101,7 @@ class Desk:
             "held": lambda: HELD,
             "clock": lambda: self.now,
             "limits": NO_LIMITS,
-            "answer_deadline_s": 0.1,
+            "answer_deadline_s": 5.0,
             "ask_again_s": 0.0,
         }
         direction = Direction(**{**settings, **options})
@@ -251,7 +251,7 @@ def test_a_silenced_director_is_planned_around_and_told_after_a_while(tmp_path: 
     async def story(desk: Desk) -> None:
         honest = desk.answer
         desk.answer = lambda report, plan: None
-        direction = desk.direction(answer_deadline_s=0.02)
+        direction = desk.direction(answer_deadline_s=0.1)
         for number in range(SILENCES_ALARM):
             assert direction.alarm == ""
             assert await asked(direction) is None
@@ -266,10 +266,22 @@ def test_a_silenced_director_is_planned_around_and_told_after_a_while(tmp_path: 
     play(story, tmp_path)
 
 
+def test_an_alarm_that_nobody_hears_is_told_for_a_day(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        direction = desk.direction()
+        direction.failed("its route did not lead there")
+        desk.now += 86_399
+        assert desk.direction().alarm == direction.alarm == "its route did not lead there"
+        desk.now += 1
+        assert desk.direction().alarm == direction.alarm == ""
+
+    play(story, tmp_path)
+
+
 def test_a_device_does_not_ask_again_at_once(tmp_path: Path) -> None:
     async def story(desk: Desk) -> None:
         desk.answer = lambda report, plan: None
-        direction = desk.direction(answer_deadline_s=0.02, ask_again_s=60.0)
+        direction = desk.direction(answer_deadline_s=0.1, ask_again_s=60.0)
         await asked(direction)
         await asked(direction)
         assert len(desk.reports) == 1

@@ -169,6 +169,12 @@ def test_a_withdrawn_target_stays_refused_where_the_rollout_still_names_it() -> 
         accept_device_plan(signed(plan()), QUESTION, ANCHORS, DirectorState(), rollout, TRAITS, NOW)
 
 
+def test_nothing_is_directed_under_a_rollout_plan_that_has_run_out() -> None:
+    rollout = msgspec.structs.replace(ROLLOUT, expires=int(NOW))
+    with pytest.raises(Expired, match="rollout plan 'spring' serial 7 expired at"):
+        accept_device_plan(signed(plan()), QUESTION, ANCHORS, DirectorState(), rollout, TRAITS, NOW)
+
+
 # -- the steps
 
 
