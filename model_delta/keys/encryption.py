@@ -10,8 +10,8 @@ associated data are the header, the manifest's digest and the label: a blob open
     subkey  = HKDF-SHA256(artifact key, salt, "atoll blob")
     nonce   = 7 zero bytes | chunk index (4 bytes, big endian) | 1 for the last chunk, else 0
 
-The salt is a keyed hash of coding, manifest digest, label and plaintext: sealing is deterministic, and two different plaintexts
-never share a nonce under one subkey.
+The salt is a keyed hash of coding, manifest digest, label and plaintext: sealing is deterministic, and two different
+plaintexts never share a nonce under one subkey.
 
 *Sealing to a key* is HPKE (RFC 9180), base mode, DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM.
 
