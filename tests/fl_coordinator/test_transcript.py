@@ -38,8 +38,8 @@ SPENT = (Spend(4.0),)
 class Written:
     """A round that was run, and its transcript, which a test may write anew with the keys of all who signed it."""
 
-    def __init__(self, noise_multiplier: float = 0.0) -> None:
-        self.world = SecureRound(
+    def __init__(self, noise_multiplier: float = 0.0, world: SecureRound | None = None) -> None:
+        self.world = world or SecureRound(
             length=LENGTH, hostile_max=1, selected_min=3, policy="krum", noise_multiplier=noise_multiplier
         )
         rng = np.random.default_rng(3)

@@ -29,6 +29,7 @@ from model_delta.trust.signing import verify as verify_envelope
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_plan, accept_task, read_manifest, role_keys
 from monitoring.telemetry import Report
 from tests.vectors.directing import read_directing
+from tests.vectors.transcripts import read_transcript
 
 FOLDER = Path(__file__).parent
 NOW = 1_800_000_000.0
@@ -77,6 +78,8 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
         device = device_keys_of(bytes_of("device_certificate.pem"), ca_pem, now)
         payload = verify_envelope(open_envelope(data), "key-request", {key_id(device.verifying): device.verifying})
         return plain(unpack(payload, KeyRequest))
+    if kind == "transcript":
+        return read_transcript(data, anchors())
     if kind in ("version report", "device plan"):
         return plain(read_directing(kind, data, now))
     if kind == "patch":

@@ -58,6 +58,7 @@ from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
 from tests.vectors.dense_patches import dense_patches
 from tests.vectors.directing import directing
 from tests.vectors.reading import BLOB_KEY, DEVICE, FOLDER, MODEL, NOW
+from tests.vectors.transcripts import transcripts
 
 LATER = int(NOW) + 1000 * 86_400
 STABLE, TARGET = digest_of(b"stable"), digest_of(b"target")
@@ -91,6 +92,7 @@ def _files(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     yield from _sealed()
     yield from _patches()
     yield from directing()
+    yield from transcripts(lambda role, kind, payload: _signed(keyring, role, kind, payload))
 
 
 def _signed(keyring: EmbeddedKeyring, role: str, kind: str, payload: object) -> bytes:
