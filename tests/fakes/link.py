@@ -9,28 +9,26 @@ broker.lose = lambda topic, payload: "res" in topic   # swallow matching message
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Callable
 
 from edge_runtime.link import Handler, topic_matches
 from model_delta.errors import Unavailable
-from model_delta.topics import ROOT
+from regional_gateway.mqtt_sessions import FLEET_RULES, access
 
 QUEUE_MAX = 1000
+_allowed = functools.cache(access(FLEET_RULES))
 
 
 def may_publish(identity: str, topic: str) -> bool:
     """The access rule of both real brokers for writing."""
-    if identity == "coordinator" or identity.startswith("gateway-"):
-        return topic.startswith(f"{ROOT}/")
-    return topic.startswith(f"{ROOT}/dev/{identity}/up/")
+    return _allowed(identity, "publish", topic)
 
 
 def may_read(identity: str, topic: str) -> bool:
     """The access rule of both real brokers for delivery."""
-    if identity == "coordinator" or identity.startswith("gateway-"):
-        return topic.startswith(f"{ROOT}/")
-    return topic.startswith((f"{ROOT}/dev/{identity}/down/", f"{ROOT}/cfg/"))
+    return _allowed(identity, "subscribe", topic)
 
 
 class FakeLink:
