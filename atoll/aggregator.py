@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import os
 import struct
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from starlette.applications import Starlette
@@ -56,7 +58,7 @@ async def _aggregator(data: DataFolder, name: str, events: Events) -> None:
     rounds = metrics.counter("aggregator_commands", "Round commands, by result.", ("result",))
     async with httpx.AsyncClient(headers=headers, timeout=PEER_TIMEOUT_S) as client:
 
-        async def fetch(round_id: str) -> Sequence[bytes]:
+        async def fetch(round_id: str) -> Iterable[bytes]:
             return await _fetch_contributions(client, endpoints.coordinator, round_id)
 
         async def send(peer: str, message: str, content: bytes) -> None:
@@ -148,25 +150,43 @@ async def _register(client: httpx.AsyncClient, coordinator: str, own: Aggregator
         await asyncio.sleep(REGISTER_PAUSE_S)
 
 
-async def _fetch_contributions(client: httpx.AsyncClient, coordinator: str, round_id: str) -> list[bytes]:
+async def _fetch_contributions(client: httpx.AsyncClient, coordinator: str, round_id: str) -> Iterator[bytes]:
+    """One after the other, from a file without a name: a round of many large ones would not fit into memory."""
     what = f"contributions of round {round_id}"
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the generator that is returned closes it)
     try:
-        response = await client.get(f"{coordinator}/v1/rounds/{round_id}/contributions")
+        async with client.stream("GET", f"{coordinator}/v1/rounds/{round_id}/contributions") as response:
+            if response.status_code != 200:
+                text = (await response.aread())[:200].decode(errors="replace")
+                raise Unavailable(f"{what}: the coordinator answered {response.status_code}: {text}")
+            async for chunk in response.aiter_bytes():
+                await asyncio.to_thread(file.write, chunk)
     except httpx.HTTPError as error:
+        file.close()
         raise Unavailable(f"{what}: the coordinator did not answer: {type(error).__name__}") from None
-    if response.status_code != 200:
-        raise Unavailable(f"{what}: the coordinator answered {response.status_code}: {response.text[:200]}")
-    data, parts, at = response.content, [], 0
-    while at < len(data):
-        if at + _FRAME.size > len(data):
-            raise Malformed(f"{what}: expected a length at byte {at}, found the end")
-        (size,) = _FRAME.unpack_from(data, at)
-        at += _FRAME.size
-        if at + size > len(data):
-            raise Malformed(f"{what}: expected {size} bytes at byte {at}, found {len(data) - at}")
-        parts.append(data[at : at + size])
-        at += size
-    return parts
+    except OSError as error:
+        file.close()
+        raise Unavailable(f"{what}: cannot be kept: {error.strerror}") from None
+    except BaseException:
+        file.close()
+        raise
+    return _framed(file, what)
+
+
+def _framed(file: IO[bytes], what: str) -> Iterator[bytes]:
+    """The contributions in `file`, which is closed at the end. Raises Malformed where a frame is cut off."""
+    with file:
+        left = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        while left:
+            head = file.read(_FRAME.size)
+            if len(head) < _FRAME.size:
+                raise Malformed(f"{what}: expected a length of {_FRAME.size} bytes, found {len(head)} and the end")
+            (size,) = _FRAME.unpack(head)
+            left -= _FRAME.size + size
+            if left < 0:
+                raise Malformed(f"{what}: expected {size} bytes, found {size + left}")
+            yield file.read(size)
 
 
 async def _post(client: httpx.AsyncClient, url: str, content: bytes, what: str) -> None:

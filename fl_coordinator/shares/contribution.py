@@ -173,7 +173,8 @@ def hold(
 ) -> Holding:
     """Verify every contribution of the frozen list and open aggregator `index`'s secrets; a bad one is only refused.
 
-    Of two contributions of one device the first counts. `now` is Unix seconds. Masked vectors go to `spool` (an
+    Of two contributions of one device the first counts. `now` is Unix seconds. Raises Unavailable when a disk is
+    full. Masked vectors go to `spool` (an
     unbuffered file, open for reading and writing, which must outlive the result) if there is one, and stay in memory
     otherwise; the first aggregator needs none of them.
     """
@@ -246,8 +247,11 @@ class _Span:
     def append(cls, spool: BinaryIO, data: bytes) -> _Span:
         start = spool.seek(0, os.SEEK_END)
         left = memoryview(data)
-        while left:
-            left = left[spool.write(left) :]
+        try:
+            while left:
+                left = left[spool.write(left) :]
+        except OSError as error:
+            raise Unavailable(f"contributions cannot be kept for the round: {error.strerror}") from None
         return cls(spool.fileno(), start, len(data))
 
     def __getitem__(self, part: slice) -> bytes:
