@@ -159,18 +159,18 @@ async def over_mqtt(site: Site, folder: Path, rounds: int) -> tuple[list[int], i
 
         def reply(topic: str, question: bytes) -> None:
             answer = answer_check_in(question, site.store, KIND)
-            task = loop.create_task(mirror.publish(down(device_of(topic), "res"), answer))
+            task = loop.create_task(mirror.publish(down(device_of(topic), "trust"), answer))
             replies.add(task)
             task.add_done_callback(replies.discard)
 
-        mirror.subscribe(up("+", f"req/{REGION}"), reply)
-        device.subscribe(down(DEVICE, "res"), lambda topic, answer: answers.put_nowait(answer))
+        mirror.subscribe(up("+", f"trust/{REGION}"), reply)
+        device.subscribe(down(DEVICE, "trust"), lambda topic, answer: answers.put_nowait(answer))
         await mirror.wait_connected(5.0)
         await device.wait_connected(5.0)
 
         async def ask(number: int) -> tuple[int, bytes]:
             before = await counter.settled()
-            await device.publish(up(DEVICE, f"req/{REGION}"), trust.check_in(number))
+            await device.publish(up(DEVICE, f"trust/{REGION}"), trust.check_in(number))
             answer = await asyncio.wait_for(answers.get(), 5.0)
             return await counter.settled() - before, answer
 
