@@ -65,6 +65,9 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
             assert status == 200
             assert b"# TYPE " in body
 
+        _, body = http(f"{first.endpoints['coordinator']}/metrics")
+        assert b'atoll_version_reports_total{verdict="planned"} 1.0' in body, "the device asked its director"
+
         twin = atoll(data, "up")
         assert twin.returncode == 2
         assert "another atoll is running on this data folder" in twin.stderr
