@@ -120,8 +120,9 @@ def _keys(connection: VaultConnection, paths: TenantPaths, moved: KeyFile | None
         **{role_key_name(role): ("", {"type": "ed25519"}) for role in ROLES},
     }
     if moved is not None:
-        backups = _backups(moved, now)
-        wanted = {name: (backups.get(name, ""), kind) for name, (_, kind) in wanted.items()}
+        wanted = {
+            name: (backup, kind) for (name, (_, kind)), backup in zip(wanted.items(), _backups(moved, now), strict=True)
+        }
     steps = []
     for name, (backup, kind) in wanted.items():
         missing = not _exists(connection, f"{paths.transit}/keys/{name}")
@@ -129,7 +130,7 @@ def _keys(connection: VaultConnection, paths: TenantPaths, moved: KeyFile | None
             connection.write(f"{paths.transit}/restore/{name}", {"backup": backup})
         elif missing:
             connection.write(f"{paths.transit}/keys/{name}", {**kind, "exportable": False})
-        elif backup and moved is not None and not _is_moved(connection, paths, name, moved):
+        elif moved is not None and not _is_moved(connection, paths, name, moved):
             raise Malformed(
                 f"{paths.transit}: key {name} is there already and is another; use another --base or tenant"
             )
