@@ -255,6 +255,32 @@ def test_a_crash_between_agreeing_and_answering_repeats_the_same_decision(tmp_pa
     assert aggregate.mean is not None
 
 
+def test_a_round_with_noise_opened_again_after_a_crash_carries_the_same_noise(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, noise_multiplier=0.5, contributions_max=16)
+    honest = updates()
+    platform.contribute(honest)
+    first = platform.run()
+    aggregate = combine_openings(first, platform.world.task)
+    assert aggregate.mean is not None
+    spread = float(np.std(aggregate.mean - np.mean(honest, axis=0))) * len(honest)
+    assert 0.7 < spread / (0.5 * platform.world.task.clip_norm_l2 * 1.5**0.5) < 1.4
+    for file in (tmp_path / "south" / "reply").iterdir():
+        file.unlink()
+    for name in NAMES:
+        platform.start(name)
+    again = platform.run(attempt=2)
+    assert [(reply["first"], reply["second"]) for reply in again] == [
+        (reply["first"], reply["second"]) for reply in first
+    ]
+
+
+def test_masked_vectors_wait_in_files_without_a_name(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    platform.run()
+    assert {path.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {"key", "round", "reply"}
+
+
 def test_a_lost_folder_ends_a_round_that_was_opened(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     platform.contribute(updates())
