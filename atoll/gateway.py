@@ -129,6 +129,8 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
             store=store,
             fetch=fetch,
         )
+        alarm = metrics.gauge("trust_alarm", "1 while the TUF repository's news are held back or do not verify.")
+        alarm.read_from(lambda: float(bool(vouching.alarm())))
         supply = Supply(
             store=store,
             link=link,
@@ -150,6 +152,7 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
         mirror = Mirror(region=region, link=link, store=store, fetch=fetch, metrics=metrics, distant=distant)
         app = create_app(gateway, server_version=__version__)
         async with serving(app, port_of(endpoints.gateways[region]), name), asyncio.TaskGroup() as tasks:
+            tasks.create_task(vouching.run(), name="vouching")
             tasks.create_task(supply.run(), name="supply")
             tasks.create_task(mirror.run(), name="mirror")
             events.say("ready", region=region, url=endpoints.gateways[region])

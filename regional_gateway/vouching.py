@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
+from model_delta.errors import AtollError, Malformed, NotFound, Unavailable, Untrusted
 from model_delta.manifest import Manifest
 from model_delta.store import ArtifactStore
 from model_delta.trust.authority import Authority
@@ -24,6 +25,10 @@ from model_delta.trust.updater import TrustAnchors
 from regional_gateway.mirror import TIMESTAMP
 from regional_gateway.supply import Fetch
 
+log = logging.getLogger(__name__)
+
+EVERY_S = 6 * 3600.0
+RETRY_S = 60.0
 FRESH_S = 1.0
 """A refresh that ended less than this ago is not repeated."""
 
@@ -56,6 +61,17 @@ class Vouching:
     def alarm(self) -> str:
         """What a person should know; "" when there is nothing."""
         return self._authority.alarm(self._clock())
+
+    async def run(self, every_s: float = EVERY_S) -> None:
+        """Refresh at the start and every interval until cancelled, so that `alarm` means something."""
+        while True:
+            try:
+                await self.refresh()
+                pause = every_s
+            except AtollError as error:
+                log.warning("%s", error)
+                pause = min(every_s, RETRY_S)
+            await asyncio.sleep(pause)
 
     async def refresh(self) -> None:
         """Learn what is newest. Raises Unavailable, also for metadata that does not verify: another may, later."""

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from edge_runtime.onnx_model import open_model
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
+from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.plan import BUCKETS, DeviceTraits, assign
 from model_delta.store import DirectoryStore
 from model_delta.topics import ChunkRequest, ChunkResponse, down, plan_topic, up
@@ -533,6 +534,39 @@ def test_a_version_that_was_withdrawn_does_not_come_back_with_a_plan(world: Worl
             assert (await region.predict()).status_code == 503
             await world.publisher.plan(stable=second.digest)
             await region.until_ready()
+
+    asyncio.run(story())
+
+
+def test_a_region_learns_new_plan_keys_when_it_meets_an_unknown_signature(world: World) -> None:
+    async def story() -> None:
+        first, second = (world.publisher.publish(mlp(seed)) for seed in (1, 2))
+        async with world.region() as region:
+            await world.publisher.plan(stable=first.digest)
+            await region.until_ready()
+            world.publisher.keyring = EmbeddedKeyring.create(world.path / "other-keys", TENANT)
+            world.publisher.site.rotate_anchors(world.publisher.keyring.anchors())
+            region.supply._vouching[TENANT]._refreshed -= 60.0  # type: ignore[attr-defined]
+            await world.publisher.plan(stable=second.digest)
+            await region.until(lambda: world.publisher.keys_given[second.digest] == 1)
+
+    asyncio.run(story())
+
+
+def test_a_region_says_when_news_are_held_back(world: World) -> None:
+    async def story() -> None:
+        vouching = world.vouching(DirectoryStore(world.path / "region"))
+        await vouching.refresh()
+        assert vouching.alarm() == ""
+        asking = asyncio.create_task(vouching.run(every_s=0.01))
+        world.publisher.up = False
+        world.publisher.now += 9 * 86_400  # a timestamp lasts a day, and the grace is seven
+        assert "holding news back" in vouching.alarm()
+        world.publisher.up = True
+        world.publisher.site.keep_fresh(world.publisher.now)
+        await until(lambda: vouching.alarm() == "")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
 
     asyncio.run(story())
 
