@@ -238,7 +238,7 @@ class AbsentDevice:
             directory=self._data.child("devices", self.device_id),
             link=OfflineLink(),
             root=read_root(identity.folder),
-        anchors=read_anchors(identity.folder),
+            anchors=read_anchors(identity.folder),
             feature_names=self._world.names,
             open_model=open_model,
             rng=random.Random(),
