@@ -24,6 +24,7 @@ from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Delivery
 from model_delta.patch.container import apply_bytes
 from model_delta.topics import Hello, KeyRequest
+from model_delta.trust.checkin import CheckIn, read_answer
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_plan, accept_task, read_manifest, role_keys
@@ -87,6 +88,13 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
         return {"bytes": len(new), "sha256": digest_of(new)}
     if kind == "blob":
         return {"plain": open_blob(BLOB_KEY, digest_of(b"target"), "segment:0", data, 1_000).decode()}
+    if kind == "check-in":
+        asked = unpack(data, CheckIn)
+        return {"request": asked.request, "root": asked.root, "timestamp": asked.timestamp}
+    if kind == "check-in answer":
+        answer, timestamp = read_answer(data)
+        found = None if timestamp is None else timestamp.decode()
+        return {"request": answer.request, "root": answer.root, "timestamp": found}
     return plain(unpack(data, {"report": Report, "delivery": Delivery, "hello": Hello}[kind]))
 
 

@@ -55,6 +55,7 @@ from model_delta.trust.signing import (
     sign,
 )
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
+from tests.vectors.check_ins import check_ins
 from tests.vectors.dense_patches import dense_patches
 from tests.vectors.directing import directing
 from tests.vectors.reading import BLOB_KEY, DEVICE, FOLDER, MODEL, NOW
@@ -92,6 +93,7 @@ def _files(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     yield from _sealed()
     yield from _patches()
     yield from directing()
+    yield from check_ins()
     yield from transcripts(lambda role, kind, payload: _signed(keyring, role, kind, payload))
 
 
