@@ -375,11 +375,17 @@ class _Control:
         return JSONResponse(_round_view(await self._coordinator.abort_round(request.path_params["round_id"])))
 
     async def _contributions(self, request: Request) -> Response:
-        read = self._coordinator.frozen_contributions
-        contributions = await asyncio.to_thread(read, request.path_params["round_id"])
+        """Read from the log one by one, as fast as the aggregator takes them. What cannot be read after the first one
+        breaks the connection off, and the attempt is repeated."""
+        read = self._coordinator.contribution_at
+        offsets = await asyncio.to_thread(self._coordinator.frozen_offsets, request.path_params["round_id"])
+        first = [await asyncio.to_thread(read, offset) for offset in offsets[:1]]
 
         async def frames() -> AsyncIterator[bytes]:
-            for contribution in contributions:
+            for contribution in first:
+                yield _FRAME.pack(len(contribution)) + contribution
+            for offset in offsets[1:]:
+                contribution = await asyncio.to_thread(read, offset)
                 yield _FRAME.pack(len(contribution)) + contribution
 
         return StreamingResponse(frames(), media_type="application/octet-stream")

@@ -146,9 +146,9 @@ class Coordinator:
             bridge=bridge,
             limits=limits or Limits(),
             intake=self._intake,
+            rollouts=self._rollouts,
             failures=self._count_failures,
             clock=clock,
-            rollouts=self._rollouts,
             tick_s=tick_s,
             note=self.note,
             publish_soon=self._publish_soon,
@@ -311,6 +311,10 @@ class Coordinator:
         """Remove from the store what nothing needs any more; see `Cleaning.run`. Blocking."""
         return self._cleaning.run(dry_run=dry_run)
 
-    def frozen_contributions(self, round_id: str) -> list[bytes]:
-        """The contributions of a round in the frozen order; see `RoundDriver.frozen_contributions`. Blocking."""
-        return self._rounds.frozen_contributions(round_id)
+    def frozen_offsets(self, round_id: str) -> list[int]:
+        """Where a round's contributions are in the log, in the frozen order; see `RoundDriver`. Blocking."""
+        return self._rounds.frozen_offsets(round_id)
+
+    def contribution_at(self, offset: int) -> bytes:
+        """One contribution from the log; see `RoundDriver`. Blocking."""
+        return self._rounds.contribution_at(offset)

@@ -223,14 +223,18 @@ class RoundDriver:
         """A round as it stands. Raises NotFound."""
         return unpack(self._ledger.round(round_id), Round)
 
-    def frozen_contributions(self, round_id: str) -> list[bytes]:
-        """The contributions of a round in the frozen order. Blocking. NotFound, also for a round whose end is long ago,
-        and Unavailable before the freeze."""
+    def frozen_offsets(self, round_id: str) -> list[int]:
+        """Where the contributions of a round are in the log, in the frozen order. Blocking. NotFound, and Unavailable
+        before the freeze."""
         found = self.round(round_id)
         if not found.root:
             raise Unavailable(f"round {round_id}: not frozen yet, it is {found.state}")
         offsets = {entry.digest: entry.log_offset for entry in self._ledger.contributions(round_id)}
-        return [self._log.read(offsets[digest]) for digest in found.frozen]
+        return [offsets[digest] for digest in found.frozen]
+
+    def contribution_at(self, offset: int) -> bytes:
+        """One contribution from the log. Blocking. NotFound, also for one of a round whose end is long ago."""
+        return self._log.read(offset)
 
     async def _drive(self, round_id: str) -> None:
         """Walk one round to its end. When its state cannot be written down, the walk starts over from what is there."""

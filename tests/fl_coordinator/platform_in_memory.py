@@ -144,6 +144,10 @@ class Platform:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def frozen_contributions(self, round_id: str) -> list[bytes]:
+        """A round's contributions in the frozen order, as aggregators get them."""
+        return [self.coordinator.contribution_at(at) for at in self.coordinator.frozen_offsets(round_id)]
+
     def reopen(self) -> None:
         """What a start after a crash sees."""
         self.ledger.close()

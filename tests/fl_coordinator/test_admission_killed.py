@@ -98,7 +98,7 @@ def test_whoever_has_a_receipt_is_in_and_nobody_is_in_twice(
                 await link.publish(topics.up(device_id, "contribution"), data)
             await until(lambda: len(receipts) == DEVICES)
             await until(lambda: coordinator.round(found.round_id).root)
-            frozen = coordinator.frozen_contributions(found.round_id)
+            frozen = platform.frozen_contributions(found.round_id)
             await coordinator.abort_round(found.round_id)
             assert sorted(map(digest_of, frozen)) == sorted(digest_of(data) for data in sent.values())
 

@@ -60,7 +60,7 @@ class Aggregators:
             platform.coordinator.register_aggregator(AggregatorRecord(member.key, f"http://{name}"))
 
     async def _fetch(self, round_id: str) -> Sequence[bytes]:
-        return await asyncio.to_thread(self.platform.coordinator.frozen_contributions, round_id)
+        return await asyncio.to_thread(self.platform.frozen_contributions, round_id)
 
     def _sender(self, sender: str) -> Any:
         async def send(peer: str, name: str, data: bytes) -> None:
@@ -286,12 +286,12 @@ def test_contributions_of_ended_rounds_are_let_go_and_those_of_a_live_one_stay(t
             await contribute_all([device], opened.round_id)
         await until(lambda: coordinator.round(opened.round_id).attempt > 0)
         assert files() >= 8
-        assert len(coordinator.frozen_contributions(opened.round_id)) == 8  # aggregators may ask until the end
+        assert len(platform.frozen_contributions(opened.round_id)) == 8  # aggregators may ask until the end
         aggregators.down = set()
         await until(lambda: not coordinator.round(opened.round_id).live)
         await until(lambda: files() <= 2)
         with pytest.raises(NotFound):
-            coordinator.frozen_contributions(opened.round_id)
+            platform.frozen_contributions(opened.round_id)
         assert coordinator.round(opened.round_id).state == "PUBLISHED"
         result = platform.ledger.round_result(opened.round_id)
         assert result is not None

@@ -17,11 +17,13 @@ from fl_coordinator.promotion import Evaluation, Limits
 from fl_coordinator.rounds import Privacy, Quota, Round, RoundSpec, State
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
 from fl_coordinator.transcript import replay
+from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.trust.signing import pre_authentication_encoding
 from tests.fl_coordinator.platform_in_memory import Device, Platform, fraud_model, until
+from tests.fl_coordinator.test_control import Call, calling
 from tests.fl_coordinator.test_coordinator import CANARY, adopt_first
 from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet, honest
 
@@ -338,3 +340,28 @@ def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> No
             assert len(aggregators.commands) == 1
 
     asyncio.run(story())
+
+
+def test_aggregators_read_the_frozen_contributions_from_the_log_one_by_one(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    Aggregators(platform)
+
+    async def story(call: Call) -> None:
+        await adopt_first(platform, devices)
+        opened = await platform.coordinator.open_round(SPEC)
+        early = await call("GET", f"/v1/rounds/{opened.round_id}/contributions", "aggregator")
+        assert (early.status_code, "not frozen yet" in early.text) == (503, True)
+        await contribute_all(devices, opened.round_id)
+        await until(lambda: platform.coordinator.round(opened.round_id).root)
+        answer = await call("GET", f"/v1/rounds/{opened.round_id}/contributions", "aggregator")
+        frames, left = [], answer.content
+        while left:
+            size = int.from_bytes(left[:4], "big")
+            frames.append(left[4 : 4 + size])
+            left = left[4 + size :]
+        assert [digest_of(frame) for frame in frames] == list(platform.coordinator.round(opened.round_id).frozen)
+        nothing = await call("GET", "/v1/rounds/fraud-0/contributions", "aggregator")
+        assert nothing.status_code == 404
+
+    calling(platform, story)
