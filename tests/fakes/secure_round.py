@@ -254,10 +254,10 @@ class ArrayRows:
 
     @property
     def length(self) -> int:
-        return self.words.shape[1]
+        return int(self.words.shape[1])
 
     def origin(self, row: int) -> bytes:
-        return self.words[row].tobytes()
+        return bytes(self.words[row].tobytes())
 
     def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
         for start in range(0, self.length, COLUMNS):
