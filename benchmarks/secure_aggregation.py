@@ -224,7 +224,8 @@ def _honest(world: SecureRound, count: int, rng: np.random.Generator) -> NDArray
     """Updates of the clip's length exactly, rounded at random: the ones nearest to a refusal."""
     real = rng.standard_normal((count, world.task.length)) * rng.choice([1.0, 0.01], (1, world.task.length))
     real *= world.task.clip_norm_l2 * 2.0**world.task.fraction_bits / np.linalg.norm(real, axis=1, keepdims=True)
-    return np.floor(real + rng.random(real.shape)).astype(np.int32).view(np.uint32)
+    rounded: NDArray[np.int32] = np.floor(real + rng.random(real.shape)).astype(np.int32)
+    return rounded.view(np.uint32)
 
 
 def _passes(coefficients: Coefficients, rows: NDArray[np.uint32]) -> NDArray[np.bool_]:
