@@ -13,7 +13,7 @@ import pytest
 from tests.atoll.platform_process import answer, atoll, free_run, platform, write_mlp, write_rollout
 
 
-def decided_by(device: "subprocess.Popen[str]", version: str) -> dict[str, Any]:
+def decided_by(device: subprocess.Popen[str], version: str) -> dict[str, Any]:
     """The device's first decision by `version`."""
     assert device.stdout is not None
     for line in device.stdout:
