@@ -26,7 +26,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -140,19 +140,30 @@ def _has_bytecode(package: str) -> bool:
 
 
 def processes_of(place: SuperLinkPlace) -> dict[int, str]:
-    """Processes that carry this folder's FLWR_HOME, by id: the base name of the command. Empty where /proc is not."""
+    """Processes that carry this folder's FLWR_HOME, by id: the base name of the command. Empty where /proc is not.
+
+    flower-superexec lets nobody but root look into it (PR_SET_DUMPABLE 0); its command line tells whose it is."""
     mark = b"FLWR_HOME=" + os.fsencode(place.home)
     found: dict[int, str] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if int(entry.name) == os.getpid() or mark not in (entry / "environ").read_bytes().split(b"\0"):
-                continue
             words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it ended, or is not ours
+            script = words[1] if len(words) > 1 and b"python" in Path(os.fsdecode(words[0])).name.encode() else words[0]
+            name = "superlink" if b"fl_coordinator.flower" in words else Path(os.fsdecode(script)).name
+            try:
+                ours = mark in (entry / "environ").read_bytes().split(b"\0")
+            except PermissionError:
+                ours = name == "flower-superexec" and serves(place, words)
+        except OSError:  # it ended
             continue
-        script = words[1] if len(words) > 1 and b"python" in Path(os.fsdecode(words[0])).name.encode() else words[0]
-        found[int(entry.name)] = "superlink" if b"fl_coordinator.flower" in words else Path(os.fsdecode(script)).name
+        if ours and int(entry.name) != os.getpid():
+            found[int(entry.name)] = name
     return found
+
+
+def serves(place: SuperLinkPlace, words: Sequence[bytes]) -> bool:
+    """Whether a command line names this SuperLink's certificate authority and address."""
+    return os.fsencode(place.ca.resolve()) in words and place.address.encode() in words
 
 
 def end_processes(place: SuperLinkPlace) -> list[int]:
@@ -163,7 +174,7 @@ def end_processes(place: SuperLinkPlace) -> list[int]:
         if not alive:
             break
         for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
             ended.append(pid)
         time.sleep(0.05)

@@ -83,6 +83,14 @@ def test_preparing_twice_keeps_the_token_private_and_the_same(tmp_path: Path) ->
     assert stat.S_IMODE(place.token.stat().st_mode) == 0o600
 
 
+def test_a_command_line_tells_whose_superexec_it_is(tmp_path: Path) -> None:
+    mine, other = place_in(tmp_path / "mine"), place_in(tmp_path / "other")
+    words = [b"flower-superexec", b"--root-certificates", os.fsencode(mine.ca), b"--runtime-api-address"]
+    assert flower_superlink.serves(mine, [*words, mine.address.encode()])
+    assert not flower_superlink.serves(mine, [*words, b"127.0.0.1:1"])
+    assert not flower_superlink.serves(other, [*words, mine.address.encode()])
+
+
 def test_only_processes_of_this_folder_are_found_and_ended(tmp_path: Path) -> None:
     mine, other = place_in(tmp_path / "mine"), place_in(tmp_path / "other")
     sleep = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
