@@ -80,8 +80,8 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a device did between outbox records `first_sequence` and `last_sequence` of its outbox `epoch` (a random
-    number drawn when the outbox was created). `state` is the update's state; `running` the manifest in use; `alarm` what
-    a person should know of the device's trust, "" when there is nothing."""
+    number drawn when the outbox was created). `state` is the update's state; `running` the manifest in use; `alarm`
+    what a person should know of the device's trust, "" when there is nothing."""
 
     device_id: str
     epoch: int
