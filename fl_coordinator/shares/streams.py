@@ -21,6 +21,7 @@ WORD_BYTES = 4
 COLUMNS = 4_096
 """How many columns of all rows are in memory at a time."""
 
+_AHEAD = 4  # blocks of a file that are read at once
 _SPARE_WORDS = 4  # the cipher wants room for 15 more bytes than it writes
 
 Words = NDArray[np.uint32]
@@ -76,13 +77,18 @@ class SecretRows:
         """See `Rows.blocks`."""
         ciphers = [_stream(self._secrets[row]) for row in rows]
         room = np.empty((len(rows), COLUMNS + _SPARE_WORDS), dtype=np.uint32)
-        octets, zeros = room.view(np.uint8), bytes(WORD_BYTES * COLUMNS)
+        octets = room.view(np.uint8)
+        given = [memoryview(bytes(WORD_BYTES * COLUMNS))] * len(rows)
         for start in range(0, self._length, COLUMNS):
             width = min(COLUMNS, self._length - start)
-            part = slice(WORD_BYTES * start, WORD_BYTES * (start + width))
-            for place, row in enumerate(rows):
-                given = zeros[: WORD_BYTES * width] if self._masked is None else self._masked[row][part]
-                ciphers[place].update_into(given, octets[place])
+            behind = 0
+            if self._masked is not None:
+                behind = WORD_BYTES * (start % (_AHEAD * COLUMNS))
+                if behind == 0:
+                    part = slice(WORD_BYTES * start, WORD_BYTES * (start + _AHEAD * COLUMNS))
+                    given = [memoryview(self._masked[row][part]) for row in rows]
+            for place, cipher in enumerate(ciphers):
+                cipher.update_into(given[place][behind : behind + WORD_BYTES * width], octets[place])
             yield start, _native(room[:, :width])
 
 
