@@ -20,10 +20,11 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from fl_coordinator.ledger import Ledger, ReleaseRecord
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock
 from fl_coordinator.retention import KINDS, OpenRound, Roots, Terms, Verdict, Version, unneeded
 from fl_coordinator.rounds import Round
+from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.manifest import Delivery, parse_manifest

@@ -41,9 +41,9 @@ from starlette.routing import BaseRoute, Route
 from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.forms import asked
-from fl_coordinator.ledger import AggregatorRecord, ReleaseRecord
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import Round, RoundSpec
+from fl_coordinator.tables.records import AggregatorRecord, ReleaseRecord
 from model_delta.digest import require_digest, require_match
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted

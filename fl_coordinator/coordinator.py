@@ -33,7 +33,7 @@ from fl_coordinator.director import Director
 from fl_coordinator.enrolment import Enrolled, Enrolment, Registrar
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.intake import Intake
-from fl_coordinator.ledger import AggregatorRecord, Ledger, ReleaseRecord
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.overview import Overview
 from fl_coordinator.ports import Bridge, Clock, Link, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits
@@ -44,6 +44,7 @@ from fl_coordinator.rollout import Rollout
 from fl_coordinator.rollout_driver import RolloutDriver
 from fl_coordinator.round_driver import RoundDriver
 from fl_coordinator.rounds import Round, RoundSpec
+from fl_coordinator.tables.records import AggregatorRecord, ReleaseRecord
 from model_delta import topics
 from model_delta.errors import AtollError, Malformed
 from model_delta.keys.keyring import Keyring

@@ -22,9 +22,10 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from fl_coordinator.inbox import Inbox
-from fl_coordinator.ledger import DeviceRecord, Directed, Ledger
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, Note
 from fl_coordinator.publishing import Publisher
+from fl_coordinator.tables.records import DeviceRecord, Directed
 from model_delta import topics
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable, Untrusted

@@ -9,8 +9,9 @@ import contextlib
 
 import msgspec
 
-from fl_coordinator.ledger import AggregatorRecord, DeviceRecord, Ledger
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note
+from fl_coordinator.tables.records import AggregatorRecord, DeviceRecord
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.keys.certificates import days_left, require_identity, same_keys, serial_of

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, refuse
 from fl_coordinator.inbox import Inbox
-from fl_coordinator.ledger import AdmittedContribution, Ledger
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
 from fl_coordinator.rounds import Round, State, newest_of
 from fl_coordinator.shares.bounds import contributions_max
@@ -32,6 +32,7 @@ from fl_coordinator.shares.contribution import (
     size_max,
     verify,
 )
+from fl_coordinator.tables.records import AdmittedContribution
 from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from model_delta import graphs
 from model_delta.errors import Malformed
+from model_delta.graphs.mlp import mlp_training_graph
 from model_delta.manifest import Manifest, StoredTensor
 from model_delta.segments import read_tensor, stored_tensors
 from model_delta.task import Parameter
@@ -45,7 +45,7 @@ def training_graph(source: bytes, positive_weight: float) -> bytes:
     weights = [name for name in _names(tensors, "published model") if name.endswith(".weight")]
     sizes = [tensors[weights[0]].shape[0], *(tensors[name].shape[1] for name in weights)]
     mean, scale = (read_tensor(source, tensors[name]).astype(np.float32) for name in ("input.mean", "input.scale"))
-    return graphs.mlp_training_graph(sizes, mean, scale, positive_weight)
+    return mlp_training_graph(sizes, mean, scale, positive_weight)
 
 
 def apply_mean(source: bytes, mean: Float32) -> bytes:

@@ -29,12 +29,14 @@ import numpy.typing as npt
 from fl_coordinator import forms
 from fl_coordinator.forms import Asked, Form
 from fl_coordinator.joining import merge_updates
-from fl_coordinator.ledger import Ledger, ReleaseRecord
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.rollout import Rollout, holds_devices
-from model_delta import graphs
+from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.digest import digest_of, require_digest
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
+from model_delta.graphs.inspection import inspect, require_features
+from model_delta.graphs.int8 import form_of, quantize_weights, weight_changes
 from model_delta.keys.encryption import open_blob, seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.keys.wrapping import KeyVersions
@@ -274,9 +276,9 @@ class Publisher:
             raise Malformed(f"model {model}: expected at most {MODEL_BYTES_MAX} bytes, found {len(source)}")
         base = self._ledger.release(parent) if parent is not None else None
         what = f"model {model}"
-        info = graphs.inspect(source, what)
+        info = inspect(source, what)
         if model in self._feature_counts:
-            graphs.require_features(info, self._feature_counts[model], what)
+            require_features(info, self._feature_counts[model], what)
         releases = self._ledger.releases(model)
         version = merge(base.version if base is not None else {}, {})
         # The region's counter counts all of its publications, so that two versions on one parent do not share a vector.
@@ -309,9 +311,9 @@ class Publisher:
 
         int8 has the scales of `base` so that the patch from it is small; it is quantized afresh where that would answer
         worse to the golden inputs or lose the update (`patch.fidelity`). `like` is a manifest with the inputs."""
-        fresh = graphs.quantize_weights(source)
+        fresh = quantize_weights(source)
         if fresh is source:
-            int8 = graphs.form_of(source) is not None
+            int8 = form_of(source) is not None
             if asked == "int8" and not int8:
                 raise Malformed(
                     f"model {like.model}: expected constant float32 matrices that can become int8, found none; "
@@ -345,8 +347,8 @@ class Publisher:
     ) -> tuple[bytes, Form]:
         """The int8 file with the scales of `base`, or the fresh one where that one fails; what was measured."""
         parent, before = self.file(base.manifest), self.source(base.manifest)
-        file = graphs.quantize_weights(source, parent, before)
-        share = fidelity.carried(graphs.weight_changes(source, file, fresh, before, parent))
+        file = quantize_weights(source, parent, before)
+        share = fidelity.carried(weight_changes(source, file, fresh, before, parent))
         exact, ours, anew = (self._answers(like, one, cases) for one in (source, file, fresh))
         found = fidelity.Fidelity(_distance(ours, exact), _distance(anew, exact), share)
         refused = fidelity.refusals(found)
@@ -363,7 +365,7 @@ class Publisher:
 
     def _is_int8(self, record: ReleaseRecord) -> bool:
         """Whether a version has int8 weights; the file tells of versions that were published before forms were kept."""
-        return record.form.int8 if record.form is not None else graphs.form_of(self.file(record.manifest)) is not None
+        return record.form.int8 if record.form is not None else form_of(self.file(record.manifest)) is not None
 
     def _require_form(self, known: ReleaseRecord, asked: Asked) -> None:
         """Raise Malformed where bytes that are a version already are wanted in another form: its digest is signed."""

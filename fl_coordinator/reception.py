@@ -18,9 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fl_coordinator.inbox import Inbox
-from fl_coordinator.ledger import DeviceRecord, Ledger, ReleaseRecord
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, Note
 from fl_coordinator.publishing import Publisher
+from fl_coordinator.tables.records import DeviceRecord, ReleaseRecord
 from model_delta import topics
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable, Untrusted

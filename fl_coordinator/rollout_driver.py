@@ -13,10 +13,11 @@ import msgspec
 
 from fl_coordinator import rollout as rollouts
 from fl_coordinator.cohorts import RolloutSpec, read_rollout
-from fl_coordinator.ledger import Ledger, StageEvent
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.rollout import Advance, Rollout
+from fl_coordinator.tables.records import StageEvent
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound
 from model_delta.keys.keyring import Keyring

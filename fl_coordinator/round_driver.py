@@ -21,7 +21,7 @@ from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.cohorts import read_rollout
 from fl_coordinator.enrolment import AGGREGATORS
 from fl_coordinator.intake import Intake
-from fl_coordinator.ledger import Ledger, ReleaseRecord
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Bridge, Clock, Link, Note, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits, failed, judge
 from fl_coordinator.publishing import Publisher
@@ -30,6 +30,7 @@ from fl_coordinator.rounds import ATTEMPTS_MAX, Command, Event, Round, RoundSpec
 from fl_coordinator.shares.bounds import CONTRIBUTIONS_MAX, fitted, require_announceable
 from fl_coordinator.shares.party import Decision
 from fl_coordinator.spending import Charge, charge, require_affordable
+from fl_coordinator.tables.records import ReleaseRecord
 from fl_coordinator.transcript import (
     SETTLEMENT_TYPE,
     Settlement,

@@ -18,8 +18,9 @@ from pathlib import Path
 import msgspec
 
 from fl_coordinator.kafka_log import KafkaLog
-from fl_coordinator.ledger import AdmittedContribution, Ledger
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import UpdatesLog
+from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import SegmentLog
 from tests.fl_coordinator.platform_in_memory import Platform, until
 from tests.fl_coordinator.test_coordinator import adopt_first

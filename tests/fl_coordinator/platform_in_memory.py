@@ -24,8 +24,9 @@ from fl_coordinator.promotion import Evaluate
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.shares.client import make_contribution
 from fl_coordinator.updates_log import SegmentLog
-from model_delta import graphs, topics
+from model_delta import topics
 from model_delta.encoding import pack, unpack
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.certificates import make_request
 from model_delta.keys.encryption import open_sealed
 from model_delta.keys.keyring import EmbeddedKeyring
@@ -74,7 +75,7 @@ def fraud_model(seed: int = 0, hidden: int = 4) -> bytes:
     weights = [
         (rng.normal(size=(a, b)).astype(np.float32), rng.normal(size=b).astype(np.float32)) for a, b in pairwise(sizes)
     ]
-    return graphs.mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
+    return mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
 
 
 class Platform:

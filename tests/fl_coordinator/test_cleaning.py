@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from fl_coordinator.cleaning import OWNER, Cleaning
-from fl_coordinator.ledger import Directed, Ledger, ReleaseRecord
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.retention import DAY_S, Terms
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import RoundSpec
+from fl_coordinator.tables.records import Directed, ReleaseRecord
 from model_delta.encoding import pack
 from model_delta.errors import AtollError, Malformed, NotFound
 from model_delta.manifest import late_delivery_name

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_coordinator.joining import merge_updates
-from fl_coordinator.ledger import ReleaseRecord
 from fl_coordinator.publishing import Publisher
+from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.assembly import pieces_of
 from model_delta.errors import Malformed
 from model_delta.manifest import late_delivery_name

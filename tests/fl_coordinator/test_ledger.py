@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fl_coordinator.ledger import AdmittedContribution, DeviceRecord, Directed, Ledger, ReleaseRecord, StageEvent
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.privacy import Spend
+from fl_coordinator.tables.records import AdmittedContribution, DeviceRecord, Directed, ReleaseRecord, StageEvent
 from model_delta.errors import Malformed, NotFound, Unavailable
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
 
@@ -311,9 +312,7 @@ def test_contributions_are_counted_by_device_and_by_what_devices_were_enrolled_w
     for number, labels in enumerate(({"batch": "b-1"}, {"batch": "b-1"}, {"batch": "b-2"}, {})):
         ledger.enrol(msgspec.structs.replace(device(f"pos-{number}"), labels=labels))
     for round_id, time, numbers in (("r1", 100.0, (0, 1)), ("r2", 200.0, (0, 1, 2, 3))):
-        ledger.admit(
-            round_id, [AdmittedContribution(f"pos-{n}", f"{round_id}-{n}", 10 * n, 5, time) for n in numbers]
-        )
+        ledger.admit(round_id, [AdmittedContribution(f"pos-{n}", f"{round_id}-{n}", 10 * n, 5, time) for n in numbers])
     assert ledger.groups_of("r2", "batch") == {"b-1": 2, "b-2": 1, "": 1}
     assert ledger.groups_of("r2", "device_class") == {"pos": 4}
     assert [ledger.contributions_of("pos-0", since, "r3") for since in (50.0, 150.0, 250.0)] == [2, 1, 0]

@@ -14,8 +14,9 @@ import pytest
 
 from fl_coordinator import forms
 from fl_coordinator.publishing import Publisher
-from model_delta import graphs
 from model_delta.errors import Malformed
+from model_delta.graphs.int8 import form_of, quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from model_delta.manifest import Manifest
 from model_delta.patch.quantization import Measured, Worth
 from model_delta.segments import read_tensor, stored_tensors
@@ -43,7 +44,7 @@ def wide_model(size: float, step: float = 0.0) -> bytes:
     ]
     first = weights[0][0] * (1 - step * moves.random(weights[0][0].shape))
     weights[0] = (first.astype(np.float32), weights[0][1])
-    return graphs.mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
+    return mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
 
 
 def tensors(file: bytes) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def test_a_model_too_small_for_its_parents_scales_is_quantized_afresh(tmp_path: 
     publisher = platform(tmp_path).publisher
     publisher.publish(wide_model(1.0), model="fraud", now=START)
     second = publisher.publish(wide_model(0.01), model="fraud", now=START + 1)
-    assert publisher.file(second.manifest) == graphs.quantize_weights(wide_model(0.01))
+    assert publisher.file(second.manifest) == quantize_weights(wide_model(0.01))
 
 
 def test_growth_that_clipping_would_swallow_is_quantized_afresh(tmp_path: Path) -> None:
@@ -80,8 +81,8 @@ def test_growth_that_clipping_would_swallow_is_quantized_afresh(tmp_path: Path) 
     publisher.publish(wide_model(1.0), model="fraud", now=START)
     grown = wide_model(1.0, step=-0.04)
     second = publisher.publish(grown, model="fraud", now=START + 1)
-    assert publisher.file(second.manifest) == graphs.quantize_weights(grown)
-    assert publisher.file(second.manifest) != graphs.quantize_weights(grown, graphs.quantize_weights(wide_model(1.0)))
+    assert publisher.file(second.manifest) == quantize_weights(grown)
+    assert publisher.file(second.manifest) != quantize_weights(grown, quantize_weights(wide_model(1.0)))
 
 
 # int8 or float32.
@@ -97,7 +98,7 @@ def measuring(made: Platform, slower: float, worth: Mapping[str, Worth] | None =
     class Timed(WeightModel):
         def __init__(self, manifest: Manifest, file: bytes) -> None:
             super().__init__(manifest, file)
-            self.int8 = graphs.form_of(file) is not None
+            self.int8 = form_of(file) is not None
 
     return Publisher(
         tenant="acme",
@@ -117,11 +118,11 @@ def wider_model(seed: int = 1) -> bytes:
     """One whose file is mostly weights."""
     rng, sizes = np.random.default_rng(seed), [FEATURES, 256, 64, 1]
     weights = [(rng.normal(0, 1, pair).astype(np.float32), np.zeros(pair[1], np.float32)) for pair in pairwise(sizes)]
-    return graphs.mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
+    return mlp_model(weights, np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32))
 
 
 def is_int8(publisher: Publisher, manifest: str) -> bool:
-    return graphs.form_of(publisher.file(manifest)) is not None
+    return form_of(publisher.file(manifest)) is not None
 
 
 @pytest.mark.parametrize(("slower", "int8"), [(0.5, True), (1.2, True), (1.3, False), (float("nan"), False)])
@@ -153,7 +154,7 @@ def test_a_version_keeps_its_parents_form_unless_another_is_asked_for(tmp_path: 
     assert sixth.form is not None
     assert (sixth.form.int8, sixth.form.reason.split(";")[0]) == (True, "asked for")
     candidate = publisher.prepare(wider_model(7), model="fraud", now=START + 6, parent=sixth.manifest)
-    assert graphs.form_of(candidate.file) is not None
+    assert form_of(candidate.file) is not None
 
 
 def test_a_version_does_not_change_its_form(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_version_does_not_change_its_form(tmp_path: Path) -> None:
 
 def test_what_cannot_become_int8_is_released_as_it_is(tmp_path: Path) -> None:
     publisher = measuring(platform(tmp_path), 0.5)
-    rounded = graphs.quantize_weights(wider_model())
+    rounded = quantize_weights(wider_model())
     record = publisher.publish(rounded, model="fraud", now=START)
     assert record.form is not None
     assert (record.form.int8, record.form.reason[:8]) == (True, "released")

@@ -11,10 +11,10 @@ import pytest
 from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.flower_bridge import read_command, write_reply
-from fl_coordinator.ledger import AggregatorRecord
 from fl_coordinator.masters import apply_mean
 from fl_coordinator.promotion import Evaluation
 from fl_coordinator.rounds import RoundSpec, State
+from fl_coordinator.tables.records import AggregatorRecord
 from fl_coordinator.transcript import replay
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable

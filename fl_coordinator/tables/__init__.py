@@ -1,0 +1,1 @@
+"""What the coordinator's ledger is made of, subject by subject; see `ledger`."""

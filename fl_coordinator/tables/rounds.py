@@ -1,0 +1,119 @@
+"""Federated rounds in the ledger: states, admitted contributions, what was opened and what that cost in privacy."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+
+from fl_coordinator.privacy import Spend
+from fl_coordinator.tables.file import LedgerFile
+from fl_coordinator.tables.records import AdmittedContribution
+from fl_coordinator.tables.versions import require_kept
+from model_delta.errors import Malformed, NotFound
+
+
+class Rounds(LedgerFile):
+    """Rounds by their id. A round is a value of `rounds`, kept as packed bytes."""
+
+    def save_round(
+        self, *, round_id: str, model: str, state: str, created: float, record: bytes, needs: Iterable[str] = ()
+    ) -> None:
+        """Write a round's state. Raises Malformed when one of the versions that it `needs` was given up."""
+        with self._write() as db:
+            require_kept(db, needs)
+            db.execute(
+                "INSERT INTO rounds VALUES (?,?,?,?,?) "
+                "ON CONFLICT (round_id) DO UPDATE SET state = excluded.state, record = excluded.record",
+                (round_id, model, state, created, record),
+            )
+
+    def rounds(self) -> list[bytes]:
+        """Packed rounds, oldest first."""
+        return [bytes(row[0]) for row in self._rows("SELECT record FROM rounds ORDER BY created, rowid")]
+
+    def round(self, round_id: str) -> bytes:
+        """The packed round. Raises NotFound."""
+        rows = self._rows("SELECT record FROM rounds WHERE round_id = ?", (round_id,))
+        if not rows:
+            raise NotFound(f"round {round_id!r}: there is none of that name")
+        return bytes(rows[0][0])
+
+    def save_round_result(self, round_id: str, mean: bytes, transcript: bytes) -> None:
+        """Keep what a round opened: the mean update (float32 little-endian) and the signed transcript. The first result
+        stays: a round opens once, since two openings of different sets would give away their difference."""
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO round_results VALUES (?,?,?)", (round_id, mean, transcript))
+
+    def round_result(self, round_id: str) -> tuple[bytes, bytes] | None:
+        """Mean update and packed transcript, if the aggregators have decided; the mean is empty when they refused."""
+        rows = self._rows("SELECT mean, transcript FROM round_results WHERE round_id = ?", (round_id,))
+        return (bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
+
+    def spend_privacy(self, round_id: str, attempt: int, model: str, spend: Spend, device_ids: Iterable[str]) -> None:
+        """Write down what an opening costs, before it opens; `attempt` tells several of one round apart, if they ever
+        open different noise. Raises Malformed when this one was paid for already."""
+        try:
+            with self._write() as db:
+                db.execute(
+                    "INSERT INTO privacy_openings VALUES (?, ?, ?, ?, ?)",
+                    (round_id, attempt, model, spend.noise_multiplier, spend.sampling),
+                )
+                rows = [(name, round_id, attempt) for name in device_ids]
+                db.executemany("INSERT INTO privacy_devices VALUES (?, ?, ?)", rows)
+        except sqlite3.IntegrityError:
+            raise Malformed(f"round {round_id!r}: attempt {attempt} was paid for already; begin another") from None
+
+    def privacy_paid(self, round_id: str) -> bool:
+        """Whether a round's opening was written down."""
+        return bool(self._rows("SELECT 1 FROM privacy_openings WHERE round_id = ?", (round_id,)))
+
+    def privacy_of_release(self, model: str, other_than: str = "") -> list[Spend]:
+        """All openings that the model's releases descend from, but those of one round, in order of round."""
+        query = (
+            "SELECT noise_multiplier, sampling FROM privacy_openings WHERE model = ? AND round_id <> ? "
+            "ORDER BY round_id, attempt"
+        )
+        return [Spend(*row) for row in self._rows(query, (model, other_than))]
+
+    def privacy_of_devices(self, device_ids: Iterable[str], other_than: str = "") -> dict[str, list[Spend]]:
+        """All openings that each device was frozen into, of any model, but those of one round."""
+        query = (
+            "SELECT noise_multiplier, sampling FROM privacy_devices JOIN privacy_openings USING (round_id, attempt) "
+            "WHERE device_id = ? AND round_id <> ? ORDER BY round_id, attempt"
+        )
+        return {name: [Spend(*row) for row in self._rows(query, (name, other_than))] for name in device_ids}
+
+    def admit(self, round_id: str, admitted: Iterable[AdmittedContribution]) -> None:
+        """Record contributions that are durable in the updates log. A device's first one in a round stays."""
+        with self._write() as db:
+            db.executemany(
+                "INSERT OR IGNORE INTO contributions VALUES (?,?,?,?,?,?)",
+                [(round_id, c.device_id, c.digest, c.log_offset, c.size, c.time) for c in admitted],
+            )
+
+    def contributions(self, round_id: str) -> list[AdmittedContribution]:
+        """The admitted contributions of a round in the order of the log."""
+        rows = self._rows(
+            "SELECT device_id, digest, log_offset, size, time FROM contributions WHERE round_id = ?"
+            " ORDER BY log_offset",
+            (round_id,),
+        )
+        return [AdmittedContribution(*row) for row in rows]
+
+    def contributions_of(self, device_id: str, since: float, other_than: str) -> int:
+        """How many rounds but one have admitted a device since a time (Unix seconds)."""
+        query = "SELECT COUNT(*) FROM contributions WHERE device_id = ? AND time > ? AND round_id <> ?"
+        return int(self._rows(query, (device_id, since, other_than))[0][0])
+
+    def count_refusal(self, round_id: str, reason: str) -> None:
+        """Count a refused contribution by its reason."""
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO refusals VALUES (?,?,1) ON CONFLICT (round_id, reason) DO UPDATE SET count = count + 1",
+                (round_id, reason),
+            )
+
+    def refusals(self, round_id: str) -> dict[str, int]:
+        """How many contributions of a round were refused, by reason."""
+        rows = self._rows("SELECT reason, count FROM refusals WHERE round_id = ? ORDER BY reason", (round_id,))
+        return {row[0]: int(row[1]) for row in rows}
