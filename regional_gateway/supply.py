@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from model_delta.digest import digest_of, require_digest, require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, NotFound, SignatureInvalid, Unavailable, Untrusted
+from model_delta.errors import AtollError, Malformed, NotFound, NotVouchedFor, SignatureInvalid, Unavailable, Untrusted
 from model_delta.keys.encryption import open_sealed, seal_to
 from model_delta.manifest import Delivery, Manifest
 from model_delta.patch.route import Route, plan_update
@@ -121,6 +121,7 @@ class Supply:
         self._arrived: dict[tuple[str, str], bytes] = {}
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
+        self._advancing = asyncio.Lock()
         self.pool = Pool(self._load)
 
     def plan(self, tenant: str, model: str) -> RolloutPlan | None:
@@ -154,7 +155,8 @@ class Supply:
     def _on_plan(self, topic: str, payload: bytes) -> None:
         tenant, model = topic.split("/")[3], topic.rpartition("/")[2]
         key = (tenant, model)
-        if len(payload) > PLAN_BYTES_MAX or (key not in self._followed and len(self._followed) >= MODELS_MAX):
+        models = self._followed.keys() | self._arrived.keys()
+        if len(payload) > PLAN_BYTES_MAX or (key not in models and len(models) >= MODELS_MAX):
             log.warning("plan of %s/%s refused: larger than %d bytes, or too many models", *key, PLAN_BYTES_MAX)
             return
         if payload and tenant in self._vouching:
@@ -178,19 +180,30 @@ class Supply:
         if known is not None and known.envelope == envelope:
             return  # a retained message returns on every reconnect
         now = self._clock()
-        state = known.state if known else TrustState()
         vouching = self._vouching[tenant]
         try:
-            plan, state = accept_plan(envelope, model, vouching.anchors, state, now)
+            accept_plan(envelope, model, vouching.anchors, TrustState(), now)
         except SignatureInvalid:
             await vouching.refresh()  # the keys may be new
+        async with self._advancing:
+            known = self._followed.get(key)
+            state = known.state if known else TrustState()
             plan, state = accept_plan(envelope, model, vouching.anchors, state, now)
-        await self._keep(Followed(tenant, model, envelope, now, state))
+            await self._keep(Followed(tenant, model, envelope, now, state))
         self._plans[key] = plan
         self._changed.set()
 
+    async def _raise_floor(self, key: tuple[str, str], floor: int) -> None:
+        """A version of release `floor` is taken: none older is, from now on."""
+        async with self._advancing:
+            followed = self._followed[key]
+            if floor > followed.state.release_floor:
+                raised = msgspec.structs.replace(followed.state, release_floor=floor)
+                await self._keep(msgspec.structs.replace(followed, state=raised))
+
     async def _keep(self, followed: Followed) -> None:
-        """Store durably, then believe: a power cut between repeats a step and forgets none."""
+        """Store durably, then believe: a power cut between repeats a step and forgets none. Under the lock: a floor
+        written next to a newer plan would bring the older one back."""
         key = (followed.tenant, followed.model)
         # Models may have names that no file can have, so the file is named by their digest.
         await asyncio.to_thread(self._store.put, KIND_PLAN, digest_of(pack(key)), pack(followed))
@@ -237,21 +250,20 @@ class Supply:
         blobs = await self._obtain_all([blob.digest for step in route.steps for blob in step.blobs])
         artifact_key = await self._key(digest)
         version = await asyncio.to_thread(self._open, digest, manifest, route, blobs, artifact_key)
-        followed = self._followed[key]
-        floor = max(followed.state.release_floor, state.release_floor)
-        if floor > followed.state.release_floor:
-            raised = msgspec.structs.replace(followed.state, release_floor=floor)
-            await self._keep(msgspec.structs.replace(followed, state=raised))
+        await self._raise_floor(key, state.release_floor)
         return version
 
     async def _require(self, digest: str, manifest: Manifest) -> None:
-        """Return if the repository vouches for a version, or did when it was last heard. Raises NotVouchedFor,
-        Unavailable."""
+        """Return if the repository vouches for a version, or did when it was last heard. Raises NotVouchedFor (which
+        counts from then on, whoever falls silent), Unavailable."""
         try:
             await self._vouching[manifest.tenant].require(manifest)
         except Unavailable:
             if not await asyncio.to_thread(self._store.has, KIND_VOUCHED, digest):
                 raise
+        except NotVouchedFor:
+            await asyncio.to_thread(self._store.remove, KIND_VOUCHED, digest)
+            raise
         else:
             await asyncio.to_thread(self._store.put, KIND_VOUCHED, digest, b"vouched for")
 

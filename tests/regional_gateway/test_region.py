@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from regional_gateway.app import create_app
 from regional_gateway.limits import Limit
 from regional_gateway.mirror import MISSING_SECONDS, WINDOW_MAX, Mirror
 from regional_gateway.serving import Gateway
-from regional_gateway.supply import Supply
+from regional_gateway.supply import KIND_PLAN, Followed, Supply
 from regional_gateway.tenants import Tenant, Tenants
 from regional_gateway.vouching import Vouching
 from tests.fakes.link import FakeBroker
@@ -63,9 +64,11 @@ class World:
         )
 
     @contextlib.asynccontextmanager
-    async def region(self, limit: Limit | None = None, **settings: Any) -> AsyncIterator[Region]:
+    async def region(
+        self, limit: Limit | None = None, store: DirectoryStore | None = None, **settings: Any
+    ) -> AsyncIterator[Region]:
         link = self.broker.link("gateway-eu-west")
-        store = DirectoryStore(self.path / "region")
+        store = store or DirectoryStore(self.path / "region")
         metrics = Metrics()
         supply = Supply(
             store=store,
@@ -811,3 +814,54 @@ def test_one_device_cannot_crowd_out_the_others(world: World) -> None:
         await greedy.read(kind, name)
 
     run_in(world, story)
+
+
+def test_a_withdrawal_that_was_heard_outlives_the_coordinators_silence(world: World) -> None:
+    async def story() -> None:
+        first = world.publisher.publish(mlp(1))
+        async with world.region() as region:
+            await world.publisher.plan(stable=first.digest)
+            await region.until_ready()
+        world.publisher.site.withdraw(open_envelope(first.envelope).payload)
+        world.publisher.site.publish()
+        asked = world.publisher.fetched["tuf", "timestamp.json"]
+        async with world.region() as region:
+            await region.until(lambda: world.publisher.fetched["tuf", "timestamp.json"] > asked)
+            await asyncio.sleep(0.05)
+        world.publisher.up = False
+        async with world.region() as region:
+            await asyncio.sleep(0.1)
+            assert (await region.predict()).status_code == 503
+
+    asyncio.run(story())
+
+
+class SlowToRaiseTheFloor(DirectoryStore):
+    """A disk that takes its time for a plan whose floor was just raised."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.raising, self._long = threading.Event(), threading.Event()
+
+    def put(self, kind: str, name: str, data: bytes) -> None:
+        if kind == KIND_PLAN and unpack(data, Followed).state.release_floor:
+            self.raising.set()
+            self._long.wait(0.2)
+        super().put(kind, name, data)
+
+
+def test_a_floor_that_is_written_next_to_a_newer_plan_does_not_bring_the_older_one_back(world: World) -> None:
+    async def story() -> None:
+        store = SlowToRaiseTheFloor(world.path / "region")
+        first = world.publisher.publish(mlp(1))
+        async with world.region(store=store) as region:
+            await world.publisher.plan(stable=first.digest)
+            await region.until(store.raising.is_set)
+            newer = await world.publisher.plan(stable=first.digest)
+            await region.until_ready()
+            await region.until(lambda: region.supply.plan(TENANT, MODEL) == newer)
+            await asyncio.sleep(0.05)
+        kept = [unpack(store.get(KIND_PLAN, name), Followed) for name in store.names(KIND_PLAN)]
+        assert [(one.state.plan_serial, one.state.release_floor > 0) for one in kept] == [(newer.serial, True)]
+
+    asyncio.run(story())
