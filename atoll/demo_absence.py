@@ -34,9 +34,10 @@ from edge_runtime.onnx_model import open_model
 from edge_runtime.regions import RegionClient
 from edge_runtime.slots import Slots
 from edge_runtime.update import State
-from model_delta import graphs
 from model_delta.baseline import BASELINE_TYPE, BaselineModel, sealed_form
 from model_delta.errors import AtollError, Unavailable
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from monitoring.quality import average_precision
 from monitoring.telemetry import Decision
 
@@ -82,7 +83,7 @@ class AbsentDevice:
         features, fraud = self._world.history()
         early = slice(0, len(features) // 2)
         model = await asyncio.to_thread(fraud_model.train, features[early], fraud[early], seed=1, steps=600)
-        source = graphs.mlp_model(model.weights, model.mean, model.scale)
+        source = mlp_model(model.weights, model.mean, model.scale)
         then = time.time() - DAYS_AWAY * DAY
         release = await self._ask(
             lambda: client.post(
@@ -101,7 +102,7 @@ class AbsentDevice:
         await self._ask(lambda: self._enrol(client))
         slots = Slots(self._data.child("devices", self.device_id))
         if slots.pointer() is None:
-            slots.write_slot("a", envelope, graphs.quantize_weights(source))
+            slots.write_slot("a", envelope, quantize_weights(source))
             slots.point_to("a")
         async with self._offline(clock=lambda: time.time() - DAYS_AWAY * DAY) as device:
             decisions = await self._decide(device)

@@ -24,7 +24,8 @@ from atoll.demo_stage import (
 )
 from atoll.settings import MODEL
 from device_sim import fraud_model
-from model_delta import graphs
+from model_delta.graphs.faulty import faulty_variant
+from model_delta.graphs.mlp import mlp_model
 from monitoring.quality import at_threshold, average_precision
 from monitoring.snapshot import RolloutState, Snapshot
 
@@ -44,7 +45,7 @@ async def publish(stage: Stage, figures: Figures) -> None:
     stage.model = await asyncio.to_thread(
         fraud_model.train, features, fraud, seed=stage.seed, start=factory, steps=200, learning_rate=1e-4
     )
-    source = graphs.mlp_model(stage.model.weights, stage.model.mean, stage.model.scale)
+    source = mlp_model(stage.model.weights, stage.model.mean, stage.model.scale)
     stage.tell("publishing")
     release = await publish_version(stage, source, "historical", threshold=stage.model.decision_threshold)
     stage.versions["v1"] = release["manifest"]
@@ -122,7 +123,7 @@ async def bad_version(stage: Stage, figures: Figures) -> None:
     await stage.note("act 5: a bad version")
     good = stage.versions["v2"]
     source = await master(stage, good)
-    bad_source = await asyncio.to_thread(graphs.faulty_variant, source, FAULT_SHIFT, FAULT_WORK)
+    bad_source = await asyncio.to_thread(faulty_variant, source, FAULT_SHIFT, FAULT_WORK)
     release = await publish_version(stage, bad_source, "faulty")
     bad = release["manifest"]
     features, fraud = stage.world.held_out()

@@ -22,8 +22,10 @@ import numpy.typing as npt
 from atoll.output import show
 from atoll.settings import ConfigurationError, write_private
 from edge_runtime.onnx_model import run_graph
-from model_delta import graphs
 from model_delta.errors import Malformed
+from model_delta.graphs.inspection import inspect, made_up_inputs
+from model_delta.graphs.int8 import Quantized, form_of, quantize, weight_changes
+from model_delta.graphs.roles import Form
 from model_delta.patch import fidelity, quantization
 from model_delta.patch.fidelity import Fidelity
 
@@ -57,7 +59,7 @@ def quantize_file(
     before_source = _read(parent_float32) if parent_float32 is not None else None
     chosen, per_channel = form or FORMS[0], not per_tensor
     if before is not None:
-        found = graphs.form_of(before)
+        found = form_of(before)
         if found is None:
             raise ConfigurationError(f"--parent {parent}: expected a file that `atoll model quantize` made")
         if (form and form != found[0]) or (per_tensor and found[1]):
@@ -66,7 +68,7 @@ def quantize_file(
                 f"{'channel' if found[1] else 'tensor'}; leave --form and --per-tensor out"
             )
         chosen, per_channel = found
-    kind = cast(graphs.Form, chosen)
+    kind = cast(Form, chosen)
     if calibration is not None and kind != "static":
         raise ConfigurationError(f"--calibration: expected --form static with it, found {kind}")
     given = _rows(calibration, source) if calibration is not None else None
@@ -75,7 +77,7 @@ def quantize_file(
     def observe(graph: bytes) -> dict[str, npt.NDArray[Any]]:
         return run_graph(graph, seen)
 
-    made = graphs.quantize(source, before, before_source, form=kind, per_channel=per_channel, calibration=observe)
+    made = quantize(source, before, before_source, form=kind, per_channel=per_channel, calibration=observe)
     if not made.tensors:
         raise Malformed(
             f"{float32}: expected a float32 model with constant matrices, found none that could be int8; "
@@ -86,9 +88,7 @@ def quantize_file(
             f"--parent {parent}: expected a version of the same model, found no tensor of its names"
         )
     fresh = (
-        graphs.quantize(source, form=kind, per_channel=per_channel, calibration=observe).file
-        if before is not None
-        else None
+        quantize(source, form=kind, per_channel=per_channel, calibration=observe).file if before is not None else None
     )
     measured = _fidelity(source, made.file, fresh, before, before_source, inputs)
     reasons = fidelity.refusals(measured)
@@ -112,7 +112,7 @@ def _read(path: Path) -> bytes:
 
 def _rows(path: Path, source: bytes) -> Inputs:
     """The arrays of an .npz file, one for each input of the model. Raises ConfigurationError."""
-    wanted = {spec.name: spec for spec in graphs.inspect(source, "model").inputs}
+    wanted = {spec.name: spec for spec in inspect(source, "model").inputs}
     if path.exists() and path.stat().st_size > FILE_BYTES_MAX:
         raise ConfigurationError(f"{path}: expected at most {FILE_BYTES_MAX} bytes, found {path.stat().st_size}")
     try:
@@ -134,9 +134,9 @@ def _rows(path: Path, source: bytes) -> Inputs:
 def _judged_and_seen(source: bytes, given: Inputs | None, seed: int) -> tuple[Inputs, Inputs]:
     """The rows on which answers are compared, and those from which activation scales come."""
     if given is None:
-        judged, seen = (graphs.made_up_inputs(source, np.random.default_rng(one)) for one in (seed, seed + 1))
+        judged, seen = (made_up_inputs(source, np.random.default_rng(one)) for one in (seed, seed + 1))
         return judged, seen
-    free = all(spec.shape[:1] == (-1,) for spec in graphs.inspect(source, "model").inputs)
+    free = all(spec.shape[:1] == (-1,) for spec in inspect(source, "model").inputs)
     if not free or any(len(value) < 2 for value in given.values()):
         return given, given
     return {name: value[1::2] for name, value in given.items()}, {name: value[::2] for name, value in given.items()}
@@ -152,7 +152,7 @@ def _fidelity(
 ) -> Fidelity:
     share = None
     if fresh is not None and parent is not None and parent_source is not None:
-        share = fidelity.carried(graphs.weight_changes(source, file, fresh, parent_source, parent))
+        share = fidelity.carried(weight_changes(source, file, fresh, parent_source, parent))
     try:
         expected = run_graph(source, inputs)
     except Malformed:  # not everything runs on made-up inputs
@@ -182,7 +182,7 @@ def _latency_us(file: bytes, inputs: Inputs) -> float:
 
 
 def _tell(
-    out: Path, source: bytes, made: graphs.Quantized, measured: Fidelity, choice: quantization.Choice, as_json: bool
+    out: Path, source: bytes, made: Quantized, measured: Fidelity, choice: quantization.Choice, as_json: bool
 ) -> None:
     share = measured.carried if measured.carried is not None and measured.carried.moved else None
     value = {

@@ -31,7 +31,7 @@ from benchmarks import cost, device_update, fraud_rounds, keys, models, trust_ch
 from benchmarks.claims import Claim, at_most, at_most_share, run
 from benchmarks.encoder import Batch
 from edge_runtime.onnx_model import run_graph
-from model_delta import graphs
+from model_delta.graphs.int8 import quantize, quantize_weights, weight_changes
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import StoredTensor
 from model_delta.patch import container, fidelity
@@ -63,20 +63,20 @@ class Pairs:
     @cached_property
     def old(self) -> bytes:
         """int8 before."""
-        return graphs.quantize(models.minilm("old"), form="dynamic", per_channel=False).file
+        return quantize(models.minilm("old"), form="dynamic", per_channel=False).file
 
     def fresh(self, kind: str) -> bytes:
         """int8 after, quantized without a look at the version before."""
-        return graphs.quantize(models.minilm(kind), form="dynamic", per_channel=False).file
+        return quantize(models.minilm(kind), form="dynamic", per_channel=False).file
 
     def locked(self, kind: str) -> bytes:
         """int8 after, alike its parent; refused when it does not pass the gates."""
         source, before = models.minilm(kind), models.minilm("old")
-        made = graphs.quantize(source, self.old, before, form="dynamic", per_channel=False)
+        made = quantize(source, self.old, before, form="dynamic", per_channel=False)
         self.moved[kind] = f"{made.moved:.2%} of integers moved, {describe(before, source)}"
         _say(f"{kind}: {self.moved[kind]}; {made.rescaled} new scales")
         fresh = self.fresh(kind)
-        share = fidelity.carried(graphs.weight_changes(source, made.file, fresh, before, self.old))
+        share = fidelity.carried(weight_changes(source, made.file, fresh, before, self.old))
         inputs = _texts()
         exact, ours, anew = (run_graph(file, inputs)["embedding"] for file in (source, made.file, fresh))
         measured = fidelity.Fidelity(fidelity.distance(ours, exact), fidelity.distance(anew, exact), share)
@@ -232,9 +232,9 @@ def behind12(pairs: Pairs) -> list[Claim]:
     """Twelve rounds behind: what the planner has a device fetch, once a direct patch was offered to it, beside the
     twelve patches in a row. Sealed bytes, as they travel."""
     sources = fraud_rounds.files(ROUNDS)
-    versions = [graphs.quantize_weights(sources[0])]
+    versions = [quantize_weights(sources[0])]
     for before, source in pairwise(sources):
-        versions.append(graphs.quantize_weights(source, versions[-1], before))
+        versions.append(quantize_weights(source, versions[-1], before))
     chain, planned = behind(versions, EmbeddedKeyring.create(pairs.path("keyring"), "acme"))
     _say(f"fraud model: {len(versions[0])} B whole; chain {chain} B; planned {planned.bytes} B")
     return [at_most_share("delta.behind12", planned.bytes, f"B ({planned.kind})", 0.36, chain)]

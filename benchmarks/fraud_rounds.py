@@ -11,7 +11,7 @@ import numpy as np
 
 from device_sim.fraud_model import POSITIVE_WEIGHT, Layer, TrainedModel, loss_gradients, train
 from device_sim.payments import CATEGORY_NAMES, PaymentSpec, generate
-from model_delta import graphs
+from model_delta.graphs.mlp import mlp_model
 
 DEVICES, STEPS, BATCH, RATE = 10, 20, 32, 0.05
 
@@ -56,4 +56,4 @@ def _update(layers: list[Layer], inputs: np.ndarray, labels: np.ndarray, rng: np
 
 
 def _file(model: TrainedModel, layers: list[Layer]) -> bytes:
-    return graphs.mlp_model(layers, model.mean, model.scale)
+    return mlp_model(layers, model.mean, model.scale)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from model_delta import graphs
 from model_delta.assembly import (
     MemoryRoom,
     check_file,
@@ -26,6 +25,7 @@ from model_delta.assembly import (
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed
+from model_delta.graphs.inspection import inspect
 from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.manifest import (
@@ -111,7 +111,7 @@ def build_release(
     if not file:
         raise Malformed(f"release {release} of {model}: expected a model file, found an empty one")
     if inputs is None or outputs is None:
-        info = graphs.inspect(file, f"release {release} of {model}")
+        info = inspect(file, f"release {release} of {model}")
         inputs, outputs = info.inputs, info.outputs
         requirements = requirements or Requirements(opset=info.opset, memory_bytes=2 * len(file))
     pieces = cut(file)

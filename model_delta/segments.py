@@ -114,7 +114,7 @@ def operators(file: bytes) -> frozenset[str]:
     """The kinds of operator in the main graph (not those inside control flow); empty if not ONNX.
 
     A runtime asks it how to open a file: weights of a model with DequantizeLinear and without QuantizeLinear are best
-    restored once, at load (see `graphs.quantize_weights`)."""
+    restored once, at load (see `graphs.int8.quantize_weights`)."""
     try:
         return frozenset(
             file[field.value_start : field.end].decode("utf-8", "replace")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from model_delta.graphs import mlp_model
+from model_delta.graphs.mlp import mlp_model
 
 FEATURES = 26
 START_S = 30.0

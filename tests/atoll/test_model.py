@@ -14,7 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from atoll import cli
-from model_delta import graphs
+from model_delta.graphs.int8 import form_of
+from model_delta.graphs.mlp import mlp_model
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -41,7 +42,7 @@ def write_model(path: Path, nudge: float = 0.0) -> Path:
     ]
     step = np.random.default_rng(2)
     moved = [((weight + nudge * step.normal(size=weight.shape)).astype(np.float32), bias) for weight, bias in weights]
-    path.write_bytes(graphs.mlp_model(moved, np.zeros(32, np.float32), np.ones(32, np.float32)))
+    path.write_bytes(mlp_model(moved, np.zeros(32, np.float32), np.ones(32, np.float32)))
     return path
 
 
@@ -119,7 +120,7 @@ def test_fixed_activation_scales_from_rows_or_made_up_ones(run: Run, tmp_path: P
     second = json.loads(text)
     assert (code, second["scales_not_the_parents"]) == (0, 0)
     assert second["distance"] - second["distance_fresh"] < 0.005
-    assert graphs.form_of(out.read_bytes()) == ("static", True)
+    assert form_of(out.read_bytes()) == ("static", True)
     made_up = tmp_path / "made_up.onnx"
     assert run(old, made_up, "--form", "static", "--seed", 1)[0] == 0
     again = tmp_path / "again.onnx"

@@ -11,7 +11,8 @@ import pytest
 from benchmarks import all as all_subjects
 from benchmarks import cost, deltas
 from benchmarks.claims import at_most_share
-from model_delta import graphs
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.keyring import EmbeddedKeyring
 from tests.model_delta.models import FEATURES, layers, model, nudged
 
@@ -19,7 +20,7 @@ from tests.model_delta.models import FEATURES, layers, model, nudged
 def file(step: float = 0.0) -> bytes:
     weight = np.linspace(1, 2, 64, dtype=np.float32).reshape(64, 1)
     moved = (weight * np.float32(1 + step)).astype(np.float32)
-    return graphs.mlp_model([(moved, np.ones(1, np.float32))], np.zeros(64, np.float32), np.ones(64, np.float32))
+    return mlp_model([(moved, np.ones(1, np.float32))], np.zeros(64, np.float32), np.ones(64, np.float32))
 
 
 def test_entropy_in_bytes() -> None:
@@ -50,9 +51,9 @@ def test_the_planner_takes_the_direct_patch(tmp_path: Path) -> None:
     for seed in range(3):
         weights.append(nudged(weights[-1], seed))
     sources = [model(one) for one in weights]
-    versions = [graphs.quantize_weights(sources[0])]
+    versions = [quantize_weights(sources[0])]
     for before, source in pairwise(sources):
-        versions.append(graphs.quantize_weights(source, versions[-1], before))
+        versions.append(quantize_weights(source, versions[-1], before))
     chain, planned = deltas.behind(versions, EmbeddedKeyring.create(tmp_path / "keyring", "acme"))
     assert (planned.kind, len(planned.steps)) == ("patch", 1)
     assert 0 < planned.bytes < chain

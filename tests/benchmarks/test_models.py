@@ -12,7 +12,7 @@ import pytest
 from benchmarks import encoder, models
 from benchmarks.encoder import Batch, Weights
 from edge_runtime.onnx_model import run_graph
-from model_delta import graphs
+from model_delta.graphs.int8 import quantize
 
 
 def small(layers: int = 2, width: int = 24, inner: int = 48) -> Weights:
@@ -74,7 +74,7 @@ def test_a_round_of_the_last_layer_leaves_the_others_alone() -> None:
 def test_the_encoder_in_int8_answers_nearly_alike() -> None:
     weights, texts = small(), batch(8)
     file = models.minilm_model(weights)
-    made = graphs.quantize(file, form="dynamic")
+    made = quantize(file, form="dynamic")
     assert made.tensors == 2 * 6 + 3
     inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
     exact, found = (run_graph(one, inputs)["embedding"].astype(np.float64) for one in (file, made.file))

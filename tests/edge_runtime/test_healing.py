@@ -11,8 +11,9 @@ import pytest
 
 from edge_runtime.device import Device
 from edge_runtime.update import State
-from model_delta import graphs
 from model_delta.encoding import pack, unpack
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.encryption import new_key
 from model_delta.manifest import Blob, Delivery, DenseOffer, PatchOffer, late_delivery_name
 from model_delta.patch.container import FORMATS
@@ -34,7 +35,7 @@ def large_model(seed: int, like: bytes | None = None) -> bytes:
     moved = [
         (w + np.float32(1e-4 * (seed != 1)) * nudge.standard_normal(w.shape).astype(np.float32), b) for w, b in weights
     ]
-    return graphs.quantize_weights(graphs.mlp_model(moved, np.zeros(4, np.float32), np.ones(4, np.float32)), like)
+    return quantize_weights(mlp_model(moved, np.zeros(4, np.float32), np.ones(4, np.float32)), like)
 
 
 def hellos(world: World) -> list[Hello]:

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from edge_runtime.onnx_model import run_graph
-from model_delta import graphs
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from model_delta.segments import read_tensor, stored_tensors
 
 SIZES = (32, 256, 128, 1)
@@ -22,9 +23,7 @@ def test_scores_of_int8_weights_are_those_of_the_dequantized_ones() -> None:
         )
         for rows, columns in pairwise(SIZES)
     ]
-    file = graphs.quantize_weights(
-        graphs.mlp_model(weights, np.zeros(SIZES[0], np.float32), np.ones(SIZES[0], np.float32))
-    )
+    file = quantize_weights(mlp_model(weights, np.zeros(SIZES[0], np.float32), np.ones(SIZES[0], np.float32)))
     tensors = {tensor.name: read_tensor(file, tensor) for tensor in stored_tensors(file)}
     features = rng.normal(0, 2, (200, SIZES[0])).astype(np.float32)
     value = features.astype(np.float64)

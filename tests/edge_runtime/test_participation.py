@@ -14,8 +14,9 @@ from edge_runtime.device import Device
 from edge_runtime.onnx_model import run_graph
 from edge_runtime.training import base_vector, clip, train
 from edge_runtime.update import State
-from model_delta import graphs
 from model_delta.errors import Malformed, Unavailable
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from model_delta.release import Release
 from model_delta.task import RoundTask
 from tests.edge_runtime.world import Life, World, eventually, local_data, mlp_weights
@@ -139,11 +140,11 @@ def test_a_round_whose_graph_is_not_what_was_signed_is_sat_out(tmp_path: Path) -
 def test_the_base_vector_is_the_models_weights_quantized_or_not(tmp_path: Path) -> None:
     world = World(tmp_path)
     weights = mlp_weights(np.random.default_rng(3))
-    plain = graphs.mlp_model(weights, np.zeros(4, np.float32), np.ones(4, np.float32))
+    plain = mlp_model(weights, np.zeros(4, np.float32), np.ones(4, np.float32))
     expected = np.concatenate([part.reshape(-1) for layer in weights for part in layer])
     task, file = task_on(world, plain)
     np.testing.assert_array_equal(base_vector(file, task), expected)
-    task, file = task_on(world, graphs.quantize_weights(plain))
+    task, file = task_on(world, quantize_weights(plain))
     assert any(parameter.scale for parameter in task.parameters), "otherwise this tests nothing new"
     np.testing.assert_allclose(base_vector(file, task), expected, atol=0.02)
     assert not np.array_equal(base_vector(file, task), expected)

@@ -24,10 +24,11 @@ from edge_runtime.device import Device
 from edge_runtime.identity import KEY_REQUEST_TYPE, Identity
 from edge_runtime.onnx_model import open_model, run_graph
 from edge_runtime.probation import ProbationRules
-from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import NotFound
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model, mlp_training_graph
 from model_delta.keys.encryption import new_key, seal_to
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import GoldenCase, Manifest, Requirements, Tensor
@@ -191,7 +192,7 @@ class World:
         weights = mlp_weights(np.random.default_rng(1))
         nudge = np.random.default_rng(seed)
         moved = [(w + 0.02 * nudge.standard_normal(w.shape).astype(np.float32) * (seed != 1), b) for w, b in weights]
-        return graphs.quantize_weights(graphs.mlp_model(moved, np.zeros(4, np.float32), np.ones(4, np.float32)), like)
+        return quantize_weights(mlp_model(moved, np.zeros(4, np.float32), np.ones(4, np.float32)), like)
 
     def publish(
         self, file: bytes, *parents: Release, golden_shift: float = 0.0, vouched: bool = True, **options: Any
@@ -259,7 +260,7 @@ class World:
 
     def round(self, base: Release, sizes: tuple[int, ...] = (4, 16, 1), **options: Any) -> RoundTask:
         """Announce a round on `base`."""
-        graph = graphs.mlp_training_graph(sizes, np.zeros(4, np.float32), np.ones(4, np.float32), 2.0)
+        graph = mlp_training_graph(sizes, np.zeros(4, np.float32), np.ones(4, np.float32), 2.0)
         self.store[("artifact", digest_of(graph))] = graph
         parameters, length = parameters_of(base.manifest, sizes)
         task = RoundTask(

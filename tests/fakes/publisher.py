@@ -19,7 +19,7 @@ from edge_runtime.onnx_model import OnnxModel
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import NotFound, Unavailable
-from model_delta.graphs import mlp_model
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.encryption import new_key
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import GoldenCase, Tensor

@@ -12,7 +12,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import numpy.typing as npt
 
-from model_delta import graphs
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.keyring import EmbeddedKeyring
 
 NOW = 1_790_000_000.0
@@ -52,7 +52,7 @@ def normalisation(features: int = FEATURES) -> tuple[Floats, Floats]:
 
 def model(weights: Layers) -> bytes:
     """The float32 ONNX file of a model."""
-    return graphs.mlp_model(weights, *normalisation(weights[0][0].shape[0]))
+    return mlp_model(weights, *normalisation(weights[0][0].shape[0]))
 
 
 def keyring(folder: Path, tenant: str = "acme") -> EmbeddedKeyring:
@@ -68,7 +68,7 @@ def run(file: bytes, **inputs: Any) -> dict[str, Any]:
 
 
 def session_of(file: bytes) -> Any:
-    """A sequential session on one thread that folds constant weights (see `graphs.quantize_weights`)."""
+    """A sequential session on one thread that folds constant weights (see `graphs.int8.quantize_weights`)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

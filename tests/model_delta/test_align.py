@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_delta import graphs
+from model_delta.graphs.int8 import quantize_weights
 from model_delta.patch.align import Run, align
 from model_delta.patch.bsdiff import make_patch
 from model_delta.patch.container import apply_bytes
@@ -96,8 +96,8 @@ def test_a_round_of_the_same_model_aligns_whole() -> None:
 
 def test_int8_weights_are_seen_as_int8() -> None:
     weights = layers(1, SIZES)
-    old = graphs.quantize_weights(model(weights))
-    new = graphs.quantize_weights(model(nudged(weights, 2, 1e-4)), old)
+    old = quantize_weights(model(weights))
+    new = quantize_weights(model(nudged(weights, 2, 1e-4)), old)
     runs = align(old, new)
     check(old, new, runs)
     assert "int8" in {run.dtype for run in runs}
@@ -145,7 +145,7 @@ def test_weights_under_another_name_are_found_by_their_form_and_their_bytes() ->
 
 
 def test_another_model_of_the_same_form_gives_no_runs_for_its_weights() -> None:
-    old, new = (graphs.quantize_weights(model(layers(seed, SIZES))) for seed in (1, 2))
+    old, new = (quantize_weights(model(layers(seed, SIZES))) for seed in (1, 2))
     runs = align(old, new)
     check(old, new, runs)
     assert all(run.dtype != "int8" or run.size < 1024 for run in runs)

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from benchmarks import device_update
-from model_delta import graphs
 from model_delta.assembly import PATCH_NAME, MemoryRoom, check_file, is_finished, patch_label, pieces_of, write_release
 from model_delta.digest import digest_of
 from model_delta.errors import AtollError, DigestMismatch, NotFound, Unavailable, Untrusted
+from model_delta.graphs.int8 import quantize_weights
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.encryption import CHUNK_BYTES, open_stream, seal_blob
 from model_delta.manifest import Blob, Delivery, DenseOffer, Manifest, PatchOffer, Segment
 from model_delta.patch.access import BytesAccess, Part, PathAccess, RandomAccess, pieces_from
@@ -320,14 +321,14 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             for pair in pairwise(sizes)
         ]
         new = [(w + np.float32(1e-4) * rng.standard_normal(w.shape, np.float32), b) for w, b in old]
-        before = graphs.quantize_weights(mlp(old))
+        before = quantize_weights(mlp(old))
         folders.append(tmp_path_factory.mktemp("device") / f"{width}")
-        device_update.prepare(folders[-1], before, graphs.quantize_weights(mlp(new), before))
+        device_update.prepare(folders[-1], before, quantize_weights(mlp(new), before))
     return folders
 
 
 def mlp(weights: list[Any]) -> bytes:
-    return graphs.mlp_model(weights, np.zeros(4, np.float32), np.ones(4, np.float32))
+    return mlp_model(weights, np.zeros(4, np.float32), np.ones(4, np.float32))
 
 
 @pytest.mark.slow

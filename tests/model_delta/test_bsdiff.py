@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_delta import graphs
+from model_delta.graphs.int8 import quantize_weights
 from model_delta.patch.bsdiff import make_patch
 from model_delta.patch.container import apply_bytes
 from tests.model_delta.models import layers, model, nudged
@@ -61,8 +61,8 @@ def test_weights_that_nearly_all_moved_by_a_step_still_make_a_small_patch() -> N
 
 def round_of_int8(sizes: tuple[int, ...] = (6, 256, 128, 1)) -> tuple[bytes, bytes]:
     weights = layers(1, sizes)
-    old = graphs.quantize_weights(model(weights))
-    return old, graphs.quantize_weights(model(nudged(weights, 2, 1e-4)), old)
+    old = quantize_weights(model(weights))
+    return old, quantize_weights(model(nudged(weights, 2, 1e-4)), old)
 
 
 def test_a_small_round_makes_a_small_patch() -> None:
@@ -125,15 +125,15 @@ def larger_pair(change: str) -> tuple[bytes, bytes]:
         first, (_, bias), last = layers(1, (6, 400, 400, 1))
         waves = np.sin(np.arange(400 * 400, dtype=np.float32) / 700).reshape(400, 400)
         return model([first, (waves, bias), last]), model([first, (np.roll(waves, 5), bias), last])
-    old = graphs.quantize_weights(model(weights))
+    old = quantize_weights(model(weights))
     if change == "a layer inserted":
-        return old, graphs.quantize_weights(model([*weights[:2], layers(9, (512, 512))[0], *weights[2:]]), old)
+        return old, quantize_weights(model([*weights[:2], layers(9, (512, 512))[0], *weights[2:]]), old)
     if change == "rows moved":
         moved = [(np.roll(weight, 1, 0) if len(weight) == 512 else weight, bias) for weight, bias in weights]
-        return old, graphs.quantize_weights(model(moved), old)
+        return old, quantize_weights(model(moved), old)
     if change == "layers exchanged":
-        return old, graphs.quantize_weights(model([weights[0], weights[2], weights[1], weights[3]]))
-    return old, graphs.quantize_weights(model(layers(3, (6, 512, 512, 512, 1))))
+        return old, quantize_weights(model([weights[0], weights[2], weights[1], weights[3]]))
+    return old, quantize_weights(model(layers(3, (6, 512, 512, 512, 1))))
 
 
 @pytest.mark.slow

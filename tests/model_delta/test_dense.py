@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_delta import graphs
 from model_delta.errors import DigestMismatch, Malformed, Untrusted
+from model_delta.graphs.int8 import quantize_weights
 from model_delta.patch import tp1
 from model_delta.patch.access import BytesAccess
 from model_delta.patch.coding import squeezed_whole
@@ -67,8 +67,8 @@ def head(size: int, streams: dict[int, bytes], old_start: int = 0) -> bytes:
 
 def mlp_pair(seed: int, sizes: tuple[int, ...] = (6, 256, 128, 1), step: float = 1e-4) -> tuple[bytes, bytes]:
     weights = layers(seed, sizes)
-    old = graphs.quantize_weights(model(weights))
-    return old, graphs.quantize_weights(model(nudged(weights, seed + 1, step)), old)
+    old = quantize_weights(model(weights))
+    return old, quantize_weights(model(nudged(weights, seed + 1, step)), old)
 
 
 OLD, NEW = mlp_pair(1, (6, 64, 32, 1))

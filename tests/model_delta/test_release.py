@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_delta import graphs, merkle
+from model_delta import merkle
 from model_delta.assembly import check_file, pieces_of, root_of, segments_root
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import DigestMismatch, Malformed, NotFound, Untrusted
+from model_delta.graphs.int8 import quantize_weights
 from model_delta.keys.encryption import open_blob, seal_blob
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import (
@@ -68,7 +69,7 @@ class Publisher:
         self.releases: list[Release] = []
         for number in range(3):
             weights = nudged(weights, number, 1e-4)
-            self.publish(graphs.quantize_weights(model(weights), self.files[-1] if self.files else None))
+            self.publish(quantize_weights(model(weights), self.files[-1] if self.files else None))
 
     def publish(self, file: bytes, **options: Any) -> Release:
         number = len(self.releases)
@@ -505,7 +506,7 @@ def test_a_blob_is_bound_to_its_version(publisher: Publisher) -> None:
 @pytest.fixture(scope="module")
 def large(publisher: Publisher) -> tuple[Release, bytes]:
     """A release with one segment of its own for each of three large tensors."""
-    file = graphs.quantize_weights(model(layers(3, (300, 300, 300, 300, 1))))
+    file = quantize_weights(model(layers(3, (300, 300, 300, 300, 1))))
     return (
         build_release(
             file,

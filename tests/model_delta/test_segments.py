@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from model_delta import graphs
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed
+from model_delta.graphs.int8 import quantize_weights
 from model_delta.manifest import Segment, StoredTensor
 from model_delta.segments import (
     ALONE_BYTES,
@@ -55,7 +55,7 @@ def test_a_damaged_model_joins_again_too(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("minimum", [1, 100, 1000, 4096, 10**6])
 def test_segments_end_at_tensors_and_have_the_minimum(minimum: int) -> None:
-    file = graphs.quantize_weights(model(layers(1, (6, 64, 64, 1))))
+    file = quantize_weights(model(layers(1, (6, 64, 64, 1))))
     segments = cut(file, minimum)
     assert b"".join(data for _, data in segments) == file
     assert len({name for name, _ in segments}) == len(segments)
@@ -192,14 +192,14 @@ def test_what_is_read_cannot_be_written() -> None:
 def test_operators_are_told_without_onnx() -> None:
     file = model(layers(1))
     assert operators(file) == {"Sub", "Div", "Gemm", "Relu", "Sigmoid"}
-    assert operators(graphs.quantize_weights(file)) == operators(file) | {"DequantizeLinear"}
+    assert operators(quantize_weights(file)) == operators(file) | {"DequantizeLinear"}
     assert operators(b"not a model") == operators(b"") == operators(file[:-1]) == frozenset()
 
 
 def test_a_device_opens_releases_without_onnx() -> None:
     script = (
         "import sys; sys.modules['onnx'] = None\n"
-        "import model_delta.release, model_delta.segments, model_delta.graphs, model_delta.trust.updater\n"
+        "import model_delta.release, model_delta.segments, model_delta.graphs.int8, model_delta.trust.updater\n"
         "assert 'onnxruntime' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

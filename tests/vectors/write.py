@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_coordinator.shares.client import make_contribution
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution
-from model_delta import graphs
 from model_delta.assembly import segments_root
 from model_delta.baseline import BASELINE_TYPE, BaselineModel, codes_of_scale, quantized, sealed_form
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack, unpack_plain
 from model_delta.frames import Fragments
+from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.certificates import make_authority, make_leaf, make_request
 from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import EmbeddedKeyring
@@ -383,8 +383,8 @@ def _patches() -> Iterator[tuple[str, bytes]]:
         for rows, columns in ((6, 16), (16, 1))
     ]
     zeros, ones = np.zeros(6, np.float32), np.ones(6, np.float32)
-    old = graphs.mlp_model(weights, zeros, ones)
-    new = graphs.mlp_model([(weight * np.float32(1.001), bias) for weight, bias in weights], zeros, ones)
+    old = mlp_model(weights, zeros, ones)
+    new = mlp_model([(weight * np.float32(1.001), bias) for weight, bias in weights], zeros, ones)
     good = make_patch(old, new)
     yield "patched.onnx", old
     yield "bsdiff40.patch", good
