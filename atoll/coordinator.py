@@ -36,9 +36,10 @@ from fl_coordinator.distant_keyring import DistantKeyring
 from fl_coordinator.flower import node_public_key
 from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
+from fl_coordinator.forming import LoadedModel
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.promotion import Evaluate, Evaluation
-from fl_coordinator.publishing import LoadedModel, Publisher
+from fl_coordinator.publishing import Publisher
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Manifest, TensorSpec
 from model_delta.patch.quantization import Worth

@@ -4,9 +4,7 @@
 records what it answers to golden inputs, and builds the release: signed manifest, sealed segments, patches from the
 versions that devices may still run. Everything goes to the store under its digest before the ledger names it; a crash
 in between leaves objects that nothing refers to, and the next attempt starts over. The same bytes on the same parent
-are the same version, however often they are handed in. Devices many releases behind get a direct patch each, beside the
-version's delivery so that nobody else pays for it: from the last releases soon after publication (`late_bases`,
-`offer_direct`), from older ones when such a device says hello.
+are the same version, however often they are handed in. `forming` makes the files, `published` reads versions back.
 
 `join_siblings` ends a split: where two regions released apart, one more release contains both.
 
@@ -18,77 +16,34 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from fl_coordinator import forms
+from fl_coordinator.forming import Forming, GoldenInputs, LatencyUs, OpenModel
 from fl_coordinator.forms import Asked, Form
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger
+from fl_coordinator.published import MODEL_BYTES_MAX, SOURCE_LABEL, Published
 from fl_coordinator.rollout import Rollout, holds_devices
 from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.digest import digest_of, require_digest
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
+from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.graphs.inspection import inspect, require_features
-from model_delta.graphs.int8 import form_of, quantize_weights, weight_changes
-from model_delta.keys.encryption import open_blob, seal_blob
+from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import Keyring
 from model_delta.keys.wrapping import KeyVersions
-from model_delta.manifest import (
-    Delivery,
-    GoldenCase,
-    Lineage,
-    Manifest,
-    Segment,
-    Tensor,
-    TensorSpec,
-    late_delivery_name,
-    parse_manifest,
-)
-from model_delta.patch import fidelity
-from model_delta.patch.quantization import Measured, Worth
-from model_delta.patch.route import plan_update
-from model_delta.release import LIFETIME_S, Release, build_release, offer_patches, open_release
+from model_delta.manifest import Lineage, Manifest, Segment
+from model_delta.patch.quantization import Worth
+from model_delta.release import LIFETIME_S, Release, build_release
 from model_delta.store import ArtifactStore
-from model_delta.trust.signing import open_envelope
 from model_delta.version import Dot, dot_of, increment, joined, merge, show, siblings, winner
 
-MODEL_BYTES_MAX = 512 * 2**20
 PATCHES_FROM = 3
 """From how many earlier versions the delivery itself offers a patch."""
-LATE_PATCHES_FROM = 16
-"""From how many earlier versions a direct patch is made soon after publication. Devices further behind get theirs on
-demand, or take a chain or the whole."""
 
-_SOURCE_LABEL = "source"
 _log = logging.getLogger("atoll.coordinator")
-
-Array = npt.NDArray[np.generic]
-
-
-class LoadedModel(Protocol):
-    """A model that answers; see the programs that run one."""
-
-    digest: str
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Named tensors to named tensors."""
-
-
-OpenModel = Callable[[Manifest, bytes], LoadedModel]
-GoldenInputs = Callable[[str, Sequence[TensorSpec]], Sequence[Mapping[str, Array]]]
-"""(model, its inputs) -> a few batches of inputs that a publisher wants every device to try."""
-
-
-Cases = Sequence[Mapping[str, Array]]
-LatencyUs = Callable[[LoadedModel, Mapping[str, Array]], float]
-"""(a loaded model, inputs of one row) -> median microseconds of an answer on this machine."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -99,7 +54,7 @@ class Candidate(msgspec.Struct, frozen=True):
     form: Form | None = None
 
 
-class Publisher:
+class Publisher(Published):
     """Makes and reads releases of one tenant. Blocking; one publication at a time."""
 
     def __init__(
@@ -121,17 +76,18 @@ class Publisher:
         the input must be `features` of that width; `vouch` is called after every publication, before anybody can
         roll it out. `latency_us` measures both forms of a version, and `worth` by device class says what it must gain
         to be int8 (see `forms`); unmeasured it always is."""
-        self._tenant = tenant
+        super().__init__(tenant=tenant, ledger=ledger, store=store, keyring=keyring)
         self._region = region
-        self._ledger = ledger
-        self._store = store
-        self._keyring = keyring
-        self._open_model = open_model
-        self._golden_inputs = golden_inputs
+        self._forming = Forming(
+            published=self,
+            ledger=ledger,
+            open_model=open_model,
+            golden_inputs=golden_inputs,
+            latency_us=latency_us,
+            worth=worth or {},
+        )
         self._feature_counts = dict(feature_counts)
         self._vouch = vouch
-        self._latency_us = latency_us
-        self._worth = dict(worth or {})
         self._one_at_a_time = threading.Lock()
 
     def publish(
@@ -162,7 +118,7 @@ class Publisher:
             base = self._parent(model, parent)
             digest = digest_of(source)
             if base is not None and base.source == digest:
-                self._require_form(base, quantize)
+                self._forming.require_form(base, quantize)
                 self._require_provenance(base, provenance)
                 return base
             if provenance and not self._store.has("artifact", require_digest(provenance, "provenance")):
@@ -177,7 +133,7 @@ class Publisher:
                         "its files were removed from the store; train it anew, or publish it with another --parent"
                     )
                 self._require_provenance(known, provenance)
-                self._require_form(known, quantize)
+                self._forming.require_form(known, quantize)
                 return known
             candidate = self.prepare(
                 source, model=model, now=now, parent=base.manifest if base else None, quantize=quantize
@@ -198,7 +154,7 @@ class Publisher:
                 keyring=self._keyring,
                 key=key,
                 now=now,
-                golden=self._golden(candidate),
+                golden=self._forming.golden(candidate.draft, candidate.file),
                 decision_threshold=threshold,
                 feature_set=feature_set if feature_set is not None else before.feature_set if before else "",
                 baseline=baseline if baseline is not None else before.baseline if before else "",
@@ -245,7 +201,7 @@ class Publisher:
                 keyring=self._keyring,
                 key=key,
                 now=now,
-                golden=self._golden(Candidate(draft, file)),
+                golden=self._forming.golden(draft, file),
                 decision_threshold=before.decision_threshold,
                 feature_set=before.feature_set,
                 baseline=before.baseline,
@@ -261,7 +217,7 @@ class Publisher:
             (base,) = parents[0].parents
             merged = merge_updates(self.source(base), [self.source(parent.manifest) for parent in parents])
             if merged is not None:
-                file, form = self._formed(merged, like, self._ledger.release(base), asked="")
+                file, form = self._forming.formed(merged, like, self._ledger.release(base), asked="")
                 return merged, file, "updates added", form
         first = parents[0]
         return self.source(first.manifest), self.file(first.manifest), "the first one's file", first.form
@@ -299,117 +255,12 @@ class Publisher:
             created=int(now),
             expires=int(now) + 86_400,
         )
-        file, form = self._formed(source, draft, base, quantize)
+        file, form = self._forming.formed(source, draft, base, quantize)
         digest = digest_of(file)
         described = msgspec.structs.replace(
             draft, size=len(file), file_digest=digest, segments=(Segment("file", len(file), digest),)
         )
         return Candidate(described, file, form)
-
-    def _formed(self, source: bytes, like: Manifest, base: ReleaseRecord | None, asked: Asked) -> tuple[bytes, Form]:
-        """The file of `source` that devices are to run, in the form that was asked for or is worth it.
-
-        int8 has the scales of `base` so that the patch from it is small; it is quantized afresh where that would answer
-        worse to the golden inputs or lose the update (`patch.fidelity`). `like` is a manifest with the inputs."""
-        fresh = quantize_weights(source)
-        if fresh is source:
-            int8 = form_of(source) is not None
-            if asked == "int8" and not int8:
-                raise Malformed(
-                    f"model {like.model}: expected constant float32 matrices that can become int8, found none; "
-                    "leave --quantize out to release it as it is"
-                )
-            return source, Form(int8=int8, reason="released as handed in: nothing in it can become int8")
-        if asked == "none":
-            return source, Form(int8=False, reason="asked for")
-        file, form = fresh, Form(int8=True, reason="asked for" if asked == "int8" else "not measured")
-        cases = self._golden_inputs(like.model, like.inputs)
-        if base is not None:
-            file, form = self._alike(source, fresh, base, form, like, cases)
-        if self._latency_us is not None:
-            both = {"float32": source, "int8": file}
-            measured = {name: Measured(len(one), self._latency(like, one, cases[:1])) for name, one in both.items()}
-            devices = Counter(record.device_class for record in self._ledger.devices() if record.kind == "device")
-            better, reason, classes = forms.decide(measured["int8"], measured["float32"], self._worth, devices)
-            form = msgspec.structs.replace(
-                form,
-                int8=better or asked == "int8",
-                reason=f"asked for; {reason}" if asked == "int8" else reason,
-                measured={name: forms.recorded(found) for name, found in measured.items()},
-                classes=classes,
-            )
-        if base is not None and not asked:
-            form = msgspec.structs.replace(form, int8=self._is_int8(base), reason=f"as its parent; {form.reason}")
-        return (file if form.int8 else source), form
-
-    def _alike(
-        self, source: bytes, fresh: bytes, base: ReleaseRecord, form: Form, like: Manifest, cases: Cases
-    ) -> tuple[bytes, Form]:
-        """The int8 file with the scales of `base`, or the fresh one where that one fails; what was measured."""
-        parent, before = self.file(base.manifest), self.source(base.manifest)
-        file = quantize_weights(source, parent, before)
-        share = fidelity.carried(weight_changes(source, file, fresh, before, parent))
-        exact, ours, anew = (self._answers(like, one, cases) for one in (source, file, fresh))
-        found = fidelity.Fidelity(_distance(ours, exact), _distance(anew, exact), share)
-        refused = fidelity.refusals(found)
-        form = msgspec.structs.replace(
-            form,
-            distance=_number(found.distance),
-            distance_fresh=_number(found.distance_fresh),
-            carried=share,
-            fresh_because=refused,
-        )
-        if refused:
-            _log.info("model %s: quantized afresh: %s", base.model, "; ".join(refused))
-        return (fresh if refused else file), form
-
-    def _is_int8(self, record: ReleaseRecord) -> bool:
-        """Whether a version has int8 weights; the file tells of versions that were published before forms were kept."""
-        return record.form.int8 if record.form is not None else form_of(self.file(record.manifest)) is not None
-
-    def _require_form(self, known: ReleaseRecord, asked: Asked) -> None:
-        """Raise Malformed where bytes that are a version already are wanted in another form: its digest is signed."""
-        if asked in ("int8", "none") and self._is_int8(known) != (asked == "int8"):
-            there = "int8" if self._is_int8(known) else "float32"
-            raise Malformed(
-                f"model {known.model}: these bytes are version {known.release} already, released as {there}; "
-                "leave --quantize out, or publish on another parent"
-            )
-
-    def _latency(self, like: Manifest, file: bytes, cases: Cases) -> float:
-        """Microseconds of the first row of `cases`; NaN for a model that does not answer it."""
-        if self._latency_us is None or not cases:
-            return float("nan")
-        free = {spec.name for spec in like.inputs if spec.shape[:1] == (-1,)}
-        row = {name: value[:1] if name in free else value for name, value in cases[0].items()}
-        try:
-            return self._latency_us(self._opened(like, file), row)
-        except Malformed as error:
-            _log.info("model %s: its latency cannot be measured: %s", like.model, error)
-            return float("nan")
-
-    def _answers(self, like: Manifest, file: bytes, cases: Cases) -> list[Mapping[str, Array]]:
-        """What a file with the inputs of `like` answers."""
-        loaded = self._opened(like, file)
-        return [loaded.run(inputs) for inputs in cases]
-
-    def _opened(self, like: Manifest, file: bytes) -> LoadedModel:
-        return self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
-
-    def manifest(self, manifest: str) -> Manifest:
-        """A published manifest. Raises NotFound."""
-        return parse_manifest(open_envelope(self._store.get("manifest", manifest)).payload)
-
-    def delivery(self, manifest: str) -> Delivery:
-        """What carries a published version. Raises NotFound."""
-        return unpack(self._store.get("delivery", manifest), Delivery)
-
-    def key(self, manifest: str) -> bytes:
-        """The artifact key of a published version. Raises NotFound, Untrusted."""
-        record = self._ledger.release(manifest)
-        if not record.wrapped_key:
-            raise Untrusted(f"version {manifest[:16]}…: was shredded; its key is destroyed")
-        return self._keyring.unwrap(self._context(manifest), record.wrapped_key)
 
     def rotate(self, *, forget: bool = False) -> KeyVersions:
         """Give all artifact keys a new wrapping key; with `forget` the old ones are destroyed, and with them every
@@ -443,75 +294,6 @@ class Publisher:
             if record.wrapped_key:
                 self._ledger.replace_wrapped_keys({manifest: b""})
         return self.rotate(forget=True)
-
-    def file(self, manifest: str) -> bytes:
-        """The plain, checked file that devices run. Raises NotFound, Untrusted, Malformed."""
-        described, delivery = self.manifest(manifest), self.delivery(manifest)
-        route = plan_update({}, described, {manifest: msgspec.structs.replace(delivery, patches=())})
-        blobs = {blob.digest: self._store.get("blob", blob.digest) for step in route.steps for blob in step.blobs}
-        return open_release(described, route, blobs, {manifest: self.key(manifest)})
-
-    def source(self, manifest: str) -> bytes:
-        """The bytes that the publisher handed in. Raises NotFound, Untrusted."""
-        record = self._ledger.release(manifest)
-        sealed = self._store.get("blob", record.source_blob)
-        return open_blob(self.key(manifest), manifest, _SOURCE_LABEL, sealed, MODEL_BYTES_MAX)
-
-    def release_of_root(self, root: str) -> ReleaseRecord | None:
-        """The release whose file has this Merkle root, or None: a look-up, no search. Of several releases of the same
-        file it is the first."""
-        try:
-            return self._ledger.release(self._store.get("root", root).decode())
-        except (NotFound, Malformed, UnicodeDecodeError):
-            return None
-
-    def late_bases(self, target: str) -> tuple[str, ...]:
-        """From which of the last releases a direct patch to `target` is worth making before a device asks: those that
-        its delivery has none from, and whose file is as large as its own, so that nothing has to be searched."""
-        record, delivery = self._ledger.release(target), self.delivery(target)
-        offered = {target, *(offer.base for offer in delivery.offers), *self._ledger.retired()}
-        return tuple(
-            other.manifest
-            for other in self._ledger.releases(record.model)[-1 - LATE_PATCHES_FROM :]
-            if other.manifest not in offered and other.file_bytes == record.file_bytes
-        )
-
-    def has_direct(self, base: str, target: str) -> bool:
-        """Whether a direct patch for late devices was tried already; see `offer_direct`."""
-        return self._store.has("delivery", late_delivery_name(target, base))
-
-    def offer_direct(self, base: str, target: str) -> bool:
-        """Make a direct patch from `base` to `target` for late devices; whether one was made. None is where there is
-        one already, where it saves nothing, and between models. Blocking. Raises NotFound, Untrusted, StorageFull."""
-        name = late_delivery_name(target, base)
-        if base == target or self._store.has("delivery", name):
-            return False
-        if self._ledger.release(base).model != self._ledger.release(target).model:
-            return False
-        delivery = self.delivery(target)
-        if base in {offer.base for offer in delivery.offers}:
-            return False
-        whole = sum(blob.size for blob in delivery.segments)
-        offered, blobs = offer_patches(
-            self.manifest(target), self.file(target), self.key(target), self.manifest(base), self.file(base), whole
-        )
-        self._store_all(
-            {**{("blob", digest): data for digest, data in blobs.items()}, ("delivery", name): pack(offered)}
-        )
-        return bool(offered.offers)
-
-    def resolve(self, model: str, wanted: str) -> ReleaseRecord:
-        """The version called `wanted`: a manifest digest, a release number, a name, or `latest`. Raises NotFound."""
-        releases = self._ledger.releases(model)
-        withdrawn = self._ledger.withdrawn(model)
-        if wanted == "latest":
-            found = [record for record in releases if record.manifest not in withdrawn]
-        else:
-            found = [record for record in releases if wanted in (record.manifest, str(record.release), record.name)]
-        if not found:
-            listed = ", ".join(f"{record.release} {record.name}".strip() for record in releases[-5:]) or "none"
-            raise NotFound(f"version {wanted!r} of model {model!r}: not published; the newest releases are: {listed}")
-        return found[-1]
 
     def _require_provenance(self, known: ReleaseRecord, provenance: str) -> None:
         """Raise Malformed where bytes that are a version already come with another signature: its manifest is signed
@@ -553,18 +335,6 @@ class Publisher:
             _log.info("no patch from %s: %s", digest[:12], error)
             return None
 
-    def _golden(self, candidate: Candidate) -> tuple[GoldenCase, ...]:
-        loaded = self._open_model(candidate.draft, candidate.file)
-        cases = []
-        for inputs in self._golden_inputs(candidate.draft.model, candidate.draft.inputs):
-            outputs = loaded.run(inputs)
-            if not all(np.isfinite(value).all() for value in outputs.values()):
-                raise Malformed(
-                    f"model {candidate.draft.model}: answers a golden input with a number that is not finite"
-                )
-            cases.append(GoldenCase(_tensors(inputs), _tensors(outputs)))
-        return tuple(cases)
-
     def _commit(
         self,
         release: Release,
@@ -578,7 +348,7 @@ class Publisher:
     ) -> ReleaseRecord:
         manifest = release.manifest
         source_digest = digest_of(source)
-        sealed_source = seal_blob(key, release.digest, _SOURCE_LABEL, source)
+        sealed_source = seal_blob(key, release.digest, SOURCE_LABEL, source)
         source_blob = digest_of(sealed_source)
         self._store_all(
             {
@@ -611,40 +381,6 @@ class Publisher:
         self._vouch()
         return record
 
-    def _store_all(self, objects: Mapping[tuple[str, str], bytes]) -> None:
-        """Keep every object or, when the disk is full, none that was not there before."""
-        new = [place for place in objects if not self._store.has(*place)]
-        try:
-            for (kind, name), data in objects.items():
-                self._store.put(kind, name, data)
-        except AtollError:
-            for kind, name in new:
-                self._store.remove(kind, name)
-            raise
-
-    def _context(self, manifest: str) -> str:
-        return f"{self._tenant}/{manifest}"
-
-
-def _distance(found: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[str, Array]]) -> float | None:
-    """The largest 1 - cosine of any output that is numbers with a fraction; None where there is none."""
-    pairs = [(ours[name], value) for ours, exact in zip(found, expected, strict=True) for name, value in exact.items()]
-    distances = [fidelity.distance(ours, value) for ours, value in pairs if np.issubdtype(value.dtype, np.floating)]
-    return max(distances, default=None)
-
 
 def _with_provenance(lineage: Lineage | None, provenance: str) -> Lineage | None:
     return msgspec.structs.replace(lineage or Lineage(), provenance=provenance) if provenance else lineage
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
-
-
-def _tensors(values: Mapping[str, Array]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, value in values.items():
-        array = np.ascontiguousarray(value)
-        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        tensors[name] = Tensor(array.dtype.name, tuple(array.shape), little.tobytes())
-    return tensors

@@ -53,7 +53,7 @@ def tensors(file: bytes) -> dict[str, Any]:
 
 def platform(folder: Path) -> Platform:
     made = Platform(folder)
-    made.publisher._open_model = WeightModel
+    made.publisher._forming._open_model = WeightModel
     return made
 
 

@@ -1,0 +1,194 @@
+"""From the bytes that somebody hands in to the file that devices run: quantized with its parent's scales (so that the
+delta stays small), afresh, or not at all; and what that file answers to golden inputs.
+
+What speaks for a form is decided in `forms` and `model_delta.patch.fidelity`; here it is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from fl_coordinator import forms
+from fl_coordinator.forms import Asked, Form
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.published import Published
+from fl_coordinator.tables.records import ReleaseRecord
+from model_delta.digest import digest_of
+from model_delta.errors import Malformed
+from model_delta.graphs.int8 import form_of, quantize_weights, weight_changes
+from model_delta.manifest import GoldenCase, Manifest, Tensor, TensorSpec
+from model_delta.patch import fidelity
+from model_delta.patch.quantization import Measured, Worth
+
+_log = logging.getLogger("atoll.coordinator")
+
+Array = npt.NDArray[np.generic]
+
+
+class LoadedModel(Protocol):
+    """A model that answers; see the programs that run one."""
+
+    digest: str
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Named tensors to named tensors."""
+
+
+OpenModel = Callable[[Manifest, bytes], LoadedModel]
+GoldenInputs = Callable[[str, Sequence[TensorSpec]], Sequence[Mapping[str, Array]]]
+"""(model, its inputs) -> a few batches of inputs that a publisher wants every device to try."""
+Cases = Sequence[Mapping[str, Array]]
+LatencyUs = Callable[[LoadedModel, Mapping[str, Array]], float]
+"""(a loaded model, inputs of one row) -> median microseconds of an answer on this machine."""
+
+
+class Forming:
+    """Makes the files of new versions. Blocking."""
+
+    def __init__(
+        self,
+        *,
+        published: Published,
+        ledger: Ledger,
+        open_model: OpenModel,
+        golden_inputs: GoldenInputs,
+        latency_us: LatencyUs | None,
+        worth: Mapping[str, Worth],
+    ) -> None:
+        """`published` has the parents; the other arguments are those of `Publisher`."""
+        self._published = published
+        self._ledger = ledger
+        self._open_model = open_model
+        self._golden_inputs = golden_inputs
+        self._latency_us = latency_us
+        self._worth = dict(worth)
+
+    def formed(self, source: bytes, like: Manifest, base: ReleaseRecord | None, asked: Asked) -> tuple[bytes, Form]:
+        """The file of `source` that devices are to run, in the form that was asked for or is worth it.
+
+        int8 has the scales of `base` so that the patch from it is small; it is quantized afresh where that would answer
+        worse to the golden inputs or lose the update (`patch.fidelity`). `like` is a manifest with the inputs."""
+        fresh = quantize_weights(source)
+        if fresh is source:
+            int8 = form_of(source) is not None
+            if asked == "int8" and not int8:
+                raise Malformed(
+                    f"model {like.model}: expected constant float32 matrices that can become int8, found none; "
+                    "leave --quantize out to release it as it is"
+                )
+            return source, Form(int8=int8, reason="released as handed in: nothing in it can become int8")
+        if asked == "none":
+            return source, Form(int8=False, reason="asked for")
+        file, form = fresh, Form(int8=True, reason="asked for" if asked == "int8" else "not measured")
+        cases = self._golden_inputs(like.model, like.inputs)
+        if base is not None:
+            file, form = self._alike(source, fresh, base, form, like, cases)
+        if self._latency_us is not None:
+            both = {"float32": source, "int8": file}
+            measured = {name: Measured(len(one), self._latency(like, one, cases[:1])) for name, one in both.items()}
+            devices = Counter(record.device_class for record in self._ledger.devices() if record.kind == "device")
+            better, reason, classes = forms.decide(measured["int8"], measured["float32"], self._worth, devices)
+            form = msgspec.structs.replace(
+                form,
+                int8=better or asked == "int8",
+                reason=f"asked for; {reason}" if asked == "int8" else reason,
+                measured={name: forms.recorded(found) for name, found in measured.items()},
+                classes=classes,
+            )
+        if base is not None and not asked:
+            form = msgspec.structs.replace(form, int8=self.is_int8(base), reason=f"as its parent; {form.reason}")
+        return (file if form.int8 else source), form
+
+    def golden(self, draft: Manifest, file: bytes) -> tuple[GoldenCase, ...]:
+        """What a file answers to the golden inputs of its model. Raises Malformed for an answer that is not finite."""
+        loaded = self._open_model(draft, file)
+        cases = []
+        for inputs in self._golden_inputs(draft.model, draft.inputs):
+            outputs = loaded.run(inputs)
+            if not all(np.isfinite(value).all() for value in outputs.values()):
+                raise Malformed(f"model {draft.model}: answers a golden input with a number that is not finite")
+            cases.append(GoldenCase(_tensors(inputs), _tensors(outputs)))
+        return tuple(cases)
+
+    def is_int8(self, record: ReleaseRecord) -> bool:
+        """Whether a version has int8 weights; the file tells of versions that were published before forms were kept."""
+        if record.form is not None:
+            return record.form.int8
+        return form_of(self._published.file(record.manifest)) is not None
+
+    def require_form(self, known: ReleaseRecord, asked: Asked) -> None:
+        """Raise Malformed where bytes that are a version already are wanted in another form: its digest is signed."""
+        if asked in ("int8", "none") and self.is_int8(known) != (asked == "int8"):
+            there = "int8" if self.is_int8(known) else "float32"
+            raise Malformed(
+                f"model {known.model}: these bytes are version {known.release} already, released as {there}; "
+                "leave --quantize out, or publish on another parent"
+            )
+
+    def _alike(
+        self, source: bytes, fresh: bytes, base: ReleaseRecord, form: Form, like: Manifest, cases: Cases
+    ) -> tuple[bytes, Form]:
+        """The int8 file with the scales of `base`, or the fresh one where that one fails; what was measured."""
+        parent, before = self._published.file(base.manifest), self._published.source(base.manifest)
+        file = quantize_weights(source, parent, before)
+        share = fidelity.carried(weight_changes(source, file, fresh, before, parent))
+        exact, ours, anew = (self._answers(like, one, cases) for one in (source, file, fresh))
+        found = fidelity.Fidelity(_distance(ours, exact), _distance(anew, exact), share)
+        refused = fidelity.refusals(found)
+        form = msgspec.structs.replace(
+            form,
+            distance=_number(found.distance),
+            distance_fresh=_number(found.distance_fresh),
+            carried=share,
+            fresh_because=refused,
+        )
+        if refused:
+            _log.info("model %s: quantized afresh: %s", base.model, "; ".join(refused))
+        return (fresh if refused else file), form
+
+    def _latency(self, like: Manifest, file: bytes, cases: Cases) -> float:
+        """Microseconds of the first row of `cases`; NaN for a model that does not answer it."""
+        if self._latency_us is None or not cases:
+            return float("nan")
+        free = {spec.name for spec in like.inputs if spec.shape[:1] == (-1,)}
+        row = {name: value[:1] if name in free else value for name, value in cases[0].items()}
+        try:
+            return self._latency_us(self._opened(like, file), row)
+        except Malformed as error:
+            _log.info("model %s: its latency cannot be measured: %s", like.model, error)
+            return float("nan")
+
+    def _answers(self, like: Manifest, file: bytes, cases: Cases) -> list[Mapping[str, Array]]:
+        """What a file with the inputs of `like` answers."""
+        loaded = self._opened(like, file)
+        return [loaded.run(inputs) for inputs in cases]
+
+    def _opened(self, like: Manifest, file: bytes) -> LoadedModel:
+        return self._open_model(msgspec.structs.replace(like, file_digest=digest_of(file), size=len(file)), file)
+
+
+def _distance(found: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[str, Array]]) -> float | None:
+    """The largest 1 - cosine of any output that is numbers with a fraction; None where there is none."""
+    pairs = [(ours[name], value) for ours, exact in zip(found, expected, strict=True) for name, value in exact.items()]
+    distances = [fidelity.distance(ours, value) for ours, value in pairs if np.issubdtype(value.dtype, np.floating)]
+    return max(distances, default=None)
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
+
+
+def _tensors(values: Mapping[str, Array]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in values.items():
+        array = np.ascontiguousarray(value)
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        tensors[name] = Tensor(array.dtype.name, tuple(array.shape), little.tobytes())
+    return tensors
