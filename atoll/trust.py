@@ -179,7 +179,7 @@ def trust_init(
     if _version(publishing.repository) and not by_itself:
         raise ConfigurationError(f"{path}: the ceremony was held; `atoll trust status` shows it, `rotate` changes it")
     _require_sticks(sticks)
-    secrets = passphrases(sticks, files, environment, new=True)
+    secrets = passphrases(sticks, files, environment, new=sticks)
     for stick in sticks:
         require_empty(stick)
         require_passphrase(secrets[stick], stick)
@@ -270,7 +270,7 @@ def trust_rotate(
         raise ConfigurationError("--new-stick: expected with `rotate root` when no root waits for signatures")
     if not sticks:
         raise ConfigurationError("expected at least one --stick, whose holder signs")
-    secrets = passphrases([*sticks, *new_sticks], files, environment, new=False)
+    secrets = passphrases([*sticks, *new_sticks], files, environment, new=new_sticks)
     if new_sticks:
         _require_sticks(new_sticks)
         for stick in new_sticks:
@@ -296,6 +296,7 @@ def _rotate(
     keys = {stick: open_stick(stick, secrets[stick]) for stick in sticks}
     delegations = publishing.delegations(regions)
     with publishing.exclusive():
+        _require_say(repository, keys)
         made = {stick: make_stick(stick, secrets[stick]) for stick in new_sticks}
         _remember(folder, {**keys, **made})
         if what == "online" and "root" not in repository.staged():
@@ -348,6 +349,19 @@ def _take_effect(publishing: Publishing, folder: Path, now: float, delegations: 
 def _opened(sticks: Sequence[Path]) -> dict[Path, str]:
     """The passphrases of sticks that lie in the data folder."""
     return {stick: automatic_passphrase(stick.parent) for stick in sticks}
+
+
+def _require_say(repository: Repository, keys: Mapping[Path, Mapping[str, Ed25519PrivateKey]]) -> None:
+    """Raise ConfigurationError for a stick that nothing in force or waiting counts, before anything is begun."""
+    counting = {key for status in repository.status() if status.role in OFFLINE_ROLES for key in status.keys}
+    for role in repository.staged():
+        progress = repository.progress(role)
+        counting.update(progress.may_sign, progress.signed)
+    for stick, held in keys.items():
+        if counting.isdisjoint(tuf_key_id(key.public_key()) for key in held.values()):
+            raise ConfigurationError(
+                f"{stick}: the keys of {holder_of(stick)} have no say any more; `atoll trust status` shows whose have"
+            )
 
 
 def _sign(repository: Repository, keys: Mapping[Path, Mapping[str, Ed25519PrivateKey]]) -> None:

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from getpass import getpass
 from pathlib import Path
 
@@ -148,10 +148,10 @@ def require_passphrase(passphrase: str, folder: Path) -> None:
 
 
 def passphrases(
-    sticks: Sequence[Path], files: Sequence[Path], environment: Mapping[str, str], *, new: bool
+    sticks: Sequence[Path], files: Sequence[Path], environment: Mapping[str, str], *, new: Collection[Path]
 ) -> dict[Path, str]:
     """A passphrase for each stick: from `files` (one for all, or one for each in order), the environment, or the person
-    at the terminal (twice for a `new` one). Raises ConfigurationError when there is no way to ask."""
+    at the terminal (twice for a stick in `new`). Raises ConfigurationError when there is no way to ask."""
     if files and len(files) not in (1, len(sticks)):
         raise ConfigurationError(
             f"--passphrase-file: expected 1 or {len(sticks)}, as many as sticks, found {len(files)}"
@@ -163,7 +163,7 @@ def passphrases(
         elif environment.get(VARIABLE):
             found[stick] = environment[VARIABLE]
         elif sys.stdin.isatty():
-            found[stick] = _asked(stick, new=new)
+            found[stick] = _asked(stick, new=stick in new)
         else:
             raise ConfigurationError(f"{stick}: no passphrase; pass --passphrase-file or set {VARIABLE}")
     return found
@@ -171,9 +171,15 @@ def passphrases(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip("\r\n")
+        found = path.read_text(encoding="utf-8").strip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: expected a passphrase as text, found {type(error).__name__}") from None
+    if len(found.splitlines()) > 1:
+        raise ConfigurationError(
+            f"{path}: expected one passphrase on one line, found {len(found.splitlines())} lines; "
+            "repeat --passphrase-file for sticks with different ones"
+        )
+    return found
 
 
 def _asked(stick: Path, *, new: bool) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,13 @@ from model_delta.trust.paths import KIND, version_path
 from model_delta.trust.repository import DAY_S, Target
 
 WORDS = "five random words are enough"
+ASKING = """
+import sys
+from pathlib import Path
+from atoll.trust_sticks import passphrases
+old, new = map(Path, sys.argv[1:])
+passphrases([old, new], [], {}, new=[new])
+"""
 
 
 class Ceremony:
@@ -126,6 +137,31 @@ def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "sticks").exists()
 
 
+def test_a_file_with_a_passphrase_a_line_is_not_taken_for_one_passphrase(tmp_path: Path) -> None:
+    held = Ceremony(tmp_path)
+    held.words.write_text("\n".join([WORDS] * 3))
+    assert "expected one passphrase on one line, found 3 lines" in held.refused("init", sticks="a b c")
+    assert not (tmp_path / "sticks").exists()
+
+
+def test_a_person_is_asked_twice_for_a_new_sticks_passphrase_alone(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+    make_stick(old, WORDS)
+    person, terminal = pty.openpty()
+    command = [sys.executable, "-c", ASKING, str(old), str(new)]
+    with subprocess.Popen(command, stdin=terminal, stderr=subprocess.PIPE, start_new_session=True) as asking:
+        assert asking.stderr is not None
+        for prompt, line in ((b"old: passphrase: ", b"one"), (b"new: new passphrase: ", b"two"), (b"more: ", b"tow")):
+            told = b""
+            while not told.endswith(prompt):
+                told += asking.stderr.read(1) or pytest.fail(told.decode())
+            os.write(person, line + b"\n")
+        assert b"the two passphrases differ" in asking.stderr.read()
+    os.close(person)
+    os.close(terminal)
+
+
 def test_a_passphrase_that_is_no_text_is_refused(tmp_path: Path) -> None:
     held = Ceremony(tmp_path)
     held.words.write_bytes(b"\xff\xfe\x00")
@@ -192,8 +228,9 @@ def test_a_holder_leaves_and_the_lost_stick_signs_nothing_any_more(ceremony: Cer
     assert found["root"]["can_sign"] == found["targets"]["can_sign"] == ["dan", "eve", "fay"]
     assert all(row["in_force"] for row in found.values())
     assert device.refresh(time.time()).root == 2
-    assert "have no say in what waits" in ceremony.refused("rotate", "targets", sticks="cho")
-    ceremony.said("rotate", "root", "--discard")
+    for what in ("root", "targets", "online"):
+        assert "have no say any more" in ceremony.refused("rotate", what, sticks="cho")
+        assert ceremony.said("status")["waiting"] == []
     assert rows(ceremony.said("rotate", "targets", sticks="dan fay"))["targets"]["version"] == 3
     assert device.refresh(time.time()).targets == 3
     assert ceremony.device("new").refresh(time.time()).root == 2
