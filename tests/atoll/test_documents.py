@@ -11,7 +11,7 @@ import typer
 from starlette.routing import Route
 
 from atoll.cli import app
-from fl_coordinator.control import _Control
+from fl_coordinator.control import control_app
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("atoll", "device_sim", "edge_runtime", "fl_coordinator", "model_delta", "monitoring", "regional_gateway")
@@ -40,7 +40,7 @@ def test_every_module_has_its_line_and_every_line_its_module() -> None:
 
 
 def test_every_route_of_the_control_api_is_told() -> None:
-    routes = _Control(None, {}, None).app([]).routes  # type: ignore[arg-type]
+    routes = control_app(None, tokens={}, flower=None).routes  # type: ignore[arg-type]
     there = {route.path for route in routes if isinstance(route, Route)}
     told = set(re.findall(r"^\| `[A-Z, ]+ (/\S+)` \|", architecture(), re.MULTILINE)) - {"/"}
     told = {path.replace("/artifact/{name}", "/{kind}/{name}") for path in told}

@@ -9,7 +9,8 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_coordinator.control import STATUS, control_app
+from fl_coordinator.control import control_app
+from fl_coordinator.routes.access import STATUS
 from model_delta.digest import digest_of
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
