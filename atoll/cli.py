@@ -1,8 +1,8 @@
 """The command line.
 
 The commands are in `atoll.commands`; here they are put together, in the order of the help. Each imports the wiring
-module that it calls only when it runs, so that `atoll --help` stays quick. Every command takes `--json`; the programs of
-a platform then tell their events (`events`).
+module that it calls only when it runs, so that `atoll --help` stays quick. Every command takes `--json`; the programs
+of a platform then tell their events (`events`).
 Errors are one line on standard error, with exit code 2 for what a person must put right, 3 for what a retry may cure,
 4 for a refusal on grounds of trust.
 """
