@@ -46,11 +46,15 @@ class TrustState(msgspec.Struct, frozen=True):
     """How far one model of one tenant has been seen to advance. The holder persists it.
 
     `plan_serial`: of the newest plan accepted; `release_floor`: the highest release counter accepted; `round_issued`:
-    Unix seconds, of the newest round announcement accepted."""
+    Unix seconds, of the newest round announcement accepted. `plan_keys`, `round_keys`: ids of the keys that counted
+    then; when none of them counts any more, the numbers start anew (TUF 1.0 section 5.3.11: whoever took the old keys
+    may have given out huge ones). A key that was retired must not come back."""
 
     plan_serial: int = 0
     release_floor: int = 0
     round_issued: int = 0
+    plan_keys: tuple[str, ...] = ()
+    round_keys: tuple[str, ...] = ()
 
 
 def read_manifest(envelope: bytes, expected_digest: str, tenant: str, now: float) -> Manifest:
@@ -79,7 +83,8 @@ def accept_plan(
     An equal serial is accepted again (a retained message returns on every reconnect). Raises Malformed,
     SignatureInvalid, Untrusted (another tenant's or model's), RolledBack and Expired.
     """
-    plan = unpack(_verified(envelope, PLAN_TYPE, "plan", anchors), RolloutPlan)
+    payload, keys = _verified(envelope, PLAN_TYPE, "plan", anchors)
+    plan = unpack(payload, RolloutPlan)
     what = f"plan {plan.name!r} of {plan.model}"
     _require_format(what, plan.format)
     _require_tenant(what, plan.tenant, anchors)
@@ -91,10 +96,11 @@ def accept_plan(
             f"{what}: expected target and control to share {BUCKETS} buckets, "
             f"found {plan.target_buckets} and {plan.control_buckets}"
         )
-    if plan.serial < state.plan_serial:
-        raise RolledBack(f"{what}: expected serial {state.plan_serial} or higher, found {plan.serial}")
+    floor = 0 if _all_replaced(state.plan_keys, keys) else state.plan_serial
+    if plan.serial < floor:
+        raise RolledBack(f"{what}: expected serial {floor} or higher, found {plan.serial}")
     _require_current(what, plan.expires, now)
-    return plan, msgspec.structs.replace(state, plan_serial=plan.serial)
+    return plan, msgspec.structs.replace(state, plan_serial=plan.serial, plan_keys=keys)
 
 
 def accept_task(
@@ -105,18 +111,20 @@ def accept_task(
     A closed round (`open` false) is accepted after its deadline: it asks for nothing. Raises Malformed,
     SignatureInvalid, Untrusted, RolledBack and Expired.
     """
-    task = unpack(_verified(envelope, TASK_TYPE, "round", anchors), RoundTask)
+    payload, keys = _verified(envelope, TASK_TYPE, "round", anchors)
+    task = unpack(payload, RoundTask)
     what = f"round {task.round_id!r} of {task.model}"
     _require_format(what, task.format)
     _require_tenant(what, task.tenant, anchors)
     _require_model(what, task.model, model)
     require_digest(task.base, f"{what}: its base version")
     require_digest(task.training_graph, f"{what}: its training graph")
-    if task.issued < state.round_issued:
-        raise RolledBack(f"{what}: expected one issued at {state.round_issued} or later, found {task.issued}")
+    floor = 0 if _all_replaced(state.round_keys, keys) else state.round_issued
+    if task.issued < floor:
+        raise RolledBack(f"{what}: expected one issued at {floor} or later, found {task.issued}")
     if task.open:
         _require_current(what, task.deadline, now)
-    return task, msgspec.structs.replace(state, round_issued=task.issued)
+    return task, msgspec.structs.replace(state, round_issued=task.issued, round_keys=keys)
 
 
 def check_release(manifest: Manifest, plan: RolloutPlan, state: TrustState) -> TrustState:
@@ -151,9 +159,15 @@ def role_keys(anchors: TrustAnchors, role: str) -> tuple[dict[str, PublicKey], i
     return keys, entry.threshold
 
 
-def _verified(envelope: bytes, kind: str, role: str, anchors: TrustAnchors) -> bytes:
+def _verified(envelope: bytes, kind: str, role: str, anchors: TrustAnchors) -> tuple[bytes, tuple[str, ...]]:
+    """The payload, and the ids of the keys that count now."""
     keys, threshold = role_keys(anchors, role)
-    return verify(open_envelope(envelope), kind, keys, threshold)
+    return verify(open_envelope(envelope), kind, keys, threshold), tuple(sorted(keys))
+
+
+def _all_replaced(before: tuple[str, ...], now: tuple[str, ...]) -> bool:
+    """Whether nothing signed by then can count now. One key that is left could have signed what must not return."""
+    return bool(before) and set(before).isdisjoint(now)
 
 
 def _require_format(what: str, found: int) -> None:

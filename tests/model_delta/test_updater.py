@@ -200,6 +200,36 @@ def test_a_replayed_older_round_is_refused() -> None:
         accept_task(old, "fraud", anchors(), state, NOW)
 
 
+def counting(*keys: ed25519.Ed25519PrivateKey) -> TrustAnchors:
+    role = RoleKeys(tuple(public_bytes(key.public_key()) for key in keys))
+    return TrustAnchors("acme", {"plan": role, "round": role})
+
+
+def test_huge_numbers_of_a_thief_end_with_the_keys_that_gave_them_out() -> None:
+    stolen, new = KEYS["plan"][:2]
+    before, after, huge = counting(stolen), counting(new), 1 << 60
+    _, state = accept_plan(signed("plan", a_plan(serial=huge), stolen), "fraud", before, TrustState(), NOW)
+    _, state = accept_task(signed("round", a_task(issued=huge), stolen), "fraud", before, state, NOW)
+    with pytest.raises(RolledBack):
+        accept_plan(signed("plan", a_plan(), stolen), "fraud", before, state, NOW)
+    with pytest.raises(RolledBack):
+        accept_task(signed("round", a_task(), stolen), "fraud", before, state, NOW)
+    with pytest.raises(SignatureInvalid):
+        accept_plan(signed("plan", a_plan(serial=huge), stolen), "fraud", after, state, NOW)
+    _, state = accept_plan(signed("plan", a_plan(), new), "fraud", after, state, NOW)
+    _, state = accept_task(signed("round", a_task(), new), "fraud", after, state, NOW)
+    assert (state.plan_serial, state.round_issued) == (a_plan().serial, a_task().issued)
+    with pytest.raises(RolledBack, match="expected serial 5 or higher, found 4"):
+        accept_plan(signed("plan", a_plan(serial=4), new), "fraud", after, state, NOW)
+
+
+def test_a_key_that_stays_keeps_what_it_signed_from_returning() -> None:
+    old, new = KEYS["plan"][:2]
+    _, state = accept_plan(signed("plan", a_plan(), old), "fraud", counting(old), TrustState(), NOW)
+    with pytest.raises(RolledBack):
+        accept_plan(signed("plan", a_plan(serial=4), old), "fraud", counting(old, new), state, NOW)
+
+
 def test_another_tenants_or_models_record_is_refused() -> None:
     plan, manifest = a_plan(), a_manifest()
     with pytest.raises(Untrusted, match="expected tenant 'other', found 'acme'"):
