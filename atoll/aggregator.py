@@ -57,16 +57,17 @@ async def _aggregator(data: DataFolder, name: str, events: Events) -> None:
     metrics = Metrics()
     rounds = metrics.counter("aggregator_commands", "Round commands, by result.", ("result",))
     async with httpx.AsyncClient(headers=headers, timeout=PEER_TIMEOUT_S) as client:
+        folder = data.child("aggregators", name)
 
         async def fetch(round_id: str) -> Iterable[bytes]:
-            return await _fetch_contributions(client, endpoints.coordinator, round_id)
+            return await _fetch_contributions(client, endpoints.coordinator, round_id, folder)
 
         async def send(peer: str, message: str, content: bytes) -> None:
             await _post(client, f"{endpoints.aggregators[peer]}/v1/messages/{name}/{message}", content, f"peer {peer}")
 
         own = Aggregator(
             name,
-            data.child("aggregators", name),
+            folder,
             anchors=read_anchors(data.identity(COORDINATOR)),
             ca_pem=(data.identity(COORDINATOR) / "ca.pem").read_bytes(),
             revoked=lambda: frozenset(revoked),
@@ -150,10 +151,13 @@ async def _register(client: httpx.AsyncClient, coordinator: str, own: Aggregator
         await asyncio.sleep(REGISTER_PAUSE_S)
 
 
-async def _fetch_contributions(client: httpx.AsyncClient, coordinator: str, round_id: str) -> Iterator[bytes]:
-    """One after the other, from a file without a name: a round of many large ones would not fit into memory."""
+async def _fetch_contributions(
+    client: httpx.AsyncClient, coordinator: str, round_id: str, folder: Path
+) -> Iterator[bytes]:
+    """One after the other, from a file without a name in `folder`: a round of many large ones would not fit into
+    memory."""
     what = f"contributions of round {round_id}"
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (the generator that is returned closes it)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the generator that is returned closes it)
     try:
         async with client.stream("GET", f"{coordinator}/v1/rounds/{round_id}/contributions") as response:
             if response.status_code != 200:

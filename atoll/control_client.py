@@ -92,13 +92,16 @@ def _reason(body: bytes, status: int) -> str:
 
 
 def reach(seconds: float, call: Callable[[], T]) -> T:
-    """Call the coordinator until it answers, for at most `seconds`; then say what to do. Raises Unavailable."""
+    """Call the coordinator until it answers, for at most `seconds`; then it is for a person to see why it does not.
+    Raises ConfigurationError."""
     try:
         return retry_until(time.monotonic() + seconds, call)
     except LASTING:
         raise
     except Unavailable as error:
-        raise Unavailable(f"{error}; tried for {seconds:g} s; is `atoll up` running on this data folder?") from None
+        raise ConfigurationError(
+            f"{error}; tried for {seconds:g} s; is `atoll up` running on this data folder?"
+        ) from None
 
 
 async def answered(call: Callable[[], T], seconds: float, *, pause_s: float = 0.3) -> T:

@@ -77,7 +77,7 @@ def run_device(
 ) -> None:
     """Enrol the device, let it decide `count` payments (0: until told to stop) and print what it does.
 
-    Options and files are checked before anything is made. Raises ConfigurationError, Malformed; Unavailable when
+    Options and files are checked before anything is made. Raises Malformed, and ConfigurationError also when
     coordinator or broker do not answer within `contact_s`.
     """
     data = DataFolder.open(path)
@@ -215,8 +215,9 @@ class Teller:
         try:
             await link.wait_connected(contact_s)
         except Unavailable as error:
-            self._finish(error)
-            raise
+            away = ConfigurationError(str(error))
+            self._finish(away)
+            raise away from None
         self._reached = True
 
     def decided(self, device_id: str, decision: Decision, payment: Sample) -> None:
@@ -317,7 +318,7 @@ class Teller:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self._finish()
 
-    def _finish(self, error: Unavailable | None = None) -> None:
+    def _finish(self, error: ConfigurationError | None = None) -> None:
         if self.done.done():
             return
         if error is None:
