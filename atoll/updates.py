@@ -13,9 +13,8 @@ import msgspec
 from atoll.settings import ConfigurationError, DataFolder, write_private
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import UpdatesLog
-from fl_coordinator.rounds import Round
+from fl_coordinator.recorded_rounds import every_round
 from fl_coordinator.updates_log import SegmentLog
-from model_delta.encoding import unpack
 from model_delta.errors import Malformed
 
 EMBEDDED = "embedded"
@@ -67,8 +66,7 @@ def open_log(place: UpdatesPlace, folder: Path, ledger: Ledger, *, patience_s: f
     marker = folder / "updates.place"
     before = marker.read_text() if marker.exists() else EMBEDDED
     if before != place.url:
-        for packed in ledger.rounds():
-            found = unpack(packed, Round)
+        for found in every_round(ledger):
             if found.live:
                 raise ConfigurationError(
                     f"updates log: round {found.round_id} is {found.state} and has its contributions at {before}, "

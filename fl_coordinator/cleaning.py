@@ -22,8 +22,8 @@ import msgspec
 
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock
+from fl_coordinator.recorded_rounds import every_round
 from fl_coordinator.retention import KINDS, OpenRound, Roots, Terms, Verdict, Version, unneeded
-from fl_coordinator.rounds import Round
 from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, NotFound, Unavailable
@@ -164,7 +164,7 @@ class Cleaning:
         return self._baselines[record.manifest]
 
     def _roots(self) -> Roots:
-        rounds = [unpack(packed, Round) for packed in self._ledger.rounds()]
+        rounds = every_round(self._ledger)
         running: dict[str, float] = {}
         for digest, heard in self._positions():
             running[digest] = max(heard, running.get(digest, 0.0))

@@ -42,7 +42,10 @@ from fl_coordinator.reception import Reception
 from fl_coordinator.retention import Terms
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rollout_driver import RolloutDriver
+from fl_coordinator.round_announcing import Announcing
+from fl_coordinator.round_candidate import Candidates
 from fl_coordinator.round_driver import RoundDriver
+from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.tables.records import AggregatorRecord, ReleaseRecord
 from model_delta import topics
@@ -138,16 +141,30 @@ class Coordinator:
             tenant=tenant,
             ledger=ledger,
             log=log,
-            store=store,
             keyring=keyring,
             link=link,
-            publisher=publisher,
-            publish=self.publish,
-            evaluate=evaluate,
-            bridge=bridge,
-            limits=limits or Limits(),
             intake=self._intake,
-            rollouts=self._rollouts,
+            announcing=Announcing(
+                tenant=tenant,
+                ledger=ledger,
+                store=store,
+                keyring=keyring,
+                publisher=publisher,
+                rollouts=self._rollouts,
+                clock=clock,
+                note=self.note,
+            ),
+            opening=Opening(ledger=ledger, keyring=keyring, bridge=bridge, tick_s=tick_s, note=self.note),
+            candidates=Candidates(
+                ledger=ledger,
+                publisher=publisher,
+                publish=self.publish,
+                evaluate=evaluate,
+                limits=limits or Limits(),
+                rollouts=self._rollouts,
+                clock=clock,
+                note=self.note,
+            ),
             failures=self._count_failures,
             clock=clock,
             tick_s=tick_s,

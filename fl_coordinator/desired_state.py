@@ -11,9 +11,8 @@ import contextlib
 
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link
-from fl_coordinator.rounds import Round
+from fl_coordinator.recorded_rounds import every_round
 from model_delta import topics
-from model_delta.encoding import unpack
 from model_delta.errors import Unavailable
 
 REPUBLISH_S = 60.0
@@ -65,7 +64,6 @@ class DesiredState:
             newest = self._ledger.plan(model)
             if newest is not None:
                 wanted[topics.plan_topic(self._tenant, model)] = newest[1]
-        for packed in self._ledger.rounds():
-            found = unpack(packed, Round)
+        for found in every_round(self._ledger):
             wanted[topics.round_topic(self._tenant, found.task.model)] = found.announcement
         return wanted

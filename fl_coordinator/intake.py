@@ -21,6 +21,7 @@ from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, re
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
+from fl_coordinator.recorded_rounds import every_round
 from fl_coordinator.rounds import Round, State, newest_of
 from fl_coordinator.shares.bounds import contributions_max
 from fl_coordinator.shares.contribution import (
@@ -135,7 +136,7 @@ class Intake:
         try:
             contribution = parse(data)
             claim = unpack(contribution.claim, Claim)
-            newest = newest_of([unpack(packed, Round) for packed in self._ledger.rounds()], claim.model)
+            newest = newest_of(every_round(self._ledger), claim.model)
             if newest is not None and len(data) > size_max(newest.task):
                 raise Malformed(f"expected at most {size_max(newest.task)} bytes, found {len(data)}")
         except Malformed as error:

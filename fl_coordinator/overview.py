@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from fl_coordinator import rollout as rollouts
 from fl_coordinator.ledger import Ledger
+from fl_coordinator.recorded_rounds import every_round
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import Round
 from model_delta.encoding import unpack
@@ -122,7 +123,7 @@ class Overview:
                 for record in releases
             ),
             rollouts=tuple(self._rollout_state(unpack(packed, Rollout), now) for packed in self._ledger.rollouts()),
-            rounds=tuple(self._round_state(unpack(packed, Round)) for packed in self._ledger.rounds()),
+            rounds=tuple(self._round_state(found) for found in every_round(self._ledger)),
             notes=tuple(Note(time=event.time, text=event.text, kind=event.kind) for event in self._ledger.events()),
             broker_connected=self._connected(),
         )

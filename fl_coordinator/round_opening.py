@@ -1,0 +1,134 @@
+"""The aggregators open the mean of a frozen round: attempts, what they cost in privacy, and the signed transcript.
+
+An attempt's number, its price and its result are each durable before anybody hears of them. A round opens once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from fl_coordinator.aggregation import combine_openings
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.ports import Bridge, Note
+from fl_coordinator.recorded_rounds import save_round
+from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
+from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
+from fl_coordinator.shares.party import Decision
+from fl_coordinator.spending import Charge, charge
+from fl_coordinator.transcript import (
+    SETTLEMENT_TYPE,
+    Settlement,
+    decision_in,
+    mean_digest,
+    pack_transcript,
+    transcript_of,
+)
+from model_delta.encoding import pack
+from model_delta.errors import Unavailable
+from model_delta.keys.keyring import Keyring
+from model_delta.trust.signing import seal_envelope
+
+
+class Opening:
+    """Has rounds opened by the aggregators that the bridge reaches."""
+
+    def __init__(self, *, ledger: Ledger, keyring: Keyring, bridge: Bridge, tick_s: float, note: Note) -> None:
+        self._ledger = ledger
+        self._keyring = keyring
+        self._bridge = bridge
+        self._tick_s = tick_s
+        self._note = note
+
+    async def attempt(self, found: Round) -> tuple[Round, Event]:
+        """One attempt on the frozen set. The result is durable before the state says so; a result that is there already
+        (the coordinator died in between) is taken instead of a second opening."""
+        result = await asyncio.to_thread(self._ledger.round_result, found.round_id)
+        if result is not None:
+            return _decided(found, decision_in(result[1]))
+        if found.attempt >= ATTEMPTS_MAX:
+            return msgspec.structs.replace(
+                found,
+                reason=found.failures[-1] if found.failures else f"{ATTEMPTS_MAX} attempts were begun, none ended",
+            ), Event.EXHAUSTED
+        # The attempt's number is durable before anybody hears it: a number is used once.
+        found = msgspec.structs.replace(found, attempt=found.attempt + 1)
+        await asyncio.to_thread(save_round, self._ledger, found)
+        paid = await asyncio.to_thread(self._pay, found)
+        if paid is not None:
+            found = msgspec.structs.replace(found, figures={**found.figures, "privacy": _figures(paid, found.spec)})
+        announcement = await asyncio.to_thread(signed_task, self._keyring, found.task)
+        payload = {
+            "round_id": found.round_id,
+            "attempt": found.attempt,
+            "task": announcement,
+            "contributions": list(found.frozen),
+            "root": found.root,
+            "deadline_s": found.spec.aggregation_s,
+        }
+        names = [key.name for key in found.task.aggregators]
+        try:
+            replies = await self._bridge.command(payload, names, found.spec.aggregation_s)
+        except Unavailable as error:
+            failures = (*found.failures, str(error)[:500])
+            await asyncio.to_thread(
+                self._note, "alert", f"round {found.round_id}: attempt {found.attempt} failed: {error}"
+            )
+            await asyncio.sleep(self._tick_s * found.attempt)
+            return msgspec.structs.replace(found, failures=failures), Event.ATTEMPT_FAILED
+        ordered = [replies[name] for name in names]
+        aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
+        settled = _settlement(found, mean_digest(aggregate.mean), paid)
+        signed = seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, SETTLEMENT_TYPE, pack(settled)))
+        transcript = pack_transcript(transcript_of(announcement, ordered, signed))
+        mean = b"" if aggregate.mean is None else aggregate.mean.astype("<f4").tobytes()
+        await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript)
+        return _decided(found, aggregate.decision)
+
+    def _pay(self, found: Round) -> Charge | None:
+        """What the opening costs, written down; None without privacy. Raises Malformed when it would overspend."""
+        if found.spec.privacy is None:
+            return None
+        frozen = set(found.frozen)
+        entries = self._ledger.contributions(found.round_id)
+        names = [entry.device_id for entry in entries if entry.digest in frozen]
+        return charge(self._ledger, found.task.model, found.spec.privacy, found.round_id, names)
+
+
+def _settlement(found: Round, mean: str, paid: Charge | None) -> Settlement:
+    settled = Settlement(
+        tenant=found.task.tenant, model=found.task.model, round_id=found.round_id, root=found.root, mean=mean
+    )
+    if paid is None or found.spec.privacy is None:
+        return settled
+    return msgspec.structs.replace(
+        settled,
+        spend=paid.spend,
+        before_release=paid.before_release,
+        before_device=paid.before_device,
+        delta=found.spec.privacy.delta,
+        epsilon_release=paid.account.epsilon_release,
+        epsilon_device=paid.account.epsilon_device,
+    )
+
+
+def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:
+    return {
+        "epsilon_release": round(paid.account.epsilon_release, 4),
+        "epsilon_device": round(paid.account.epsilon_device, 4),
+        "delta": spec.privacy.delta if spec.privacy is not None else 0.0,
+        "noise_multiplier": paid.spend.noise_multiplier,
+    }
+
+
+def _decided(found: Round, decision: Decision) -> tuple[Round, Event]:
+    """The round with everybody's verdict; it ends here when the aggregators refused to open anything."""
+    found = msgspec.structs.replace(
+        found,
+        chosen=tuple(device.device_id for device in decision.devices if device.selected),
+        rejected={device.device_id: device.reason for device in decision.devices if not device.selected},
+    )
+    if decision.refusal:
+        return msgspec.structs.replace(found, reason=f"the aggregators refused: {decision.refusal}"), Event.BROKEN
+    return found, Event.OPENED
