@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import IO, Literal
 
 import msgspec
 from tuf.api import exceptions
@@ -57,7 +57,6 @@ LIMITS = UpdaterConfig(
     targets_max_length=2_097_152,
 )
 ANCHORS_BYTES_MAX = 65_536
-S = TypeVar("S", Root, Timestamp)
 
 
 class VouchedTarget(msgspec.Struct, frozen=True):
@@ -215,7 +214,8 @@ class Trust:
 
     def _held(self) -> TrustStatus:
         """What the last refresh verified, or before the first one the versions in the folder: only `refresh` writes
-        there, and only what it verified."""
+        there, and only what it verified. A timestamp counts as long as the root's keys vouch for it: one that whoever
+        took older keys dated far ahead must not outlast them."""
         if self._updater is not None and self._complete:
             trusted = self._updater._trusted_set
             return TrustStatus(
@@ -226,8 +226,8 @@ class Trust:
                 targets=trusted.targets.version,
                 expires=int(trusted.timestamp.expires.timestamp()),
             )
-        root = _signed(Root, self._newest_root()) or _signed(Root, self._provisioned)
-        timestamp = _signed(Timestamp, self._file("timestamp.json") or b"")
+        root = _root(self._newest_root()) or _root(self._provisioned)
+        timestamp = _vouched_timestamp(root, self._file("timestamp.json") or b"")
         held = TrustStatus("unknown", root=root.version if root else 0)
         if timestamp is None:
             return held
@@ -302,12 +302,23 @@ class _Updater(Updater):
         _link(Path(self._dir) / "root.json", f"root_history/{version}.root.json")
 
 
-def _signed(kind: type[S], data: bytes) -> S | None:
+def _root(data: bytes) -> Root | None:
     try:
-        found = Metadata[S].from_bytes(data).signed
+        found = Metadata[Root].from_bytes(data).signed
     except exceptions.RepositoryError:
         return None
-    return found if isinstance(found, kind) else None
+    return found if isinstance(found, Root) else None
+
+
+def _vouched_timestamp(root: Root | None, data: bytes) -> Timestamp | None:
+    try:
+        found = Metadata[Timestamp].from_bytes(data)
+        if root is not None and isinstance(found.signed, Timestamp):
+            root.verify_delegate(Timestamp.type, found.signed_bytes, found.signatures)
+            return found.signed
+    except exceptions.RepositoryError:
+        pass
+    return None
 
 
 def _sweep(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from model_delta.errors import (
     TooSlow,
     Untrusted,
 )
+from model_delta.trust.authority import Authority
 from model_delta.trust.client import LIMITS, Trust, VouchedTarget
 from model_delta.trust.fetchers import Patience
 from model_delta.trust.paths import KIND, delegated_role, version_path
 from model_delta.trust.repository import Delegation, Target
+from model_delta.trust.updater import TrustAnchors
 from tests.fakes.tuf_site import (
     DAY,
     MODEL,
@@ -371,6 +374,30 @@ def test_fast_forward_is_undone_by_rotating_the_online_keys(attack: Attack) -> N
     status = attack.device.refresh(NOW)
     assert (status.root, status.timestamp, status.snapshot) == (2, 2, 2)
     assert attack.device.target(newest, NOW).length
+
+
+def test_fast_forward_of_a_devices_clock_ends_with_the_keys_that_did_it(attack: Attack) -> None:
+    """What is signed moves a clock forward: by a thief's timestamp of the year 2200 the root looks expired."""
+    site, known = attack.site, TrustAnchors(TENANT, {})
+    device = Authority(attack.folder / "authority", TENANT, site.provisioned(), known, attack.mirror)
+    device.refresh(NOW)
+
+    def far(signed: Any) -> None:
+        signed.version += 1
+        signed.expires = datetime(2200, 1, 1, tzinfo=UTC)
+
+    attack.mirror.put(site.forged("timestamp", far, site.timestamp))
+    device.refresh(NOW)
+    attack.mirror.instead.clear()
+    with pytest.raises(Expired, match="Final root"):
+        device.refresh(NOW)
+    site.rotate_root(snapshot=[new_key()], timestamp=[new_key()])
+    site.publish()
+    with pytest.raises(Expired, match="Final root"):
+        device.refresh(NOW)
+    assert device.now(NOW) == NOW, "the new root's keys do not vouch for the thief's time"
+    assert device.refresh(NOW).state == "current"
+    assert device.status(NOW).root == 2
 
 
 # -- endless data and slow retrieval
