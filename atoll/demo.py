@@ -29,7 +29,8 @@ from atoll.demo_acts import ACTS
 from atoll.demo_stage import Stage
 from atoll.endings import Endings
 from atoll.platform import Layout, prepare, programs
-from atoll.processes import ProcessEvent, Supervisor, held_ports
+from atoll.ports import held_ports
+from atoll.processes import ProcessEvent, Supervisor
 from atoll.report import TITLES, ActResult, Report, commit_name, machine_facts, render_table, write_report
 from atoll.settings import ConfigurationError, DataFolder
 from fl_coordinator.flower_superlink import end_processes

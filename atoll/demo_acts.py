@@ -17,7 +17,8 @@ from atoll.demo_stage import (
     Stage,
 )
 from atoll.platform import COORDINATOR, READY_SECONDS, atoll_argv
-from atoll.processes import Program, port_answers
+from atoll.ports import port_answers
+from atoll.processes import Program
 from atoll.settings import quiet_environment
 from device_sim.population import VirtualDevice
 from device_sim.scenario import Scenario, generated_world

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from atoll.processes import Program, port_answers
+from atoll.ports import port_answers
+from atoll.processes import Program
 from atoll.settings import (
     LOOPBACK,
     TENANT,

@@ -17,18 +17,18 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from atoll import child as child_program
-from atoll.settings import LOOPBACK, ConfigurationError
+from atoll.process_tree import others_in_group, tree_memory_bytes
+from atoll.settings import ConfigurationError
 from model_delta.errors import Malformed, Unavailable
 
 POLL_SECONDS = 0.05
@@ -96,59 +96,6 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except OSError:
         return ""
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on at this moment."""
-    return free_ports(1, host)[0]
-
-
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """`count` different free ports: all are held until the last one is known."""
-    with contextlib.ExitStack() as held:
-        ports = []
-        for _ in range(count):
-            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            probe.bind((host, 0))
-            ports.append(int(probe.getsockname()[1]))
-        return ports
-
-
-@contextlib.contextmanager
-def held_ports(count: int, host: str = LOOPBACK) -> Iterator[list[int]]:
-    """`count` different free ports that the system gives to nobody else while the block runs: neither to another demo
-    that asks for a free port, nor to an outgoing connection while a child that listens there is being restarted.
-
-    On Linux a bound socket with SO_REUSEADDR that does not listen does this, and lets children listen on the port (all
-    our servers set SO_REUSEADDR). Elsewhere nothing holds the ports once they are known.
-    """
-    with contextlib.ExitStack() as held:
-        ports = []
-        for _ in range(count):
-            holder = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            holder.bind((host, 0))
-            # Only now: with the option set before, two holders could be given the same port.
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            ports.append(int(holder.getsockname()[1]))
-        if sys.platform != "linux":
-            held.close()
-        yield ports
-
-
-def port_answers(port: int, host: str = "127.0.0.1") -> Ready:
-    """A readiness check: does somebody accept connections there?"""
-
-    async def ready() -> bool:
-        try:
-            _, writer = await asyncio.open_connection(host, port)
-        except OSError:
-            return False
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-        return True
-
-    return ready
 
 
 class _Child:
@@ -406,7 +353,7 @@ class Supervisor:
             self._signal(child, signal.SIGTERM)
             if await _until(lambda: _has_exited(process), child.program.stop_seconds):
                 # The leader is a zombie now; what else is in the group gets a moment to follow it.
-                await _until(lambda: not _others_in_group(process.pid), GROUP_SECONDS)
+                await _until(lambda: not others_in_group(process.pid), GROUP_SECONDS)
         finally:
             self._signal(child, signal.SIGKILL)
             self._reap(child)
@@ -517,66 +464,3 @@ def _exit_text(code: int) -> str:
 def _told(what: str, log: Path) -> str:
     last = tail(log)
     return f"{what}; the end of {log}:\n{last}" if last else f"{what}; {log} is empty"
-
-
-# --- what the system says about processes ---------------------------------------------------------------------------
-
-
-def process_table() -> dict[int, tuple[int, int]]:
-    """pid -> (parent's pid, process group) of every process that this user may see; zombies are left out."""
-    found: dict[int, tuple[int, int]] = {}
-    if sys.platform != "linux":
-        told = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=False)
-        for line in told.stdout.splitlines():
-            pid, parent, group, state = line.split(None, 3)
-            if not state.startswith("Z"):
-                found[int(pid)] = (int(parent), int(group))
-        return found
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                # The name in parentheses may hold anything, so count from its end: state, ppid, pgrp.
-                state, parent, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if state != "Z":
-                    found[int(entry.name)] = (int(parent), int(group))
-    return found
-
-
-def members(root: int, groups: Iterable[int] = (), table: Mapping[int, tuple[int, int]] | None = None) -> set[int]:
-    """`root`, all its descendants, and everything in `groups` with their descendants."""
-    table = process_table() if table is None else table
-    wanted = set(groups)
-    inside = {pid for pid, (_, group) in table.items() if pid == root or group in wanted}
-    while more := {pid for pid, (parent, _) in table.items() if parent in inside} - inside:
-        inside |= more
-    return inside
-
-
-def tree_memory_bytes(root: int, groups: Iterable[int] = ()) -> int:
-    """Memory of `members(root, groups)` in bytes: proportional set sizes on Linux, so that shared pages count once;
-    resident set sizes elsewhere, and where the system does not tell the other."""
-    inside = members(root, groups)
-    if sys.platform != "linux":
-        told = subprocess.run(["ps", "-axo", "pid=,rss="], capture_output=True, text=True, check=False)
-        pairs = (line.split() for line in told.stdout.splitlines())
-        return sum(int(kilobytes) * 1_024 for pid, kilobytes in pairs if int(pid) in inside)
-    return sum(_memory_bytes(pid) for pid in inside)
-
-
-def _memory_bytes(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1_024
-    except OSError:
-        pass
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0  # it ended while we looked
-
-
-def _others_in_group(group: int) -> bool:
-    """Is a living process other than the leader in the group?"""
-    return any(found == group and pid != group for pid, (_, found) in process_table().items())

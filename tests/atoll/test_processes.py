@@ -15,22 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from atoll.ports import port_answers
+from atoll.process_tree import process_table, tree_memory_bytes
 from atoll.processes import (
     ProcessEvent,
     Program,
     Supervisor,
-    free_port,
-    free_ports,
-    held_ports,
-    members,
-    port_answers,
-    process_table,
     restart_delay,
     tail,
-    tree_memory_bytes,
 )
 from atoll.settings import ConfigurationError
 from model_delta.errors import Malformed, Unavailable
+from tests.fakes.ports import free_port
 
 SLEEP = "import time; time.sleep(600)"
 FAMILY = (
@@ -206,21 +202,6 @@ def test_whoever_loses_patience_with_the_stop_still_leaves_nothing_behind(tmp_pa
     asyncio.run(twice())
     assert time.monotonic() - started < 15
     assert not any(alive(pid) for pid in pids)
-
-
-def test_held_ports_are_given_to_nobody_else_and_children_can_listen_on_them() -> None:
-    with held_ports(20) as ports:
-        assert len(set(ports)) == 20
-        assert not set(ports) & set(free_ports(200))
-        for _ in range(2):  # a child, and the one that replaces it
-            with (
-                socket.create_server(("127.0.0.1", ports[0])) as listener,
-                socket.create_connection(("127.0.0.1", ports[0]), timeout=5) as caller,
-            ):
-                listener.accept()[0].close()
-                assert caller.recv(1) == b""
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", ports[1]), timeout=5)
 
 
 def test_a_killed_child_is_started_again_and_asked_whether_it_is_ready(tmp_path: Path) -> None:
@@ -417,13 +398,6 @@ def test_restart_delays_grow_and_end() -> None:
     assert restart_delay([0.0] * 20, 61.0, 1) == 0.2  # a minute later all is forgiven
 
 
-def test_members_are_descendants_and_groups() -> None:
-    table = {1: (0, 1), 10: (1, 10), 11: (10, 10), 12: (11, 12), 20: (1, 20), 30: (1, 33), 31: (30, 31)}
-    assert members(10, (), table) == {10, 11, 12}
-    assert members(10, (33,), table) == {10, 11, 12, 30, 31}
-    assert members(99, (), table) == set()
-
-
 def test_memory_counts_the_whole_tree(tmp_path: Path) -> None:
     hungry = "data = bytearray(30_000_000); print('fed', flush=True); " + SLEEP
 
@@ -437,13 +411,6 @@ def test_memory_counts_the_whole_tree(tmp_path: Path) -> None:
         await until(lambda: supervisor.peak_memory_bytes > before + 25_000_000)
 
     play(scene)
-
-
-def test_free_ports_are_different_and_can_be_bound() -> None:
-    ports = free_ports(20)
-    assert len(set(ports)) == 20
-    for port in ports[:3]:
-        socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_tail_of_a_log(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.ports import free_ports
+
 VERSION = "4.1.1"
 START_S = 60.0
 STOP_S = 30
@@ -49,7 +51,7 @@ class Broker:
 
     def __init__(self, place: Path, libs: Path) -> None:
         self._place, self._libs = place, libs
-        self.port, controller = _free_ports()
+        self.port, controller = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
         settings = {
             "process.roles": "broker,controller",
@@ -122,10 +124,3 @@ def running(place: Path) -> Iterator[Broker]:
         yield broker
     finally:
         broker.end(signal.SIGKILL)
-
-
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]

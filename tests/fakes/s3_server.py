@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.fakes.ports import free_port
+
 BUCKET = "models"
 READY_S = 20
 STOP_S = 10
@@ -58,7 +60,7 @@ def running(folder: Path) -> Iterator[S3Server]:
     (folder / BUCKET).mkdir(parents=True, exist_ok=True)
     key, secret = "atoll-tests", secrets.token_hex(16)
     for _ in range(TRIES):  # it cannot be asked which port it took, so somebody else may be quicker
-        port = _free_port()
+        port = free_port()
         process = subprocess.Popen(
             [program, "--quiet", "--port", f"127.0.0.1:{port}", "posix", str(folder)],
             env={**os.environ, "ROOT_ACCESS_KEY": key, "ROOT_SECRET_KEY": secret},
@@ -81,12 +83,6 @@ def running(folder: Path) -> Iterator[S3Server]:
             process.send_signal(signal.SIGTERM)
             process.wait(STOP_S)
     pytest.fail(f"{program}: did not listen on any of {TRIES} ports")
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _answers(process: subprocess.Popen[bytes], port: int) -> bool:

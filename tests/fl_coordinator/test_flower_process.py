@@ -36,6 +36,7 @@ from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, processes
 from model_delta.errors import Malformed, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request
 from model_delta.keys.keyring import EmbeddedKeyring
+from tests.fakes.ports import free_port
 
 NAMES = ("aggregator-1", "aggregator-2", "aggregator-3")
 TOKEN = "a-token-of-this-test"
@@ -182,12 +183,6 @@ def certify(place: SuperLinkPlace, folder: Path) -> None:
     request = make_request(key, "superlink")
     place.certificate.write_bytes(keyring.issue_certificate(request, "superlink", None, server=True))
     place.ca.write_bytes(keyring.ca_pem())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def sockets_of(pids: set[int]) -> tuple[set[tuple[str, int]], set[str]]:

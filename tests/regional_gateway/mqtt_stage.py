@@ -32,6 +32,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from regional_gateway import mosquitto
+from tests.fakes.ports import free_port
 
 PATIENCE_SECONDS = 15.0
 
@@ -116,13 +117,6 @@ class Authority:
         if name is not None:
             context.load_cert_chain(*self.issue(name))
         return context
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class BrokerProcess:
