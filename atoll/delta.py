@@ -37,7 +37,6 @@ _PROGRESS_BYTES_MIN = 16 << 20
 _PROGRESS_EVERY_S = 0.2
 _STREAM = ("name", "packed", "unpacked")
 T = TypeVar("T")
-_HASHED_BYTES = 1 << 20
 
 
 def make_delta(old: Path, new: Path, patch: Path, *, format_name: str, as_json: bool) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edge_runtime.slots import replace_file
 from model_delta.baseline import BASELINE_BYTES_MAX, decode_verified
 from model_delta.digest import digest_of
-from model_delta.errors import AtollError, Malformed, RolledBack, Untrusted
+from model_delta.errors import AtollError, Malformed, RolledBack, SignatureInvalid, Untrusted
 from model_delta.frames import Reassembly
 from model_delta.trust.updater import TrustAnchors, role_keys
 
@@ -55,7 +55,12 @@ def verified_baseline(anchors: Callable[[], TrustAnchors], model: str) -> OpenBa
 
     def open_baseline(data: bytes) -> Baseline:
         known = anchors()
-        found = decode_verified(data, role_keys(known, "baseline")[0])
+        keys, threshold = role_keys(known, "baseline")
+        if threshold > 1:
+            raise SignatureInvalid(
+                f"baseline: expected {threshold} signatures of the role, and its form has room for one"
+            )
+        found = decode_verified(data, keys)
         if (found.tenant, found.model) != (known.tenant, model):
             raise Untrusted(f"baseline: expected {known.tenant}/{model}, found {found.tenant}/{found.model}")
         return found

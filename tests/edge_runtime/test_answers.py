@@ -152,6 +152,13 @@ def test_a_baseline_that_is_forged_foreign_or_older_is_refused(tmp_path: Path) -
     assert device.safe_mode.baseline.release == 2
 
 
+def test_one_signature_makes_no_baseline_where_the_role_needs_two() -> None:
+    keys = (BASELINE_KEY, ed25519.Ed25519PrivateKey.generate())
+    role = RoleKeys(tuple(public_bytes(key.public_key()) for key in keys), threshold=2)
+    with pytest.raises(SignatureInvalid, match="expected 2 signatures of the role"):
+        verified_baseline(lambda: TrustAnchors(TENANT, {"baseline": role}), MODEL)(baseline())
+
+
 def test_a_damaged_baseline_on_disk_is_named_and_the_rule_answers(tmp_path: Path) -> None:
     world = World(tmp_path)
     (tmp_path / "device" / "state").mkdir(parents=True)
