@@ -6,11 +6,12 @@ export ORT_DISABLE_TELEMETRY = 1
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test lint check bench clean
 help:
 	@echo "make demo    install into $(VENV) and run the whole platform on this machine (about two minutes)"
 	@echo "make test    install into $(VENV) and run every test; uses each real server it finds"
-	@echo "make check   lint, strict types, import contracts, fast tests"
+	@echo "make lint    ruff, strict types, import contracts"
+	@echo "make check   lint, then the fast tests"
 	@echo "make bench   run the benchmarks and redraw the tables in docs/benchmarks.md"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -38,11 +39,13 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
-check: $(VENV)/.test
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 bench: $(VENV)/.bench
