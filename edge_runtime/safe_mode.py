@@ -57,9 +57,7 @@ def verified_baseline(anchors: Callable[[], TrustAnchors], model: str) -> OpenBa
         known = anchors()
         keys, threshold = role_keys(known, "baseline")
         if threshold > 1:
-            raise SignatureInvalid(
-                f"baseline: expected {threshold} signatures of the role, and its form has room for one"
-            )
+            raise SignatureInvalid(f"baseline: expected {threshold} signatures of the role; its form has room for one")
         found = decode_verified(data, keys)
         if (found.tenant, found.model) != (known.tenant, model):
             raise Untrusted(f"baseline: expected {known.tenant}/{model}, found {found.tenant}/{found.model}")
