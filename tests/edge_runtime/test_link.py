@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
-import os
 import random
 import shutil
 import socket
@@ -21,6 +20,7 @@ from edge_runtime.link import Link, MqttLink, TlsFiles, reconnect_delay_s, topic
 from model_delta.errors import Malformed, Unavailable
 from model_delta.topics import plan_topic, up
 from tests.fakes.link import FakeBroker
+from tests.fakes.real_servers import absent
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("/usr/sbin/mosquitto")
 
@@ -59,9 +59,7 @@ class Mosquitto:
 @pytest.fixture
 def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
     if not MOSQUITTO:
-        if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
-            pytest.fail("mosquitto: expected on the PATH because ATOLL_REQUIRE_SERVERS=1, found none")
-        pytest.skip("no mosquitto on the PATH")
+        absent("mosquitto on the PATH")
     folder = tmp_path / "broker"
     folder.mkdir(mode=0o777)
     broker = Mosquitto(folder)

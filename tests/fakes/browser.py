@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -19,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from websockets.sync.client import ClientConnection, connect
+
+from tests.fakes.real_servers import absent
 
 DEADLINE_S = 20.0
 _CONTRAST = Path(__file__).with_name("contrast.js")
@@ -156,9 +156,7 @@ def chromium() -> Iterator[Browser]:
     """A browser with an empty profile. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
     program = next(filter(None, map(shutil.which, _NAMES)), None)
     if program is None:
-        if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
-            pytest.fail("chromium: expected on the PATH because ATOLL_REQUIRE_SERVERS=1, found none")
-        pytest.skip("no Chromium on the PATH")
+        absent("Chromium on the PATH")
     with tempfile.TemporaryDirectory(prefix="atoll-browser-", ignore_cleanup_errors=True) as profile:
         argv = [program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.ports import free_ports
+from tests.fakes.real_servers import absent, built
 
 VERSION = "4.1.1"
 START_S = 60.0
@@ -30,19 +31,15 @@ _HEAP = ("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "
 
 def folder() -> Path:
     """Where the broker's jars are, if they were fetched."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("ATOLL_KAFKA_SERVER")
-    return Path(named) if named else cache / "atoll" / f"kafka-{VERSION}"
+    return Path(named) if named else built("kafka", VERSION)
 
 
 def require_jars() -> Path:
     """The folder of the jars. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
     libs = folder() / "libs"
     if shutil.which("java") is None or not list(libs.glob("kafka_*.jar")):
-        reason = f"java, and a Kafka broker's jars in {libs}: run .ci/kafka/build"
-        if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
-            pytest.fail(f"expected {reason}, because ATOLL_REQUIRE_SERVERS=1")
-        pytest.skip(f"needs {reason}")
+        absent(f"java, and a Kafka broker's jars in {libs}: run .ci/kafka/build")
     return libs
 
 

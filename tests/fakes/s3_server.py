@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.fakes.ports import free_port
+from tests.fakes.real_servers import absent, built
 
 BUCKET = "models"
 READY_S = 20
@@ -37,19 +38,15 @@ class S3Server(NamedTuple):
 
 def binary() -> Path:
     """Where the server's binary is, if it was built."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("ATOLL_S3_SERVER")
-    return Path(named) if named else cache / "atoll" / f"s3-{VERSION}" / "versitygw"
+    return Path(named) if named else built("s3", VERSION) / "versitygw"
 
 
 def require_binary() -> Path:
     """The binary. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
     path = binary()
     if not os.access(path, os.X_OK):
-        reason = f"an S3 server at {path}: run .ci/s3/build"
-        if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
-            pytest.fail(f"expected {reason}, because ATOLL_REQUIRE_SERVERS=1")
-        pytest.skip(f"needs {reason}")
+        absent(f"an S3 server at {path}: run .ci/s3/build")
     return path
 
 

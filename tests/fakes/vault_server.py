@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from model_delta.keys.vault import TenantPaths, VaultKeyring
 from model_delta.keys.vault_connection import AppRoleLogin, TokenLogin, VaultConnection
 from model_delta.keys.vault_setup import credentials
+from tests.fakes.real_servers import absent, built
 
 STOP_S = 30
 VERSION = "1.14.1"
@@ -47,19 +46,15 @@ class Server(NamedTuple):
 
 def binary() -> Path:
     """Where the server's binary is, if it was built."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("ATOLL_VAULT_SERVER")
-    return Path(named) if named else cache / "atoll" / f"vault-{VERSION}" / "vault"
+    return Path(named) if named else built("vault", VERSION) / "vault"
 
 
 def require_binary() -> Path:
     """The binary. Skips the test where there is none, unless ATOLL_REQUIRE_SERVERS=1."""
     path = binary()
     if not os.access(path, os.X_OK):
-        reason = f"a Vault server at {path}: run .ci/vault/build"
-        if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
-            pytest.fail(f"expected {reason}, because ATOLL_REQUIRE_SERVERS=1")
-        pytest.skip(f"needs {reason}")
+        absent(f"a Vault server at {path}: run .ci/vault/build")
     return path
 
 
