@@ -22,8 +22,8 @@ CONTRIBUTIONS_MAX = 1_024
 """The most that one round takes."""
 
 PROJECTIONS = 64
-COPIES, BUCKETS = 3, 1_024
-"""A sketch: that many independent copies of that many sums. Its products are off by sqrt(2 / 3072) = 2.6 %."""
+COPIES, BUCKETS = 2, 1_024
+"""A sketch: that many independent copies of that many sums. Its products are off by sqrt(2 / 2048) = 3.1 %."""
 
 EXPONENT_MAX = 24
 FRACTION_BITS_MAX = 24
@@ -51,13 +51,13 @@ class Bounds:
     @property
     def squared_max(self) -> int:
         """The largest diagonal entry of the opened matrix that is not refused as longer than the clip. A sketched norm
-        is an estimate: 7/4 of the square are let through, so that chance refuses no honest device."""
-        return self.scale * self.norm * self.norm * (7 if self.copies else 4) // 4
+        is an estimate: twice the square is let through, so that chance refuses no honest device."""
+        return self.scale * self.norm * self.norm * (2 if self.copies else 1)
 
     @property
     def norm_accepted(self) -> int:
-        """The length of what is not refused: N, or 4/3 N (at least the root of 7/4) where it is estimated."""
-        return -(-4 * self.norm // 3) if self.copies else self.norm
+        """The length of what is not refused: N, or the root of 2 times N, rounded up, where it is estimated."""
+        return math.isqrt(2 * self.norm * self.norm) + 1 if self.copies else self.norm
 
 
 def bounds_of(task: RoundTask) -> Bounds:

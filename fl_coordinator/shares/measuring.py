@@ -3,9 +3,9 @@
 Both are linear with coefficients from the joint coin, hence the same on shares as in clear, and both are made in one
 pass over the columns. The projections are dense: every coordinate counts in each with -1, 0, 0 or 1. The sketch is a
 count sketch (Charikar, Chen, Farach-Colton, 2002) that suits memory: the vector is cut into blocks of k = 1,024; every
-coordinate gets a random sign, and in each of three copies each block another sign and a random rotation, and the blocks
+coordinate gets a random sign, and in each of two copies each block another sign and a random rotation, and the blocks
 are added up. The inner product of two sketches, over the number of copies, estimates that of the vectors without bias
-and with variance at most 2 |x|^2 |y|^2 / (3 k): coordinates of one block never meet, those of two blocks meet with
+and with variance at most 2 |x|^2 |y|^2 / (2 k): coordinates of one block never meet, those of two blocks meet with
 probability 1/k, and products of different pairs have independent signs.
 """
 

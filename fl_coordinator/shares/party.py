@@ -51,7 +51,17 @@ from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
 from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
-from fl_coordinator.shares.streams import SEED_BYTES, WORD_BYTES, KeyStream, Rows, Words, expand, weighted_sum
+from fl_coordinator.shares.streams import (
+    SEED_BYTES,
+    WORD_BYTES,
+    KeyStream,
+    Rows,
+    SummedRows,
+    Words,
+    expand,
+    weighted_sum,
+    weighted_sum_from,
+)
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
@@ -188,6 +198,7 @@ class AggregationParty:
         self._noise_secret = noise_secret or rng(SEED_BYTES)
         self._remembered = remembered
         self._final = final
+        self._summed: tuple[Words, list[int]] | None = None
         self._names = (task.aggregators[0].name, task.aggregators[1].name, task.aggregators[2].name)
 
     def steps(self) -> Protocol:
@@ -215,7 +226,11 @@ class AggregationParty:
         if not chosen:
             return Outcome(decision, None)
         weights = [taken.devices[index].weight for index in chosen]
-        first = weighted_sum(self._holding.first, chosen, weights)
+        if self._summed is None:
+            first = weighted_sum(self._holding.first, chosen, weights)
+        else:
+            total, summed = self._summed
+            first = weighted_sum_from(total, summed, self._holding.first, dict(zip(chosen, weights, strict=True)))
         second = weighted_sum(self._holding.second, chosen, weights)
         if self._task.noise_multiplier > 0:
             first, second = yield from self._noisy(decision, first, second)
@@ -275,7 +290,9 @@ class AggregationParty:
         coefficients = Coefficients(coin, self._task.length, bounds_of(self._task))
         probed = self._probed(len(usable))
         chosen = [usable[place] for place in probed]
-        measured, again = coefficients.measure((self._holding.first, usable), (self._holding.second, chosen))
+        first = SummedRows(self._holding.first)
+        measured, again = coefficients.measure((first, usable), (self._holding.second, chosen))
+        self._summed = first.total, usable
         own = measured.joined
         received = yield Exchange("measured", {session.preceding: to_bytes(own)}, frozenset({session.following}))
         other = session.read_words(received, session.following, "measured", own)

@@ -9,7 +9,8 @@ some thousand columns at a time, whenever it needs them: AES makes words faster 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,6 +134,45 @@ class KeyStream:
             self._room = np.empty(count + _SPARE_WORDS, dtype=np.uint32)
         self._cipher.update_into(data, self._room.view(np.uint8).data)
         return _native(self._room[:count])
+
+
+class SummedRows:
+    """Other rows, of which `total` uint32[length] becomes the sum, modulo 2^32, of those that `blocks` went through.
+
+    To add up words that are in the cache anyway costs less than to make them anew. Rows are asked for once only.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.total = np.zeros(rows.length, dtype=np.uint32)
+
+    @property
+    def length(self) -> int:
+        """Words in a row."""
+        return self._rows.length
+
+    def origin(self, row: int) -> bytes:
+        """See `Rows.origin`."""
+        return self._rows.origin(row)
+
+    def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
+        """See `Rows.blocks`."""
+        for start, block in self._rows.blocks(rows):
+            np.add.reduce(block, axis=0, out=self.total[start : start + block.shape[1]])
+            yield start, block
+
+
+def weighted_sum_from(total: Words, summed: Sequence[int], rows: Rows, weights: Mapping[int, int]) -> Words:
+    """The same as `weighted_sum` of `weights` by row, all among the rows `summed` in `total`.
+
+    `total` times the most frequent weight is corrected by the rows of another one, which are few where most updates
+    are chosen.
+    """
+    (usual, _), *_ = Counter(weights.get(row, 0) for row in summed).most_common(1)
+    differing = [row for row in summed if weights.get(row, 0) != usual]
+    corrections = [(weights.get(row, 0) - usual) % (1 << 32) for row in differing]
+    corrected: Words = total * np.uint32(usual)
+    return corrected + weighted_sum(rows, differing, corrections) if differing else corrected
 
 
 def weighted_sum(rows: Rows, chosen: Sequence[int], weights: Sequence[int]) -> Words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -28,7 +29,14 @@ from fl_coordinator.shares.sharing import (
     multiply_transposed,
     open_bits,
 )
-from fl_coordinator.shares.streams import COLUMNS, SecretRows, expand, weighted_sum
+from fl_coordinator.shares.streams import (
+    COLUMNS,
+    SecretRows,
+    SummedRows,
+    expand,
+    weighted_sum,
+    weighted_sum_from,
+)
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from tests.fakes.secure_round import NAMES, NOW, ArrayRows, SecureRound, measure_words, random_sharing, whole
@@ -121,7 +129,7 @@ def test_the_float_product_at_the_edges_of_its_limbs(word: int) -> None:
     assert np.array_equal(multiply_transposed(a, a), a @ a.T)
 
 
-@given(st.integers(0, 2**32), st.sampled_from([1, 63, 3072, 3073, 5000, COLUMNS, 2 * COLUMNS + 1]))
+@given(st.integers(0, 2**32), st.sampled_from([1, 63, 2048, 2049, 5000, COLUMNS, 2 * COLUMNS + 1]))
 @settings(max_examples=12, deadline=None)
 def test_measurements_are_the_linear_maps_they_claim_to_be(seed: int, d: int) -> None:
     rng = np.random.default_rng(seed)
@@ -435,3 +443,34 @@ def test_a_seed_expands_to_the_same_words_everywhere() -> None:
         "6a9af3a9",
         "80772edd",
     ]
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=6), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_a_sum_corrected_from_the_total_is_the_weighted_sum(weights: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 2**32, size=(8, COLUMNS + 3), dtype=np.uint32)
+    passed = [7, *range(len(weights))]  # row 7 passes and is not chosen
+    rows = SummedRows(ArrayRows(words))
+    for _ in rows.blocks(passed):
+        pass
+    by_row = dict(enumerate(weights))
+    found = weighted_sum_from(rows.total, passed, ArrayRows(words), by_row)
+    assert np.array_equal(found, weighted_sum(ArrayRows(words), list(by_row), weights))
+
+
+@pytest.mark.parametrize("spikes", [(1, 1), (5, 3, 1), (1, 1, 1), (3, 1, 1, 2)])
+def test_no_two_meetings_more_than_double_a_squared_norm(spikes: tuple[int, ...]) -> None:
+    """The tolerance of `Bounds.squared_max` for a sketched norm: meetings are pairs, in either of the two copies."""
+    row = np.array(spikes, dtype=np.float64)
+    own = float(row @ row)
+    pairs = list(itertools.combinations(range(len(spikes)), 2))
+    for one, two in itertools.product(itertools.product((0, 1), pairs), repeat=2):
+        squared = 0.0
+        for copy in (0, 1):
+            bucket = list(range(len(spikes)))
+            for where, (a, b) in (one, two):
+                if where == copy:
+                    bucket = [bucket[a] if entry == bucket[b] else entry for entry in bucket]
+            squared += float(np.square(np.bincount(bucket, weights=row)).sum())
+        assert squared <= 2 * COPIES * own + 1e-9
