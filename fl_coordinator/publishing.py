@@ -117,9 +117,9 @@ class Publisher(Published):
         with self._one_at_a_time:
             base = self._parent(model, parent)
             digest = digest_of(source)
+            asked = {"decision_threshold": decision_threshold, "feature_set": feature_set, "baseline": baseline}
             if base is not None and base.source == digest:
-                self._forming.require_form(base, quantize)
-                self._require_provenance(base, provenance)
+                self._require_same(base, name, asked, provenance, quantize)
                 return base
             if provenance and not self._store.has("artifact", require_digest(provenance, "provenance")):
                 raise NotFound(f"provenance {provenance[:16]}…: the bundle is not in the store; put it there first")
@@ -132,8 +132,13 @@ class Publisher(Published):
                         f"model {model}: these bytes were version {known.release}, which nothing needed any more, so "
                         "its files were removed from the store; train it anew, or publish it with another --parent"
                     )
-                self._require_provenance(known, provenance)
-                self._forming.require_form(known, quantize)
+                withdrawn = self._ledger.withdrawn(model).get(known.manifest)
+                if withdrawn is not None:
+                    raise Malformed(
+                        f"model {model}: these bytes were version {known.release}, which was withdrawn ({withdrawn}); "
+                        "train it anew, or publish it with another --parent"
+                    )
+                self._require_same(known, name, asked, provenance, quantize)
                 return known
             candidate = self.prepare(
                 source, model=model, now=now, parent=base.manifest if base else None, quantize=quantize
@@ -294,6 +299,22 @@ class Publisher(Published):
             if record.wrapped_key:
                 self._ledger.replace_wrapped_keys({manifest: b""})
         return self.rotate(forget=True)
+
+    def _require_same(
+        self, known: ReleaseRecord, name: str, asked: Mapping[str, object], provenance: str, quantize: Asked
+    ) -> None:
+        """Raise Malformed where bytes that are a version already are asked for with anything else than it has: what it
+        is called and what its manifest says stand for good. `asked`: manifest fields by name, None for any."""
+        manifest = self.manifest(known.manifest)
+        found = {"name": known.name, **{field: getattr(manifest, field) for field in asked}}
+        for field, wanted in {"name": name or None, **asked}.items():
+            if wanted is not None and wanted != found[field]:
+                raise Malformed(
+                    f"model {known.model}: these bytes are version {known.release} already, with {field} "
+                    f"{found[field]!r}, found {wanted!r}; a version does not change: leave it out, or train it anew"
+                )
+        self._forming.require_form(known, quantize)
+        self._require_provenance(known, provenance)
 
     def _require_provenance(self, known: ReleaseRecord, provenance: str) -> None:
         """Raise Malformed where bytes that are a version already come with another signature: its manifest is signed

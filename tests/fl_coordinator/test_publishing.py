@@ -165,6 +165,27 @@ def test_a_version_does_not_change_its_form(tmp_path: Path) -> None:
         publisher.publish(wider_model(), model="fraud", now=START, quantize="none")
 
 
+@pytest.mark.parametrize("other", [{"name": "two"}, {"decision_threshold": 0.9}, {"feature_set": "else"}])
+def test_what_is_published_again_must_be_asked_for_as_it_is(tmp_path: Path, other: dict[str, Any]) -> None:
+    publisher = platform(tmp_path).publisher
+    same = {"name": "one", "decision_threshold": 0.3}
+    first = publisher.publish(wide_model(0.5), model="fraud", now=START, **same)
+    assert publisher.publish(wide_model(0.5), model="fraud", now=START + 1, **same) == first
+    assert publisher.publish(wide_model(0.5), model="fraud", now=START + 1) == first
+    with pytest.raises(Malformed, match=f"are version 1 already, with {next(iter(other))} .*; a version does not chan"):
+        publisher.publish(wide_model(0.5), model="fraud", now=START + 1, **other)
+
+
+def test_a_withdrawn_version_is_not_published_again(tmp_path: Path) -> None:
+    made = platform(tmp_path)
+    first = made.publisher.publish(wide_model(0.5), model="fraud", now=START)
+    made.ledger.save_rollout(
+        name="r", model="fraud", state="stopped", created=START, record=b"", withdrawn={first.manifest: "too slow"}
+    )
+    with pytest.raises(Malformed, match=r"were version 1, which was withdrawn \(too slow\)"):
+        made.publisher.publish(wide_model(0.5), model="fraud", now=START + 1)
+
+
 def test_what_cannot_become_int8_is_released_as_it_is(tmp_path: Path) -> None:
     publisher = measuring(platform(tmp_path), 0.5)
     rounded = quantize_weights(wider_model())
