@@ -42,6 +42,8 @@ from model_delta.version import Dot, dot_of, increment, joined, merge, show, sib
 
 PATCHES_FROM = 3
 """From how many earlier versions the delivery itself offers a patch."""
+REWRAP_BATCH = 2_000
+"""How many records are rewrapped between two words on how far a rotation is."""
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -71,6 +73,7 @@ class Publisher(Published):
         vouch: Callable[[], None] = lambda: None,
         latency_us: LatencyUs | None = None,
         worth: Mapping[str, Worth] | None = None,
+        rewrap_batch: int = REWRAP_BATCH,
     ) -> None:
         """`region` is whose counter of the version vector a publication raises; `feature_counts` says for which models
         the input must be `features` of that width; `vouch` is called after every publication, before anybody can
@@ -89,6 +92,13 @@ class Publisher(Published):
         self._feature_counts = dict(feature_counts)
         self._vouch = vouch
         self._one_at_a_time = threading.Lock()
+        self._rewrap_batch = rewrap_batch
+        self._rewrapping = (0, 0)
+
+    @property
+    def rewrapping(self) -> tuple[int, int]:
+        """(records rewrapped, of how many) while keys are rotated, else (0, 0). From any thread."""
+        return self._rewrapping
 
     def publish(
         self,
@@ -274,13 +284,25 @@ class Publisher(Published):
         with self._one_at_a_time:
             latest = self._keyring.rotate()
             kept = [record for record in self._ledger.releases() if record.wrapped_key]
-            fresh = self._keyring.rewrap([(self._context(one.manifest), one.wrapped_key) for one in kept])
-            self._ledger.replace_wrapped_keys(
-                {record.manifest: wrapped for record, wrapped in zip(kept, fresh, strict=True)}
-            )
+            try:
+                fresh = self._rewrapped([(self._context(one.manifest), one.wrapped_key) for one in kept])
+                self._ledger.replace_wrapped_keys(
+                    {record.manifest: wrapped for record, wrapped in zip(kept, fresh, strict=True)}
+                )
+            finally:
+                self._rewrapping = (0, 0)
             if forget:
                 self._keyring.trim(latest)
             return self._keyring.versions()
+
+    def _rewrapped(self, records: Sequence[tuple[str, bytes]]) -> list[bytes]:
+        """All of `records` under the newest wrapping key, telling in `rewrapping` how far it is. Nothing is stored."""
+        fresh: list[bytes] = []
+        for start in range(0, len(records), self._rewrap_batch):
+            self._rewrapping = (start, len(records))
+            fresh += self._keyring.rewrap(records[start : start + self._rewrap_batch])
+        self._rewrapping = (len(records), len(records))
+        return fresh
 
     def shred(self, manifest: str) -> KeyVersions:
         """Destroy a version's key, so that neither its file nor what was published as its source opens again: not

@@ -90,16 +90,19 @@ class VersionRoutes:
 
     async def _shred(self, request: Request) -> Response:
         digest = require_digest(request.path_params["digest"], "release")
-        return _versions(await asyncio.to_thread(self._coordinator.publisher.shred, digest))
+        return JSONResponse(_versions_view(await asyncio.to_thread(self._coordinator.publisher.shred, digest)))
 
     async def _keys(self, request: Request) -> Response:
-        return _versions(await asyncio.to_thread(self._coordinator.keyring.versions))
+        found = await asyncio.to_thread(self._coordinator.keyring.versions)
+        rewrapped, of = self._coordinator.publisher.rewrapping
+        return JSONResponse({**_versions_view(found), "rewrapped": rewrapped, "to_rewrap": of})
 
     async def _rotate(self, request: Request) -> Response:
         forget = (await object_of(request)).get("forget", False)
         if not isinstance(forget, bool):
             raise Malformed(f"forget: expected true or false, found {type(forget).__name__}")
-        return _versions(await asyncio.to_thread(self._coordinator.publisher.rotate, forget=forget))
+        found = await asyncio.to_thread(self._coordinator.publisher.rotate, forget=forget)
+        return JSONResponse(_versions_view(found))
 
     async def _source(self, request: Request) -> Response:
         """The bytes that were published, for an operator: float32 weights and all."""
@@ -116,8 +119,8 @@ class VersionRoutes:
         )
 
 
-def _versions(found: KeyVersions) -> Response:
-    return JSONResponse({"floor": found.floor, "latest": found.latest})
+def _versions_view(found: KeyVersions) -> dict[str, int]:
+    return {"floor": found.floor, "latest": found.latest}
 
 
 def _release_view(record: ReleaseRecord) -> dict[str, Any]:

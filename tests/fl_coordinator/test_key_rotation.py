@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 
+from fl_coordinator.control import control_app
 from fl_coordinator.ledger import Ledger
 from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.keys.keyring import EmbeddedKeyring
@@ -139,3 +142,56 @@ def test_a_record_that_does_not_open_stops_a_rotation_before_anything_is_forgott
     with pytest.raises(NotFound):
         platform.ledger.replace_wrapped_keys({first: b"", "0" * 64: b""})
     assert platform.publisher.source(first) == fraud_model(0)
+
+
+class Waiting(EmbeddedKeyring):
+    """A keyring that says which batch came, and rewraps it when it is let."""
+
+    def __init__(self, near: EmbeddedKeyring) -> None:
+        self.__dict__.update(near.__dict__)
+        self.batches: list[int] = []
+        self.came = threading.Semaphore(0)
+        self.let = threading.Semaphore(0)
+
+    def rewrap(self, records: Sequence[tuple[str, bytes]]) -> list[bytes]:
+        self.batches.append(len(records))
+        self.came.release()
+        assert self.let.acquire(timeout=10)
+        return super().rewrap(records)
+
+
+def test_a_rotation_tells_how_far_it_is_and_ends_though_who_asked_for_it_left(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    digests = published(platform, 5)
+    before = [platform.publisher.key(digest) for digest in digests]
+    platform.publisher._keyring = ring = Waiting(platform.keyring)
+    platform.publisher._rewrap_batch = 2
+    app = control_app(platform.coordinator, tokens={"admin": "a" * 32}, flower=platform.bridge)
+
+    async def story() -> None:
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+        admin = {"Authorization": f"Bearer {'a' * 32}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=admin) as http:
+
+            async def told() -> tuple[int, int]:
+                found = (await http.get("/v1/keys")).json()
+                return found["rewrapped"], found["to_rewrap"]
+
+            assert await told() == (0, 0)
+            asking = asyncio.create_task(http.post("/v1/keys/rotate", json={}))
+            for done in (0, 2, 4):
+                assert await asyncio.to_thread(ring.came.acquire, timeout=10)
+                assert await told() == (done, 5)
+                if done == 2:
+                    asking.cancel()
+                    await asyncio.gather(asking, return_exceptions=True)
+                    assert asking.cancelled()
+                ring.let.release()
+        await asyncio.to_thread(platform.publisher._one_at_a_time.acquire, timeout=10)
+        platform.publisher._one_at_a_time.release()
+
+    asyncio.run(story())
+    assert ring.batches == [2, 2, 1]
+    assert platform.publisher.rewrapping == (0, 0)
+    assert {version_of(record.wrapped_key) for record in platform.ledger.releases()} == {2}
+    assert [platform.publisher.key(digest) for digest in digests] == before
