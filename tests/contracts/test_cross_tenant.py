@@ -28,10 +28,27 @@ from model_delta.plan import PLAN_TYPE
 from model_delta.task import TASK_TYPE
 from model_delta.trust.signing import seal_envelope
 from model_delta.trust.updater import TrustState, accept_plan, accept_task
-from regional_gateway.mqtt_broker import MqttBroker, server_tls
-from regional_gateway.mqtt_sessions import FLEET_RULES, access
+from regional_gateway import mosquitto
+from tests.fakes.publisher import MODEL, mlp
+from tests.fakes.real_servers import absent
 from tests.fl_coordinator.platform_in_memory import Platform, fraud_model
 from tests.model_delta.keys.rings import KINDS, Rings, certified, rings
+from tests.regional_gateway.mqtt_stage import Authority, BrokerProcess
+from tests.regional_gateway.test_region import PAYMENT, World, tensors
+
+
+class RingAuthority(Authority):
+    """The CA of a tenant's keyring, as a broker process takes it."""
+
+    def __init__(self, folder: Path, ring: Keyring) -> None:
+        self._folder, self._ring = folder, ring
+        self.ca = folder / "ca.pem"
+        self.ca.write_bytes(ring.ca_pem())
+
+    def issue(self, name: str, *, server: bool = False) -> tuple[Path, Path]:
+        """One file that holds the certificate and its key, named twice."""
+        path = _identity(self._ring, self._folder, name, server=server)
+        return path, path
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -81,20 +98,23 @@ def test_a_device_of_one_tenant_is_a_stranger_to_another(both: Rings) -> None:
     assert device_keys_of(theirs, both.globex.ca_pem(), time.time(), both.globex.revoked()).common_name == "pos-0001"
 
 
-def test_no_topic_of_a_tenants_broker_is_reached_by_anothers_certificate(both: Rings, tmp_path: Path) -> None:
-    broker = _identity(both.acme, tmp_path, "broker", server=True)
-    (tmp_path / "ca.pem").write_bytes(both.acme.ca_pem())
+@pytest.mark.parametrize("kind", ["embedded", "mosquitto"])
+def test_no_topic_of_a_tenants_broker_is_reached_by_anothers_certificate(
+    both: Rings, kind: str, tmp_path: Path
+) -> None:
+    """Neither broker says a word to a stranger, who therefore has no session and no topic."""
+    if kind == "mosquitto" and mosquitto.find() is None:
+        absent("mosquitto")
+    authority = RingAuthority(tmp_path, both.acme)
+    broker = BrokerProcess(kind, tmp_path / "broker", authority, ("coordinator",))
     friend, stranger = (_identity(ring, tmp_path, "pos-0001", ring.tenant) for ring in (both.acme, both.globex))
-
-    async def story() -> None:
-        tls = server_tls(tmp_path / "ca.pem", broker, broker)
-        async with MqttBroker(
-            host="127.0.0.1", port=0, tls=tls, folder=tmp_path / "sessions", acl=access(FLEET_RULES)
-        ) as listening:
-            assert (await _first_answer(listening.port, tmp_path / "ca.pem", friend))[:1] == b"\x20"  # CONNACK
-            assert await _first_answer(listening.port, tmp_path / "ca.pem", stranger) == b""
-
-    asyncio.run(story())
+    broker.start()
+    try:
+        assert asyncio.run(_first_answer(broker.port, authority.ca, friend))[:1] == b"\x20"  # CONNACK
+        assert asyncio.run(_first_answer(broker.port, authority.ca, stranger)) == b""
+        assert asyncio.run(_first_answer(broker.port, authority.ca, friend))[:1] == b"\x20"  # the broker took no harm
+    finally:
+        broker.stop()
 
 
 def test_no_route_of_a_tenants_coordinator_takes_anothers_token(tmp_path: Path) -> None:
@@ -131,6 +151,80 @@ def test_no_route_of_a_tenants_coordinator_takes_anothers_token(tmp_path: Path) 
     assert acme.ledger.releases() == []
     with pytest.raises(AtollError):
         acme.publisher.key(version.manifest)
+
+
+def test_no_inference_path_of_a_tenants_region_takes_anothers_token(tmp_path: Path) -> None:
+    """With a good token each answers; with the neighbour's each says 401, and nothing of the model."""
+    keys, worlds = _two_regions(tmp_path)
+    payment = {"features": PAYMENT}
+    asked: list[tuple[str, str, object]] = [
+        ("POST", "/predict", payment),
+        ("POST", "/predict", {**payment, "model": MODEL}),
+        ("POST", f"/v2/models/{MODEL}/infer", tensors()),
+        ("GET", "/v2/models", None),
+        ("GET", f"/v2/models/{MODEL}", None),
+        ("GET", f"/v2/models/{MODEL}/ready", None),
+    ]
+
+    async def story() -> None:
+        async with worlds["acme"].region() as acme, worlds["globex"].region() as globex:
+            for seed, (name, region) in enumerate({"acme": acme, "globex": globex}.items()):
+                release = worlds[name].publisher.publish(mlp(seed))
+                await worlds[name].publisher.plan(stable=release.digest)
+                await region.until_ready()
+            for region, own, other in ((acme, "acme", "globex"), (globex, "globex", "acme")):
+                (digest,) = {plan.stable for plan in region.supply.plans(own)}
+                assert region.supply.plans(other) == ()
+                for method, path, body in asked:
+                    for key, status in ((keys[own], 200), (keys[other], 401)):
+                        headers = {"Authorization": f"Bearer {key}"}
+                        answer = await region.client.request(method, path, json=body, headers=headers)
+                        assert answer.status_code == status, (method, path, answer.text)
+                        assert status == 200 or digest[:12] not in answer.text
+                assert [record.manifest for record in worlds[own].left] == [digest] * 3  # of its own key alone
+
+    asyncio.run(story())
+
+
+def test_a_regions_open_metrics_name_no_tenant_device_or_key_and_nothing_of_a_neighbour(tmp_path: Path) -> None:
+    """`/metrics` of a gateway asks for no token, as scrapers expect: what it shows are counts of the process's one
+    tenant, and whoever asks with the neighbour's token reads the same, none of it the neighbour's."""
+    keys, worlds = _two_regions(tmp_path)
+
+    async def story() -> None:
+        async with worlds["acme"].region() as acme, worlds["globex"].region() as globex:
+            digests = {}
+            for seed, (name, region) in enumerate({"acme": acme, "globex": globex}.items()):
+                digests[name] = worlds[name].publisher.publish(mlp(seed)).digest
+                await worlds[name].publisher.plan(stable=digests[name])
+                await region.until_ready()
+                for key in keys.values():
+                    body = {"features": PAYMENT, "device_id": f"pos-of-{name}", "request_id": f"payment-of-{name}"}
+                    headers = {"Authorization": f"Bearer {key}", "X-Atoll-Device": f"pos-of-{name}"}
+                    await region.client.post("/predict", json=body, headers=headers)
+            for region, own, other in ((acme, "acme", "globex"), (globex, "globex", "acme")):
+                bare, asked = [
+                    (await region.client.get("/metrics", headers=headers)).text
+                    for headers in ({}, {"Authorization": f"Bearer {keys[other]}"})
+                ]
+                assert [line for line in asked.splitlines() if "atoll_" in line] == [
+                    line for line in bare.splitlines() if "atoll_" in line
+                ]
+                assert digests[own][:12] in asked
+                assert 'atoll_gateway_requests_total{route="predict",status="401"} 1.0' in asked
+                assert digests[other][:12] not in asked
+                for name in (own, other, *keys.values(), "pos-of-", "payment-of-"):
+                    assert name not in asked, name
+
+    asyncio.run(story())
+
+
+def _two_regions(folder: Path) -> tuple[dict[str, str], dict[str, World]]:
+    """By tenant: the API key, and a region with everything that it needs."""
+    keys = {name: f"{name}-key".ljust(32, "x") for name in ("acme", "globex")}
+    for name in keys:
+        (folder / name).mkdir()
+    return keys, {name: World(folder / name, name, key) for name, key in keys.items()}
 
 
 def _identity(ring: Keyring, folder: Path, name: str, mark: str = "", *, server: bool = False) -> Path:

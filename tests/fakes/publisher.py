@@ -53,11 +53,12 @@ def tensor(array: np.ndarray[Any, Any]) -> Tensor:
 class Publisher:
     """`fetched` counts what was asked for, by (kind, name); `keys_given` by manifest."""
 
-    def __init__(self, directory: Path, broker: FakeBroker, now: float = 1_700_000_000.0) -> None:
-        self.keyring = EmbeddedKeyring.create(directory / "keyring", TENANT, lambda: now)
+    def __init__(self, directory: Path, broker: FakeBroker, now: float = 1_700_000_000.0, tenant: str = TENANT) -> None:
+        self.tenant = tenant
+        self.keyring = EmbeddedKeyring.create(directory / "keyring", tenant, lambda: now)
         self.link = broker.link("coordinator")
         self.now = now
-        self.site = Site(now, self.keyring.anchors())
+        self.site = Site(now, self.keyring.anchors(), tenant)
         self.up = True
         self.fetched: Counter[tuple[str, str]] = Counter()
         self.keys_given: Counter[str] = Counter()
@@ -83,7 +84,7 @@ class Publisher:
         key = new_key()
         release = build_release(
             file,
-            tenant=TENANT,
+            tenant=self.tenant,
             model=model,
             version={"eu-west": self._releases},
             release=self._releases,
@@ -118,7 +119,7 @@ class Publisher:
         """The next plan (or one of the given serial), not signed yet."""
         self._serial = serial or self._serial + 1
         return RolloutPlan(
-            tenant=TENANT,
+            tenant=self.tenant,
             model=model,
             name=f"rollout-{self._serial}",
             serial=self._serial,
@@ -139,7 +140,7 @@ class Publisher:
     async def plan(self, **fields: Any) -> RolloutPlan:
         """Sign a plan and publish it retained."""
         plan = self.make_plan(**fields)
-        await self.link.publish(plan_topic(TENANT, plan.model), self.sign(plan), retain=True)
+        await self.link.publish(plan_topic(self.tenant, plan.model), self.sign(plan), retain=True)
         return plan
 
     async def fetch(self, kind: str, name: str) -> bytes:

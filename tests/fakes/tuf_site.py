@@ -75,14 +75,15 @@ def signers(*private: Ed25519PrivateKey) -> list[Signer]:
 class Site:
     """The repository after its ceremony, with one release of one model in force at `NOW`."""
 
-    def __init__(self, now: float = NOW, anchors: TrustAnchors | None = None) -> None:
+    def __init__(self, now: float = NOW, anchors: TrustAnchors | None = None, tenant: str = TENANT) -> None:
+        self.tenant, self.role = tenant, f"{REGION}.{tenant}"
         self.now = now
         self.store = MemoryStore()
         self.repository = Repository(self.store)
         self.root = [new_key() for _ in range(3)]
         self.targets = [new_key() for _ in range(3)]
         self.snapshot, self.timestamp, self.region = new_key(), new_key(), new_key()
-        self.anchors = anchors or TrustAnchors(TENANT, {"plan": keys_of([new_key()])})
+        self.anchors = anchors or TrustAnchors(tenant, {"plan": keys_of([new_key()])})
         self.files: dict[str, bytes] = {}
         self.repository.stage_root(
             now,
@@ -94,7 +95,7 @@ class Site:
             },
         )
         self.finish("root", self.root[:2])
-        self.repository.stage_targets(now, [Delegation(REGION, TENANT, keys_of([self.region]))], self.anchors)
+        self.repository.stage_targets(now, [Delegation(REGION, self.tenant, keys_of([self.region]))], self.anchors)
         self.finish("targets", self.targets[:2])
         self.first = self.release(b"the first version's manifest")
         self.publish()
@@ -106,22 +107,24 @@ class Site:
 
     def release(self, data: bytes, model: str = MODEL) -> str:
         """Vouch for a version; it is in force after `publish`."""
-        path = version_path(REGION, TENANT, model, digest_of(data))
+        path = version_path(REGION, self.tenant, model, digest_of(data))
         self.files[path] = data
-        self.repository.add_targets(ROLE, self.now, signers(self.region), {path: Target(len(data), digest_of(data))})
+        self.repository.add_targets(
+            self.role, self.now, signers(self.region), {path: Target(len(data), digest_of(data))}
+        )
         return path
 
     def withdraw(self, data: bytes) -> None:
         """Vouch for a version no more; in force after `publish`."""
-        path = version_path(REGION, TENANT, MODEL, digest_of(data))
-        self.repository.add_targets(ROLE, self.now, signers(self.region), revoke=[path])
+        path = version_path(REGION, self.tenant, MODEL, digest_of(data))
+        self.repository.add_targets(self.role, self.now, signers(self.region), revoke=[path])
 
     def rotate_region(self) -> None:
         """Another key for the region, named by the holders of targets; what it vouched for is signed anew."""
         self.region = new_key()
-        self.repository.stage_targets(self.now, [Delegation(REGION, TENANT, keys_of([self.region]))])
+        self.repository.stage_targets(self.now, [Delegation(REGION, self.tenant, keys_of([self.region]))])
         self.finish("targets", self.targets[:2])
-        self.repository.add_targets(ROLE, self.now, signers(self.region))
+        self.repository.add_targets(self.role, self.now, signers(self.region))
         self.publish()
 
     def rotate_anchors(self, anchors: TrustAnchors) -> None:
@@ -139,8 +142,8 @@ class Site:
             if "targets" in due:
                 self.repository.stage_targets(now)
                 self.finish("targets", self.targets[:2])
-            if ROLE in due:
-                self.repository.add_targets(ROLE, now, signers(self.region))
+            if self.role in due:
+                self.repository.add_targets(self.role, now, signers(self.region))
             if "root" in due:
                 self.rotate_root()
             self.publish()

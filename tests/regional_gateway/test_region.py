@@ -45,17 +45,17 @@ ROW = np.array([[PAYMENT[name] for name in NAMES]], np.float32)
 class World:
     """One broker, one publisher, and a region that can be stopped and started on the same folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, tenant: str = TENANT, key: str = KEY) -> None:
+        self.path, self.tenant, self.key = path, tenant, key
         self.broker = FakeBroker()
-        self.publisher = Publisher(path, self.broker)
+        self.publisher = Publisher(path, self.broker, tenant=tenant)
         self.sealing = X25519PrivateKey.generate()
         self.left: list[Decision] = []
 
     def vouching(self, store: DirectoryStore) -> Vouching:
         return Vouching(
             folder=self.path / "trust",
-            tenant=TENANT,
+            tenant=self.tenant,
             root=self.publisher.site.provisioned(),
             anchors=self.publisher.keyring.anchors(),
             store=store,
@@ -73,7 +73,7 @@ class World:
         supply = Supply(
             store=store,
             link=link,
-            vouching={TENANT: self.vouching(store)},
+            vouching={self.tenant: self.vouching(store)},
             fetch=self.publisher.fetch,
             artifact_key=self.publisher.artifact_key,
             open_model=open_model,
@@ -82,7 +82,7 @@ class World:
         )
         gateway = Gateway(
             region="eu-west",
-            tenants=Tenants([Tenant(TENANT, (digest_of(KEY.encode()),), MODEL, limit or Limit())]),
+            tenants=Tenants([Tenant(self.tenant, (digest_of(self.key.encode()),), MODEL, limit or Limit())]),
             versions=supply,
             feature_sets={"payments": NAMES},
             metrics=metrics,
