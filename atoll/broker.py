@@ -13,8 +13,9 @@ from atoll.platform import BROKER, BROKER_METRICS, port_of
 from atoll.revocation import keep_informed
 from atoll.settings import DataFolder
 from monitoring.metrics import Metrics
-from regional_gateway.mqtt_broker import BrokerMetrics, MqttBroker, serve, server_tls
-from regional_gateway.mqtt_sessions import FLEET_RULES, access
+from regional_gateway.mqtt.access import FLEET_RULES, access
+from regional_gateway.mqtt.broker import MqttBroker, serve, server_tls
+from regional_gateway.mqtt.hub import BrokerMetrics
 
 
 def run_broker(path: Path, *, as_json: bool = False) -> None:

@@ -42,8 +42,8 @@ from model_delta.trust.repository import Delegation, Repository, Target
 from model_delta.trust.signers import signer_of
 from model_delta.trust.signing import public_bytes
 from model_delta.trust.updater import RoleKeys, TrustAnchors
-from regional_gateway.mqtt_broker import MqttBroker
-from regional_gateway.mqtt_sessions import FLEET_RULES, access
+from regional_gateway.mqtt.access import FLEET_RULES, access
+from regional_gateway.mqtt.broker import MqttBroker
 
 DEVICE, REGION, TENANT, MODEL = "pos-0001", "eu-west", "acme", "fraud"
 MIRROR = "coordinator"

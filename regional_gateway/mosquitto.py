@@ -25,7 +25,8 @@ from pathlib import Path
 import msgspec
 
 from model_delta.errors import Malformed, Unavailable
-from regional_gateway.mqtt_sessions import FLEET_RULES, AccessRules, Limits, valid_identity
+from regional_gateway.mqtt.access import FLEET_RULES, AccessRules, valid_identity
+from regional_gateway.mqtt.session import Limits
 
 OLDEST = (2, 0)
 _ELSEWHERE = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from edge_runtime.link import Handler, topic_matches
 from model_delta.errors import Unavailable
-from regional_gateway.mqtt_sessions import FLEET_RULES, access
+from regional_gateway.mqtt.access import FLEET_RULES, access
 
 QUEUE_MAX = 1000
 _allowed = functools.cache(access(FLEET_RULES))

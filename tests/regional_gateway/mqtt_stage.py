@@ -39,8 +39,8 @@ PATIENCE_SECONDS = 15.0
 EMBEDDED_PROGRAM = """
 import asyncio, signal, sys
 from pathlib import Path
-from regional_gateway.mqtt_broker import serve, server_tls
-from regional_gateway.mqtt_sessions import FLEET_RULES, access
+from regional_gateway.mqtt.broker import serve, server_tls
+from regional_gateway.mqtt.access import FLEET_RULES, access
 
 async def main():
     port, folder, ca, certificate, key = sys.argv[1:]

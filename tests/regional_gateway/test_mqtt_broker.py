@@ -16,8 +16,10 @@ import pytest
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, Unavailable
 from model_delta.topics import down, up
-from regional_gateway.mqtt_broker import MqttBroker, serve, server_tls
-from regional_gateway.mqtt_sessions import FLEET_RULES, Limits, SessionSnapshot, access
+from regional_gateway.mqtt.access import FLEET_RULES, access
+from regional_gateway.mqtt.broker import MqttBroker, serve, server_tls
+from regional_gateway.mqtt.session import Limits
+from regional_gateway.mqtt.snapshots import SessionSnapshot
 from tests.regional_gateway.mqtt_stage import (
     Authority,
     connect_packet,

@@ -8,22 +8,10 @@ from hypothesis import strategies as st
 
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed
-from regional_gateway.mqtt_sessions import (
-    FLEET_RULES,
-    Action,
-    Limits,
-    Message,
-    RetainedSnapshot,
-    Session,
-    SessionSnapshot,
-    SessionTable,
-    Subscription,
-    access,
-    covers,
-    matches,
-    valid_filter,
-    valid_topic,
-)
+from regional_gateway.mqtt.access import FLEET_RULES, Action, access, covers, matches, valid_filter, valid_topic
+from regional_gateway.mqtt.session import Limits, Message, Session, Subscription
+from regional_gateway.mqtt.session_table import SessionTable
+from regional_gateway.mqtt.snapshots import RetainedSnapshot, SessionSnapshot
 
 SMALL = Limits(queued_max=5, queued_bytes_max=1_000, inflight_max=2, sessions_per_identity_max=2, subscriptions_max=3)
 

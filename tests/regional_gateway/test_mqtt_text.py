@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from regional_gateway.mqtt_text import problem_in
+from regional_gateway.mqtt.text import problem_in
 from tests.regional_gateway.mqtt_stage import connect_packet, packet, publish_packet, subscribe_packet, text
 
 mqtt5 = pytest.importorskip("mqtt5")
