@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.shares.bounds import require_announceable
-from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, sealing_info, sealing_keys
+from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, packed, sealing_info, sealing_keys
 from fl_coordinator.shares.fixed_point import BLOCK, Rng, encode_blocks, norm_of
 from fl_coordinator.shares.sharing import PARTIES
 from fl_coordinator.shares.streams import SEED_BYTES, KeyStream, Words
@@ -42,7 +42,7 @@ def make_contribution(
         raise Malformed(f"update for round {task.round_id!r}: expected {task.length} values, found {update.size}")
     norm = norm_of(update)
     factor = task.clip_norm_l2 / norm if norm > task.clip_norm_l2 else 1.0
-    encoded = encode_blocks(update, task.fraction_bits, rng, factor)
+    encoded = encode_blocks(update, task.fraction_bits, rng, factor, norm)
     return _shared(encoded, update.size, task, identity_sign, certificate_pem, device_id, rng)
 
 
@@ -55,7 +55,7 @@ def share_out(
     rng: Rng,
 ) -> bytes:
     """A packed Contribution from ring elements, uint32[d], as they are: nothing is clipped or checked here."""
-    blocks = (encoded[start : start + BLOCK] for start in range(0, encoded.size, BLOCK))
+    blocks = (encoded[start : start + BLOCK].copy() for start in range(0, encoded.size, BLOCK))
     return _shared(blocks, encoded.size, task, identity_sign, certificate_pem, device_id, rng)
 
 
@@ -90,18 +90,20 @@ def _shared(
         )
     )
     signature = identity_sign(pre_authentication_encoding(CONTRIBUTION_TYPE, claim))
-    return pack(Contribution(claim, signature, masked))
+    return packed(claim, signature, masked)
 
 
-def _masked(blocks: Iterable[Words], length: int, secrets: Sequence[bytes]) -> tuple[bytes, str]:
-    """Share 2 under the last secret, and its digest. Block by block: a device has little cache and less memory."""
+def _masked(blocks: Iterable[Words], length: int, secrets: Sequence[bytes]) -> tuple[memoryview, str]:
+    """Share 2 under the last secret, and its digest. Block by block: a device has little cache and less memory.
+
+    Blocks are changed in place."""
     first, second, cover = (KeyStream(secret) for secret in secrets)
     masked, hashed, done = np.empty(length, dtype="<u4"), hashlib.sha256(), 0
     for block in blocks:
-        rest = block - first.words(block.size)
-        rest -= second.words(block.size)
+        block -= first.words(block.size)
+        block -= second.words(block.size)
         part = masked[done : done + block.size]
-        part[:] = cover.masked(rest)
+        part[:] = cover.masked(block)
         hashed.update(part.data)
         done += block.size
-    return masked.tobytes(), hashed.hexdigest()
+    return masked.data.cast("B"), hashed.hexdigest()

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fl_coordinator.shares.sharing import PARTIES
 from fl_coordinator.shares.streams import SEED_BYTES, WORD_BYTES, Octets, Rows, SecretRows
 from model_delta.digest import digest_of
-from model_delta.encoding import pack, unpack
+from model_delta.encoding import pack, pack_octets, unpack
 from model_delta.errors import Malformed, SignatureInvalid, Unavailable, Untrusted
 from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import open_sealed
@@ -92,6 +92,11 @@ class Holding:
     refusals: Mapping[int, str]
     first: Rows
     second: Rows
+
+
+def packed(claim: bytes, signature: bytes, masked: memoryview) -> bytes:
+    """What `pack` makes of a Contribution of these, with `masked` copied once: on a device that copy is what counts."""
+    return pack_octets({"claim": claim, "masked": masked, "signature": signature})
 
 
 def parse(data: bytes, size_max: int | None = None) -> Contribution:

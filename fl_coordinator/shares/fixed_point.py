@@ -56,27 +56,38 @@ def encode(update: NDArray[np.float32] | NDArray[np.float64], fraction_bits: int
 
 
 def encode_blocks(
-    update: NDArray[np.float32] | NDArray[np.float64], fraction_bits: int, rng: Rng, factor: float = 1.0
+    update: NDArray[np.float32] | NDArray[np.float64],
+    fraction_bits: int,
+    rng: Rng,
+    factor: float = 1.0,
+    norm: float = math.inf,
 ) -> Iterator[Words]:
-    """`factor` * update so encoded, BLOCK words at a time; each is valid until the next is asked for.
+    """`factor` * update so encoded, BLOCK words at a time; each is valid until the next is asked for, and may be
+    changed by who takes it.
 
     32 bytes of `rng` seed an AES key stream, from which the 32 random bits of each rounding come; the expectation is
-    exact to within 2^-21 of a unit. Raises Malformed as `encode` does.
+    exact to within 2^-21 of a unit. `norm` is the update's L2 norm where it is known: no value is larger, which saves
+    looking for one that is. Raises Malformed as `encode` does.
     """
-    values, scale = update.reshape(-1), np.float64(factor * float(1 << fraction_bits))
+    values, scale = update.reshape(-1), float(factor * float(1 << fraction_bits))
     uniform = KeyStream(rng(SEED_BYTES))
-    room, chance = np.empty(BLOCK), np.empty(BLOCK)
+    room, chance, whole = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK, dtype=np.int32)
+    sure = norm * abs(scale) <= 2.0**31 - 1
     for start in range(0, values.size, BLOCK):
         part = values[start : start + BLOCK]
-        scaled, random = room[: part.size], chance[: part.size]
-        np.multiply(part, scale, out=scaled)
-        np.multiply(uniform.words(part.size), 2.0**-32, out=random)
+        scaled, random, rounded = room[: part.size], chance[: part.size], whole[: part.size]
+        # Converted before they are multiplied: arithmetic on mixed types goes through small buffers, at twice the cost.
+        np.copyto(scaled, part)
+        np.copyto(random, uniform.words(part.size))
+        np.multiply(scaled, scale, out=scaled)
+        np.multiply(random, 2.0**-32, out=random)
         # Below 2^31 a double holds 21 bits or more behind the point: all that is lost of the sum is below 2^-21.
         np.add(scaled, random, out=scaled)
         np.floor(scaled, out=scaled)
-        if not (scaled.min() >= -(2.0**31) and scaled.max() < 2.0**31):
+        if not sure and not (scaled.min() >= -(2.0**31) and scaled.max() < 2.0**31):
             raise Malformed(f"update: expected values below 2^{31 - fraction_bits} in magnitude, found a larger one")
-        yield scaled.astype(np.int32).view(np.uint32)
+        np.copyto(rounded, scaled, casting="unsafe")
+        yield rounded.view(np.uint32)
 
 
 def decode(words: Words, fraction_bits: int) -> NDArray[np.float64]:

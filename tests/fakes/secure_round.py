@@ -123,7 +123,7 @@ class SecureRound:
         """By the client's code, clipped."""
         device = self.device(name)
         return client.make_contribution(
-            update.astype(np.float32), task or self.task, device.sign, device.certificate, name, os.urandom
+            update.astype(np.float32, copy=False), task or self.task, device.sign, device.certificate, name, os.urandom
         )
 
     def raw(self, name: str, encoded: Words, task: RoundTask | None = None) -> bytes:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fl_coordinator.shares.bounds import BUCKETS, COPIES, EXPONENT_MAX, bounds_of, fitted, require_announceable
 from fl_coordinator.shares.contribution import Claim, hold, open_secrets, parse, verify
-from fl_coordinator.shares.fixed_point import clip, decode, encode, norm_max
+from fl_coordinator.shares.fixed_point import clip, decode, encode, encode_blocks, norm_max
 from fl_coordinator.shares.lifting import SMALL_BITS, lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
@@ -96,6 +96,26 @@ def test_a_value_that_leaves_the_ring_is_refused() -> None:
     for value in (2.0**15, -(2.0**15) - 1, 1e300):
         with pytest.raises(Malformed, match="expected values below 2\\^15"):
             encode(np.array([0.0, value]), 16, os.urandom)
+
+
+def test_a_known_norm_saves_the_search_for_large_values_and_changes_nothing_else() -> None:
+    update = np.random.default_rng(1).standard_normal(40_000)
+    norm = float(np.linalg.norm(update))
+
+    def encoded(**known: float) -> list[int]:
+        blocks = encode_blocks(update, 16, lambda count: bytes(count), 0.01, **known)
+        return [int(word) for block in blocks for word in block]
+
+    assert encoded(norm=norm) == encoded()
+    with pytest.raises(Malformed, match="expected values below 2\\^15"):
+        list(encode_blocks(np.array([2.0**15]), 16, os.urandom, norm=2.0**15))
+
+
+def test_sharing_does_not_change_the_words_it_is_given() -> None:
+    world = SecureRound(length=40)
+    words = np.arange(40, dtype=np.uint32)
+    world.raw("pos-0001", words)
+    assert words.tolist() == list(range(40))
 
 
 def test_clip_keeps_the_direction_and_short_updates() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_delta.encoding import DEPTH_MAX, pack, unpack_plain
+from model_delta.encoding import DEPTH_MAX, pack, pack_octets, unpack_plain
 from model_delta.errors import Malformed
 
 VALUES = st.recursive(
@@ -23,6 +23,17 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_what_is_packed_is_unpacked(value: object) -> None:
     assert unpack_plain(pack(value)) == value
+
+
+@given(st.dictionaries(st.text(max_size=30), st.binary(max_size=300), max_size=30))
+def test_a_record_of_byte_strings_has_one_form_however_it_is_packed(fields: dict[str, bytes]) -> None:
+    assert pack_octets(fields) == pack(fields)
+
+
+@pytest.mark.parametrize("size", [23, 24, 255, 256, 65_535, 65_536, 70_000])
+def test_a_long_byte_string_is_packed_as_any_other(size: int) -> None:
+    fields = {"masked": bytes(size), "k" * 30: b""}
+    assert pack_octets({name: memoryview(value) for name, value in fields.items()}) == pack(fields)
 
 
 def _string_references(size: int, times: int) -> bytes:
