@@ -25,8 +25,9 @@ from atoll.settings import INT8_WORTH, MODEL, MODEL_OF_CSV, TENANT, DataFolder, 
 from atoll.trust import hold_automatically, trust_of
 from atoll.updates import open_log, place_of
 from atoll.vouching import Vouching
-from device_sim.payments import FEATURES, PaymentSpec, generate
+from device_sim.payments import PaymentSpec, generate
 from device_sim.payments_csv import CSV_FEATURES
+from device_sim.terminal_features import FEATURES, table_features
 from edge_runtime.identity import Identity
 from edge_runtime.link import MqttLink
 from edge_runtime.onnx_model import open_model
@@ -178,7 +179,7 @@ def golden_inputs(model: str, inputs: Sequence[TensorSpec]) -> list[Mapping[str,
     """What every device must reproduce: payments for models that take our features, otherwise small seeded tensors."""
     if len(inputs) == 1 and inputs[0].shape[-1:] == (len(FEATURES),):
         table = generate(PaymentSpec(("grocery", "fuel", "electronics", "kiosk"), days=3, seed=1))
-        rows = table.features()
+        rows = table_features(table)
         chosen = np.linspace(0, len(rows) - 1, GOLDEN_ROWS).astype(int)
         return [{inputs[0].name: rows[chosen].astype(inputs[0].dtype)}]
     rng = np.random.default_rng(1)

@@ -25,9 +25,10 @@ from atoll.platform import open_keyring, read_anchors, read_root
 from atoll.settings import MODEL, TENANT, DataFolder, Endpoints
 from device_sim import fraud_model
 from device_sim.network import DATA_RATES, Transfer, transfer
-from device_sim.payments import DAY, FEATURE_SET
+from device_sim.payments import DAY
 from device_sim.population import VirtualDevice
 from device_sim.scenario import Sample, World
+from device_sim.terminal_features import FEATURE_SET
 from edge_runtime.device import Device
 from edge_runtime.identity import Identity
 from edge_runtime.onnx_model import open_model

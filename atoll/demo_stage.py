@@ -22,8 +22,8 @@ from atoll.demo_absence import AbsentDevice
 from atoll.processes import ProcessEvent, Program, Supervisor
 from atoll.settings import MODEL, DataFolder, Endpoints
 from device_sim import fraud_model
-from device_sim.payments import FEATURE_SET
 from device_sim.scenario import World
+from device_sim.terminal_features import FEATURE_SET
 from model_delta.errors import AtollError
 from model_delta.segments import read_tensor, stored_tensors
 from monitoring.quality import average_precision

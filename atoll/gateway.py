@@ -18,8 +18,8 @@ from atoll.http_server import serving
 from atoll.platform import gateway_name, port_of, read_anchors, read_root
 from atoll.settings import MODEL, TENANT, ConfigurationError, DataFolder
 from atoll.stores import choose_gateway_store, gateway_store, places_of
-from device_sim.payments import FEATURE_SET, FEATURES
 from device_sim.payments_csv import CSV_FEATURE_SET, CSV_FEATURES
+from device_sim.terminal_features import FEATURE_SET, FEATURES
 from edge_runtime.identity import Identity
 from edge_runtime.link import MqttLink
 from edge_runtime.onnx_model import open_model

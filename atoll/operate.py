@@ -10,8 +10,8 @@ from typing import Any
 from atoll.control_client import ControlClient, reach
 from atoll.output import columns, show
 from atoll.settings import MODEL, MODEL_OF_CSV, ConfigurationError, DataFolder
-from device_sim.payments import FEATURE_SET
 from device_sim.payments_csv import CSV_FEATURE_SET
+from device_sim.terminal_features import FEATURE_SET
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed, SignatureInvalid
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from device_sim.fraud_model import POSITIVE_WEIGHT, Layer, TrainedModel, loss_gradients, train
 from device_sim.payments import CATEGORY_NAMES, PaymentSpec, generate
+from device_sim.terminal_features import table_features
 from model_delta.graphs.mlp import mlp_model
 
 DEVICES, STEPS, BATCH, RATE = 10, 20, 32, 0.05
@@ -20,7 +21,7 @@ def files(rounds: int, seed: int = 1) -> list[bytes]:
     """`rounds` + 1 float32 ONNX files, the version before the first round first."""
     terminals = tuple(CATEGORY_NAMES[place % len(CATEGORY_NAMES)] for place in range(DEVICES * 2))
     payments = generate(PaymentSpec(terminals, days=40, seed=seed))
-    features = payments.features()
+    features = table_features(payments)
     model = train(features, payments.fraud, seed=seed)
     inputs = ((features - model.mean) / model.scale).astype(np.float32)
     rng = np.random.default_rng(seed)

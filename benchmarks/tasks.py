@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_sim.payments import CATEGORY_NAMES, DAY, FIRST_MONDAY, PaymentSpec, generate
+from device_sim.terminal_features import table_features
 from monitoring.quality import average_precision
 
 Float32 = NDArray[np.float32]
@@ -150,7 +151,7 @@ def _fraud(rng: np.random.Generator, seed: int) -> Task:
     days, first_day, cut = 60, 14, 12_000
     spec = PaymentSpec(tuple(CATEGORY_NAMES[i % len(CATEGORY_NAMES)] for i in range(24)), days, 1_000 + seed)
     payments = generate(spec)
-    x = payments.features()
+    x = table_features(payments)
     late = np.flatnonzero(payments.time >= FIRST_MONDAY + first_day * DAY)  # Terminals know their own past by then.
     rows = rng.permutation(late)[: cut + 6_000]
     x, y = _standard(x[rows], cut), payments.fraud[rows].astype(np.int64)

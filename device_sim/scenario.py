@@ -19,20 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from device_sim.payments import (
-    DAY,
-    FEATURE_SET,
-    FEATURES,
-    FIRST_MONDAY,
-    Features,
-    IntArray,
-    Payments,
-    PaymentSpec,
-    TerminalHistory,
-    generate,
-)
+from device_sim.payments import DAY, FIRST_MONDAY, IntArray, Payments, PaymentSpec, generate
 from device_sim.payments_csv import LabelledRows, deal
 from device_sim.population import VirtualDevice, population, terminals_of
+from device_sim.terminal_features import FEATURE_SET, FEATURES, Features, TerminalHistory, table_features
 from model_delta.errors import Malformed
 
 _HISTORY, _LOCAL, _HELD_OUT, _LIVE = range(4)
@@ -124,7 +114,7 @@ def generated_world(scenario: Scenario, only: Collection[int] | None = None) -> 
         devices=devices,
         names=FEATURES,
         feature_set=FEATURE_SET,
-        _features=known.features(),
+        _features=table_features(known),
         _fraud=known.fraud,
         _owner=known.terminal,
         _part=np.searchsorted(ends, day, side="right"),

@@ -144,6 +144,6 @@ def _decide_own_payments(data: Path, folder: Path) -> None:
 
 
 def _feature_names() -> tuple[str, ...]:
-    from device_sim.payments import FEATURES
+    from device_sim.terminal_features import FEATURES
 
     return FEATURES

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from device_sim.fraud_model import initial_layers, loss_gradients, score, train, train_baseline
-from device_sim.payments import FEATURE_SET, FEATURES, FIRST_MONDAY, PaymentSpec, generate
+from device_sim.payments import FIRST_MONDAY, PaymentSpec, generate
 from device_sim.population import population, terminals_of
+from device_sim.terminal_features import FEATURE_SET, FEATURES, table_features
 from monitoring.quality import at_threshold, average_precision
 
 
@@ -38,7 +39,7 @@ def test_gradients_match_finite_differences() -> None:
 def test_drift_costs_precision_and_retraining_brings_it_back() -> None:
     spec = PaymentSpec(terminals_of(population(40, seed=11)), days=40, seed=11, drift_day=20)
     table = generate(spec)
-    features = table.features()
+    features = table_features(table)
     before, learn, after = table.days(0, 20), table.days(20, 32), table.days(32, 40)
     stale = train(features[before], table.fraud[before], seed=11)
     assert stale.weights[0][0].shape == (len(FEATURES), 256)
@@ -57,7 +58,7 @@ def test_drift_costs_precision_and_retraining_brings_it_back() -> None:
 
 def test_training_is_reproducible() -> None:
     table = generate(PaymentSpec(("grocery", "kiosk", "travel"), days=10, seed=2))
-    features = table.features()
+    features = table_features(table)
     first, second = (train(features, table.fraud, seed=1, steps=30) for _ in range(2))
     for (weight, bias), (weight_again, bias_again) in zip(first.weights, second.weights, strict=True):
         assert np.array_equal(weight, weight_again)
@@ -81,7 +82,7 @@ def test_a_slice_without_fraud_is_refused() -> None:
 @pytest.mark.slow
 def test_the_baseline_keeps_most_of_the_precision_in_a_few_hundred_bytes() -> None:
     table = generate(PaymentSpec(terminals_of(population(30, seed=4)), days=25, seed=4))
-    features = table.features()
+    features = table_features(table)
     teacher = train(features, table.fraud, seed=4, steps=500)
     baseline, precision = train_baseline(
         teacher,

@@ -7,17 +7,15 @@ from device_sim.payments import (
     CATEGORIES,
     CATEGORY_NAMES,
     DAY,
-    FEATURES,
     FIRST_MONDAY,
     SCENARIOS,
     Payment,
     Payments,
     PaymentSpec,
-    TerminalHistory,
     category_divergence,
     generate,
-    vector,
 )
+from device_sim.terminal_features import FEATURES, TerminalHistory, table_features
 
 SPEC = PaymentSpec(tuple(CATEGORY_NAMES[i % 6] for i in range(18)), days=12, seed=5, drift_day=8)
 
@@ -93,12 +91,12 @@ def test_drift_moves_fraud_to_small_amounts_and_day_time(table: Payments) -> Non
 
 
 def test_online_and_table_features_agree_on_every_row_of_every_terminal(table: Payments) -> None:
-    features = table.features()
+    features = table_features(table)
     assert features.shape == (len(table), len(FEATURES))
     assert np.isfinite(features).all()
     for terminal in range(18):
         history = TerminalHistory()
-        online = np.array([vector(history.add(payment)) for payment in table.replay(terminal)])
+        online = np.array([list(history.add(payment).values()) for payment in table.replay(terminal)])
         np.testing.assert_allclose(online, features[table.terminal == terminal], rtol=1e-5, atol=1e-5)
 
 
@@ -116,14 +114,14 @@ def test_features_agree_across_gaps_longer_than_a_week_and_equal_times() -> None
         scenario=np.zeros(count, dtype=np.int64),
     )
     history = TerminalHistory()
-    online = np.array([vector(history.add(payment)) for payment in table.replay(0)])
-    np.testing.assert_allclose(online, table.features(), rtol=1e-5, atol=1e-5)
+    online = np.array([list(history.add(payment).values()) for payment in table.replay(0)])
+    np.testing.assert_allclose(online, table_features(table), rtol=1e-5, atol=1e-5)
 
 
 def test_a_feature_looks_back_only() -> None:
     table = generate(PaymentSpec(("grocery", "fuel"), days=3, seed=1))
     half = len(table) // 2
-    np.testing.assert_array_equal(table.rows(slice(0, half)).features(), table.features()[:half])
+    np.testing.assert_array_equal(table_features(table.rows(slice(0, half))), table_features(table)[:half])
 
 
 def test_history_forgets_after_a_week_and_is_bounded() -> None:
@@ -153,10 +151,10 @@ def test_no_days_is_refused() -> None:
 
 def test_a_resumed_history_continues_as_if_it_had_seen_everything(table: Payments) -> None:
     past, future = table.rows(table.days(0, 10)), table.rows(table.days(10, 12))
-    features = table.features()[table.days(10, 12)]
+    features = table_features(table)[table.days(10, 12)]
     for terminal in (0, 7, 17):
         history = TerminalHistory.resumed(past, terminal)
-        online = np.array([vector(history.add(payment)) for payment in future.replay(terminal)])
+        online = np.array([list(history.add(payment).values()) for payment in future.replay(terminal)])
         np.testing.assert_allclose(online, features[future.terminal == terminal], rtol=1e-5, atol=1e-5)
 
 

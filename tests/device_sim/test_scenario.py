@@ -8,10 +8,11 @@ import pytest
 
 from device_sim.faults import plain_average, scaled
 from device_sim.fraud_model import POSITIVE_WEIGHT, loss_gradients, score, train
-from device_sim.payments import DAY, FEATURES, PaymentSpec, category_divergence, generate
+from device_sim.payments import DAY, PaymentSpec, category_divergence, generate
 from device_sim.payments_csv import CSV_FEATURES, LabelledRows
 from device_sim.population import terminals_of
 from device_sim.scenario import Scenario, World, generated_world, world_of_rows
+from device_sim.terminal_features import FEATURES, table_features
 from model_delta.errors import Malformed
 from monitoring.quality import average_precision
 
@@ -64,7 +65,7 @@ def test_the_live_stream_goes_on_for_ever_in_whole_weeks(world: World) -> None:
 def test_live_features_are_those_of_the_whole_table(world: World) -> None:
     table = generate(PaymentSpec(terminals_of(world.devices), days=20, seed=3, drift_day=6))
     rows = np.flatnonzero((table.terminal == 4) & table.days(13, 20))
-    expected = table.features()[rows]
+    expected = table_features(table)[rows]
     found = np.array([list(sample.features.values()) for sample in islice(world.live(4), len(rows))])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert category_divergence(table, range(12)) > 0.25
