@@ -207,10 +207,14 @@ def test_a_platform_that_is_away_is_tried_and_then_said(run, stopped: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("bytes_left", [1, 100, 1_000])
 def test_a_full_disk_under_a_new_platform(tmp_path: Path, bytes_left: int) -> None:
-    """RLIMIT_FSIZE is the kernel's own refusal of a write; Python gets it as an OSError as from a full disk."""
+    """RLIMIT_FSIZE is the kernel's own refusal of a write; Python gets it as an OSError as from a full disk.
+
+    Python itself would leave half a bytecode file behind under such a limit, for all later processes to stumble over.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "atoll", "up", "--data", str(tmp_path / "d"), "--port", str(free_run(4))],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left)),
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=60,

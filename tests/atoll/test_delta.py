@@ -159,7 +159,7 @@ main()
 def test_a_full_disk_is_one_line_and_leaves_nothing(run: Callable[..., Ran], folder: Path) -> None:
     value(run("make", folder / "old", folder / "new", folder / "patch", "--json"))
     words = ["apply", str(folder / "old"), str(folder / "patch"), str(folder / "out")]
-    ran = subprocess.run([sys.executable, "-c", SMALL_DISK, *words], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-B", "-c", SMALL_DISK, *words], capture_output=True, text=True)
     refused((ran.returncode, ran.stdout, ran.stderr), 2, str(folder / "out"), "free some space")
     assert sorted(path.name for path in folder.iterdir()) == ["new", "old", "patch"]
 

@@ -150,7 +150,9 @@ def test_a_full_disk_costs_records_and_never_an_exception(tmp_path: Path) -> Non
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
         "print(numbers.count(0), outbox.marks.dropped, outbox.append(decision(100)))\n"
     )
-    found = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-B", "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert found.stdout, found.stderr
     lost, dropped, after = map(int, found.stdout.split())
     assert 0 < lost == dropped < 30

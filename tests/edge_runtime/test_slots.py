@@ -126,7 +126,10 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
         "    print(error)\n"
     )
     found = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "update.record")], capture_output=True, text=True, timeout=60
+        [sys.executable, "-B", "-c", script, str(tmp_path / "update.record")],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert "no room left for" in found.stdout, found.stderr
     assert slots.read_record().target == "a" * 64

@@ -21,7 +21,7 @@ from model_delta.store import ArtifactStore, DirectoryStore
 
 def run(script: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-B", "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
         timeout=60,
