@@ -22,7 +22,8 @@ from atoll.http_server import serving
 from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of, revocation_list_of
 from atoll.revocation import keep_list
 from atoll.settings import INT8_WORTH, MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
-from atoll.trust import hold_automatically, trust_of
+from atoll.trust import hold_automatically
+from atoll.trust_publishing import trust_of
 from atoll.updates import open_log, place_of
 from atoll.vouching import Vouching
 from device_sim.payments import PaymentSpec, generate

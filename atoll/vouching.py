@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from atoll.trust import Publishing, renew_automatically
+from atoll.trust import renew_automatically
+from atoll.trust_publishing import Publishing
 from model_delta.errors import AtollError, NotFound
 from model_delta.store import ArtifactStore
 from model_delta.trust.paths import version_path

@@ -19,14 +19,11 @@ force, and the next `publish` takes up what was left. All state lies in an `Arti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from securesystemslib.signer import Key, Signer
-from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
@@ -34,7 +31,6 @@ from tuf.api.metadata import (
     MetaFile,
     Role,
     Root,
-    Signed,
     Snapshot,
     TargetFile,
     Targets,
@@ -45,17 +41,14 @@ from model_delta.digest import digest_of, require_digest
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, SignatureInvalid, Untrusted
 from model_delta.store import ArtifactStore
+from model_delta.trust.metadata_files import MetadataFiles, date, parsed, require_verified, signed, verified
 from model_delta.trust.paths import KIND, anchors_path, delegated_role
 from model_delta.trust.signers import tuf_key
 from model_delta.trust.updater import RoleKeys, TrustAnchors
 
 STAGED = "tuf-staged"
 DAY_S = 86_400
-KEEP_VERSIONS = 8
-"""How many versions of snapshot and targets stay, for clients in the middle of a refresh."""
 TOP_ROLES = ("root", "targets", "snapshot", "timestamp")
-_FILE = re.compile(r"(\d{1,9})\.([A-Za-z0-9][A-Za-z0-9._-]*)\.json")
-S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 
 
 class Expiries(msgspec.Struct, frozen=True):
@@ -119,6 +112,7 @@ class Repository:
 
     def __init__(self, store: ArtifactStore, expiries: Expiries | None = None) -> None:
         self._store = store
+        self._files = MetadataFiles(store)
         self._expiries = expiries or Expiries()
 
     # -- offline roles
@@ -132,11 +126,11 @@ class Repository:
         unknown = sorted(set(roles) - set(TOP_ROLES))
         if unknown:
             raise Malformed(f"root: expected roles {', '.join(TOP_ROLES)}, found {', '.join(unknown)}")
-        current = self._newest(Root)
+        current = self._files.newest(Root)
         root = Root(version=1, consistent_snapshot=True) if current is None else current.signed
         if current is not None:
             root.version += 1
-        root.expires = _date(now + self._expiries.root_s)
+        root.expires = date(now + self._expiries.root_s)
         for role, keys in roles.items():
             _require_threshold(role, keys)
             for key_id in list(root.roles[role].keyids):
@@ -159,11 +153,11 @@ class Repository:
     ) -> Progress:
         """Write down next top-level targets: `delegations` are added or replaced by role name, the tenant's `anchors`
         replaced, and the roles or target paths of `without` dropped. With nothing given only the expiry moves."""
-        current = self._newest(Targets)
+        current = self._files.newest(Targets)
         targets = Targets(version=1) if current is None else current.signed
         if current is not None:
             targets.version += 1
-        targets.expires = _date(now + self._expiries.targets_s)
+        targets.expires = date(now + self._expiries.targets_s)
         for gone in without:
             targets.targets.pop(gone, None)
             _drop_delegation(targets, gone)
@@ -190,13 +184,13 @@ class Repository:
         """Who has signed the staged `role` and how many signatures are missing. Raises NotFound when none is staged."""
         metadata = self._staged(role)
         judges = self._judges(role, metadata)
-        verified, missing = set(), 0
+        agreed, missing = set(), 0
         for judge in judges:
             good = {key_id for key_id in judge.keyids if self._signed_by(role, metadata, key_id)}
-            verified |= good
+            agreed |= good
             missing = max(missing, judge.threshold - len(good))
-        may_sign = sorted({key_id for judge in judges for key_id in judge.keyids} - verified)
-        return Progress(role, metadata.signed.version, tuple(sorted(verified)), tuple(may_sign), max(missing, 0))
+        may_sign = sorted({key_id for judge in judges for key_id in judge.keyids} - agreed)
+        return Progress(role, metadata.signed.version, tuple(sorted(agreed)), tuple(may_sign), max(missing, 0))
 
     def finish(self, role: str) -> int:
         """Publish the staged `role` and return its version. Raises SignatureInvalid below a threshold."""
@@ -206,7 +200,7 @@ class Repository:
                 f"{role} {progress.version}: {progress.missing} signature(s) missing, {len(progress.signed)} there"
             )
         metadata = self._staged(role)
-        self._store.put(KIND, f"{progress.version}.{role}.json", metadata.to_bytes())
+        self._files.put(role, metadata)
         self._store.remove(STAGED, f"{role}.json")
         return progress.version
 
@@ -233,15 +227,15 @@ class Repository:
         Nothing is in force before `publish`. Raises NotFound for a role that was not delegated, Untrusted for a path
         outside of its pattern, SignatureInvalid when `signers` are not enough.
         """
-        parent = self._require(Targets)
+        parent = self._files.require(Targets)
         delegation = (parent.signed.delegations.roles or {}).get(role) if parent.signed.delegations else None
         if delegation is None:
             raise NotFound(f"role {role!r}: not delegated by targets {parent.signed.version}; name it in the ceremony")
-        current = self._newest(Targets, role)
+        current = self._files.newest(Targets, role)
         targets = Targets(version=1) if current is None else current.signed
         if current is not None:
             targets.version += 1
-        targets.expires = _date(now + self._expiries.targets_s)
+        targets.expires = date(now + self._expiries.targets_s)
         for path in revoke:
             targets.targets.pop(path, None)
         for path, target in (add or {}).items():
@@ -249,19 +243,19 @@ class Repository:
                 raise Untrusted(f"role {role!r}: expected a path like {(delegation.paths or ['?'])[0]}, found {path!r}")
             require_digest(target.digest, f"target {path}")
             targets.targets[path] = TargetFile(target.length, {"sha256": target.digest}, path)
-        metadata = _signed(Metadata(targets), signers)
-        _require_verified(parent.signed, role, metadata)
-        self._put(role, metadata)
+        metadata = signed(Metadata(targets), signers)
+        require_verified(parent.signed, role, metadata)
+        self._files.put(role, metadata)
         return targets.version
 
     def vouched(self, role: str) -> frozenset[str]:
         """The target paths in the newest metadata of a delegated role, in force or not; empty when it has none."""
-        current = self._newest(Targets, role)
+        current = self._files.newest(Targets, role)
         return frozenset() if current is None else frozenset(current.signed.targets)
 
     def anchored(self, tenant: str) -> str:
         """The SHA-256 of the tenant's anchors in the newest targets; "" when they hold none."""
-        found = self._require(Targets).signed.targets.get(anchors_path(tenant))
+        found = self._files.require(Targets).signed.targets.get(anchors_path(tenant))
         return "" if found is None else found.hashes["sha256"]
 
     # -- online roles
@@ -273,30 +267,30 @@ class Repository:
         timestamp always. While online keys are being replaced pass the old and the new signers, publish, and only then
         `finish` the root: then there is no moment at which either root's clients are refused.
         """
-        root = self._require(Root)
-        metas = {"targets.json": self._meta("targets")}
-        parent = self._require(Targets)
+        root = self._files.require(Root)
+        metas = {"targets.json": self._files.meta("targets")}
+        parent = self._files.require(Targets)
         for role in (parent.signed.delegations.roles or {}) if parent.signed.delegations else {}:
-            if self._newest(Targets, role) is not None:
-                metas[f"{role}.json"] = self._meta(role)
-        current = self._newest(Snapshot)
+            if self._files.newest(Targets, role) is not None:
+                metas[f"{role}.json"] = self._files.meta(role)
+        current = self._files.newest(Snapshot)
         new = self._next_snapshot(now, current, metas, root.signed, snapshot)
         if new is not None:
-            self._put("snapshot", new)
+            self._files.put("snapshot", new)
             current = new
         assert current is not None
         size = len(current.to_bytes())
-        held = self._read("timestamp.json")
-        version = 1 if held is None else _parsed(Timestamp, held, "timestamp.json").signed.version + 1
+        held = self._files.timestamp()
+        version = 1 if held is None else held.signed.version + 1
         fresh = Timestamp(
             version=version,
-            expires=_date(now + self._expiries.timestamp_s),
+            expires=date(now + self._expiries.timestamp_s),
             snapshot_meta=MetaFile(version=current.signed.version, length=size),
         )
-        metadata = _signed(Metadata(fresh), timestamp)
-        _require_verified(root.signed, "timestamp", metadata)
-        self._store.put(KIND, "timestamp.json", metadata.to_bytes())
-        self._prune()
+        metadata = signed(Metadata(fresh), timestamp)
+        require_verified(root.signed, "timestamp", metadata)
+        self._files.put_timestamp(metadata)
+        self._files.prune()
         return version
 
     def due(self, now: float) -> tuple[str, ...]:
@@ -312,24 +306,23 @@ class Repository:
     def status(self) -> tuple[RoleStatus, ...]:
         """Every role, root first; version 0 for one that has published nothing yet. Raises NotFound before the
         ceremony."""
-        root = self._require(Root)
+        root = self._files.require(Root)
         keys = root.signed.roles
         found = [_status("root", root, root.signed, keys["root"])]
-        parent = self._newest(Targets)
+        parent = self._files.newest(Targets)
         found.append(_status("targets", parent, root.signed, keys["targets"]))
         if parent is not None and parent.signed.delegations is not None:
             for name, role in (parent.signed.delegations.roles or {}).items():
-                found.append(_status(name, self._newest(Targets, name), parent.signed, role))
-        held = self._read("timestamp.json")
-        timestamp = None if held is None else _parsed(Timestamp, held, "timestamp.json")
-        found.append(_status("snapshot", self._newest(Snapshot), root.signed, keys["snapshot"]))
+                found.append(_status(name, self._files.newest(Targets, name), parent.signed, role))
+        timestamp = self._files.timestamp()
+        found.append(_status("snapshot", self._files.newest(Snapshot), root.signed, keys["snapshot"]))
         found.append(_status("timestamp", timestamp, root.signed, keys["timestamp"]))
         return tuple(found)
 
     def root_bytes(self, version: int | None = None) -> bytes:
         """A root as published, the newest by default: what a device is provisioned with. Raises NotFound."""
-        number = version or self._newest_version("root")
-        return self._store.get(KIND, f"{number}.root.json")
+        number = version or self._files.newest_version("root")
+        return self._files.bytes_of("root", number)
 
     # -- inside
 
@@ -347,18 +340,13 @@ class Repository:
             left = current.signed.expires.timestamp() - now
             asked = {signer.public_key.keyid for signer in signers}
             same = current.signed.meta == metas and asked <= set(current.signatures)
-            if same and left >= self._expiries.snapshot_s / 2 and _verified(root, "snapshot", current):
+            if same and left >= self._expiries.snapshot_s / 2 and verified(root, "snapshot", current):
                 return None
         version = 1 if current is None else current.signed.version + 1
-        fresh = Snapshot(version=version, expires=_date(now + self._expiries.snapshot_s), meta=metas)
-        metadata = _signed(Metadata(fresh), signers)
-        _require_verified(root, "snapshot", metadata)
+        fresh = Snapshot(version=version, expires=date(now + self._expiries.snapshot_s), meta=metas)
+        metadata = signed(Metadata(fresh), signers)
+        require_verified(root, "snapshot", metadata)
         return metadata
-
-    def _meta(self, role: str) -> MetaFile:
-        version = self._newest_version(role)
-        data = self._store.get(KIND, f"{version}.{role}.json")
-        return MetaFile.from_data(version, data, ["sha256"])
 
     def _judges(self, role: str, metadata: Metadata[Any]) -> list[Role]:
         """The sets of keys that must each agree: the root's in force and the staged root's, which for a root is itself.
@@ -380,7 +368,7 @@ class Repository:
         return next((root.keys[key_id] for root in self._roots(role, metadata) if key_id in root.keys), None)
 
     def _roots(self, role: str, metadata: Metadata[Any]) -> list[Root]:
-        current = self._newest(Root)
+        current = self._files.newest(Root)
         roots = [] if current is None else [current.signed]
         if role == "root":
             roots.append(metadata.signed)
@@ -396,44 +384,7 @@ class Repository:
             data = self._store.get(STAGED, f"{role}.json")
         except NotFound:
             raise NotFound(f"{role}: nothing waits to be signed") from None
-        return _parsed(Root if role == "root" else Targets, data, f"staged {role}")
-
-    def _put(self, role: str, metadata: Metadata[Any]) -> None:
-        self._store.put(KIND, f"{metadata.signed.version}.{role}.json", metadata.to_bytes())
-
-    def _newest_version(self, role: str) -> int:
-        found = (_FILE.fullmatch(name) for name in self._store.names(KIND))
-        return max((int(match[1]) for match in found if match and match[2] == role), default=0)
-
-    def _newest(self, kind: type[S], role: str = "") -> Metadata[S] | None:
-        role = role or kind.type
-        version = self._newest_version(role)
-        if not version:
-            return None
-        name = f"{version}.{role}.json"
-        return _parsed(kind, self._store.get(KIND, name), name)
-
-    def _require(self, kind: type[S]) -> Metadata[S]:
-        found = self._newest(kind)
-        if found is None:
-            raise NotFound(f"TUF repository: no {kind.type} yet; hold the ceremony first: `atoll trust init`")
-        return found
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return self._store.get(KIND, name)
-        except NotFound:
-            return None
-
-    def _prune(self) -> None:
-        """Forget all but the newest versions of everything but root."""
-        versions: dict[str, list[int]] = {}
-        for match in map(_FILE.fullmatch, self._store.names(KIND)):
-            if match and match[2] != "root":
-                versions.setdefault(match[2], []).append(int(match[1]))
-        for role, numbers in versions.items():
-            for number in sorted(numbers)[:-KEEP_VERSIONS]:
-                self._store.remove(KIND, f"{number}.{role}.json")
+        return parsed(Root if role == "root" else Targets, data, f"staged {role}")
 
 
 def _status(role: str, metadata: Metadata[Any] | None, delegator: Root | Targets, keys: Role) -> RoleStatus:
@@ -443,7 +394,7 @@ def _status(role: str, metadata: Metadata[Any] | None, delegator: Root | Targets
         expires=0 if metadata is None else int(metadata.signed.expires.timestamp()),
         keys=tuple(keys.keyids),
         threshold=keys.threshold,
-        in_force=metadata is not None and _verified(delegator, role, metadata),
+        in_force=metadata is not None and verified(delegator, role, metadata),
     )
 
 
@@ -475,35 +426,3 @@ def _require_threshold(role: str, keys: RoleKeys) -> None:
     different = len(set(keys.keys))
     if not 1 <= keys.threshold <= different:
         raise Malformed(f"role {role!r}: expected a threshold from 1 to {different}, found {keys.threshold}")
-
-
-def _signed(metadata: Metadata[S], signers: Sequence[Signer]) -> Metadata[S]:
-    for signer in signers:
-        metadata.sign(signer, append=True)
-    return metadata
-
-
-def _verified(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> bool:
-    return bool(delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures))
-
-
-def _require_verified(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> None:
-    result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
-    if not result:
-        found = len(result.signed)
-        raise SignatureInvalid(f"{role}: expected {result.threshold} signature(s) by its keys, found {found}")
-
-
-def _parsed(kind: type[S], data: bytes, what: str) -> Metadata[S]:
-    try:
-        metadata = Metadata[S].from_bytes(data)
-    except RepositoryError as error:
-        raise Malformed(f"{what}: {error}") from None
-    signed: Signed = metadata.signed
-    if not isinstance(signed, kind):
-        raise Malformed(f"{what}: expected {kind.type} metadata, found {signed.type}")
-    return metadata
-
-
-def _date(seconds: float) -> datetime:
-    return datetime.fromtimestamp(int(seconds), UTC)

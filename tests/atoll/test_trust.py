@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from atoll.cli import app
 from atoll.settings import ConfigurationError, DataFolder
-from atoll.trust import trust_of
+from atoll.trust_publishing import trust_of
 from atoll.trust_sticks import VARIABLE, make_stick, open_stick
 from model_delta.digest import digest_of
 from model_delta.store import DirectoryStore

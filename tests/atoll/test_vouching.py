@@ -13,7 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from atoll.settings import DataFolder
-from atoll.trust import Publishing, hold_automatically, trust_init, trust_of
+from atoll.trust import hold_automatically, trust_init
+from atoll.trust_publishing import Publishing, trust_of
 from atoll.trust_sticks import automatic_sticks
 from atoll.vouching import Vouching
 from model_delta.digest import digest_of

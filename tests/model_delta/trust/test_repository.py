@@ -9,8 +9,9 @@ import pytest
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed, NotFound, SignatureInvalid, StorageFull, Untrusted
 from model_delta.trust.client import Trust
+from model_delta.trust.metadata_files import KEEP_VERSIONS
 from model_delta.trust.paths import KIND, delegated_role, version_path
-from model_delta.trust.repository import KEEP_VERSIONS, Delegation, Repository, Target
+from model_delta.trust.repository import Delegation, Repository, Target
 from model_delta.trust.signers import CallableSigner, signer_of
 from model_delta.trust.updater import RoleKeys
 from tests.fakes.tuf_site import DAY, NOW, ROLE, TENANT, MemoryStore, Mirror, Site, keys_of, new_key, signers
