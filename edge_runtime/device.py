@@ -2,6 +2,7 @@
 
     Answers         a payment in, a decision out                           answers.py
     Installation    which version answers, and how the next one gets here  installation.py
+    Plans           which rollout plan says so                             plans.py
     Direction       asks the director how to get to a version              direction.py
     Participation   one step of training for a federated round             participation.py
     Vouching        what the platform's repository says of versions, keys  vouching.py
@@ -145,8 +146,8 @@ class Device:
             link=link,
             path=directory / "direction.record",
             anchors=lambda: self.vouching.anchors,
-            rollout=lambda: self.installation.plan,
-            offered=lambda sealed: self.installation.offered(plan_topic(traits.tenant, model), sealed),
+            rollout=lambda: self.installation.plans.current,
+            offered=lambda sealed: self.installation.plans.offered(plan_topic(traits.tenant, model), sealed),
             standing=lambda: self.installation.standing(),
             held=lambda: self.installation.held_files(),
             clock=clock,
@@ -247,7 +248,7 @@ class Device:
         if self.participation is not None:
             self.participation.start()
             self._link.subscribe(round_topic(tenant, self.model), self.participation.announced)
-        self._link.subscribe(plan_topic(tenant, self.model), self.installation.offered)
+        self._link.subscribe(plan_topic(tenant, self.model), self.installation.plans.offered)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.installation.run(), name=f"{self.device_id} installation")
@@ -309,7 +310,7 @@ class Device:
             state=self.state,
             running=self.running.digest,
             safe_mode=self.in_safe_mode,
-            plan_serial=self.installation.plan_serial,
+            plan_serial=self.installation.plans.serial,
             dropped=marks.dropped,
             lost_requests=marks.lost_requests,
             summaries=folded.summaries,

@@ -1,16 +1,14 @@
 """Performing the update table's commands on a real device.
 
-`Installation` holds the update's record, feeds events to `update.step`, writes the new state down, and only then
-performs the command that the table gave. Every command can be performed again after a power cut: what it needs is in
-the record, and what it did half is finished or repeated. An outcome (adopted, rolled back, refused, withdrawn, safe
-mode) is written in one go with the state that it belongs to, and moves from the record to the outbox from there, so
-that it is told exactly once wherever the power goes off. The release floor is stored before the pointer moves.
+`Installation` feeds events to `update.step`, writes the new state down, and only then performs the command that the
+table gave. Every command can be performed again after a power cut: what it needs is in the record (`journal`), and what
+it did half is finished or repeated. The release floor is stored before the pointer moves. Which version is wanted is
+said by the plan that the device follows (`plans`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -25,22 +23,23 @@ from edge_runtime.answers import Running
 from edge_runtime.direction import Direction, Standing
 from edge_runtime.fetching import Fetcher
 from edge_runtime.inference import LoadedModel, OpenModel, array_of
+from edge_runtime.journal import Journal
 from edge_runtime.outbox import Outbox
+from edge_runtime.plans import Plans
 from edge_runtime.probation import LiveRecord, ProbationRules, Verdict, judge_golden, judge_live
 from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, other_slot
 from edge_runtime.update import Command, Event, Refusal, State, step
 from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.assembly import root_of
-from model_delta.errors import AtollError, SignatureInvalid, StorageFull, Unavailable
+from model_delta.errors import AtollError, StorageFull, Unavailable
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
-from model_delta.plan import DeviceTraits, RolloutPlan, assign
+from model_delta.plan import DeviceTraits
 from model_delta.trust.director import HeldFile
-from model_delta.trust.updater import TrustState, accept_plan, read_manifest
+from model_delta.trust.updater import TrustState, read_manifest
 from monitoring.telemetry import UpdateOutcome
 
 LIVE_RECORDS_MAX = 1_000
-GIVEN_UP_MAX = 16
 
 _log = logging.getLogger(__name__)
 
@@ -78,93 +77,53 @@ class Installation:
         cached_cost: float = 1.0,
         direction: Direction | None = None,
     ) -> None:
-        self._traits, self._model, self._vouching = traits, model, vouching
-        self._slots, self._fetcher, self._outbox, self._running = slots, fetcher, outbox, running
+        self._traits = traits
+        self._slots, self._fetcher, self._running = slots, fetcher, running
         self._open_model, self._clock, self._rng = open_model, clock, rng
-        self._rules, self._told = probation, told
+        self._rules = probation
         self._retry_first_s, self._retry_most_s = retry_first_s, retry_most_s
+        self._journal = Journal(slots=slots, fetcher=fetcher, outbox=outbox, clock=clock, told=told)
         self._acquisition = Acquisition(
             slots=slots,
             fetcher=fetcher,
             tenant=traits.tenant,
             vouching=vouching,
             clock=clock,
-            received=self._count_received,
-            chosen=self._note_route,
+            received=self._journal.count_received,
+            chosen=self._journal.note_route,
             limits=limits,
             cached_cost=cached_cost,
             direction=direction,
         )
         self._direction = direction
-        self.record = slots.read_record()
-        self._unjudged: tuple[str, bytes] | None = None
-        vouching.on_new_anchors(self._offer_again)
-        self.refused = 0
-        self.last_refusal = ""
-        self._plan: RolloutPlan | None = None
-        self._plan_changed = asyncio.Event()
+        self.plans = Plans(
+            traits=traits,
+            model=model,
+            journal=self._journal,
+            vouching=vouching,
+            running=running,
+            clock=clock,
+            retry_s=retry_most_s,
+        )
         self._live: LiveRecord | None = None
         self._answered = asyncio.Event()
-        self._remember_plan()
 
-    # -- plans
-
-    def offered(self, topic: str, payload: bytes) -> None:
-        """A rollout plan has arrived. What cannot be believed is counted and otherwise ignored; a believable one is
-        stored before it is followed. One that is signed by unknown keys is judged again when there are new ones."""
-        anchors, self._unjudged = self._vouching.anchors, None
-        try:
-            plan, trust = accept_plan(payload, self._model, anchors, self.record.trust, self._clock())
-            if trust != self.record.trust or payload != self.record.plan:
-                self._write(trust=trust, plan=payload)
-        except StorageFull:  # a retained message does not come again by itself
-            asyncio.get_running_loop().call_later(self._retry_most_s, self.offered, topic, payload)
-        except SignatureInvalid as error:
-            self._refuse(error)
-            self._unjudged = (topic, payload)
-            self._vouching.ask_soon()
-        except AtollError as error:
-            self._refuse(error)
-        else:
-            self._follow(plan)
-
-    def _refuse(self, error: AtollError) -> None:
-        self.refused += 1
-        self.last_refusal = str(error)
-        _log.warning("%s: plan refused: %s", self._traits.device_id, error)
-
-    def _offer_again(self) -> None:
-        if self._unjudged is not None:
-            self.offered(*self._unjudged)
+    @property
+    def record(self) -> UpdateRecord:
+        """Where the update stands."""
+        return self._journal.record
 
     def keep_trust(self, trust: TrustState) -> None:
         """Store a newer trust state (a round announcement was accepted). Raises StorageFull."""
-        self._write(trust=trust)
-
-    @property
-    def plan_serial(self) -> int:
-        """The serial of the newest accepted plan."""
-        return self.record.trust.plan_serial
-
-    @property
-    def plan(self) -> RolloutPlan | None:
-        """The newest accepted plan, if there is one."""
-        return self._plan
+        self._journal.write(trust=trust)
 
     def standing(self) -> Standing:
         """What the device tells its director of itself, beside its files."""
-        return Standing(self._running.digest, self.record.trust.release_floor, self.plan_serial)
+        return Standing(self._running.digest, self.record.trust.release_floor, self.plans.serial)
 
     def held_files(self) -> tuple[HeldFile, ...]:
         """What stands in the slots; see `Acquisition.held_files`. Blocking."""
         return self._acquisition.held_files()
-
-    def wanted(self) -> str:
-        """The version this device should run by the newest plan; "" when no valid plan says anything."""
-        plan = self._plan
-        if plan is None or self._clock() >= plan.expires:
-            return ""
-        return assign(plan, self._traits).manifest
 
     def file_root(self) -> str:
         """The Merkle root of the file in the slot that the pointer names, as it stands on disk; "" without one."""
@@ -175,19 +134,6 @@ class Installation:
             return root_of(version.manifest, self._slots.read(version))
         except AtollError:
             return ""
-
-    def _follow(self, plan: RolloutPlan) -> None:
-        self._plan = plan
-        self._running.withdrawn = frozenset(plan.withdrawn)
-        self._plan_changed.set()
-
-    def _remember_plan(self) -> None:
-        """Follow the plan that was accepted before the power went off; an expired one has no say."""
-        if self.record.plan:
-            with contextlib.suppress(AtollError):
-                anchors, trust = self._vouching.anchors, self.record.trust
-                plan, _ = accept_plan(self.record.plan, self._model, anchors, trust, self._clock())
-                self._follow(plan)
 
     # -- the life of the update
 
@@ -208,11 +154,11 @@ class Installation:
         happened = Happened(Event.BOOTED)
         while True:
             try:
-                self._tell()
+                self._journal.tell()
                 if happened.event is Event.BOOTED:
                     self._run_slot(self._answering_slot())
                 command = self._advance(happened)
-                self._tell()
+                self._journal.tell()
                 happened = await self._perform(command)
             except StorageFull as error:
                 _log.error("%s: %s", self._traits.device_id, error)
@@ -228,10 +174,9 @@ class Installation:
         _log.info("%s: %s, %s: %s, %s", self._traits.device_id, before, happened.event, found.state, found.command)
         changes = dict(happened.changes)
         if happened.outcome is not None:
-            changes["outcomes"] = (*self.record.outcomes, happened.outcome)
-            changes["told_after"] = self._outbox.last_sequence
+            changes |= self._journal.note(happened.outcome)
         if found.state is not before or changes:
-            self._write(state=found.state, **changes)
+            self._journal.write(state=found.state, **changes)
         return found.command
 
     async def _perform(self, command: Command) -> Happened:
@@ -259,25 +204,25 @@ class Installation:
         """Wait until the plan wants something else than what runs here. What failed here is not tried again in the
         same rollout."""
         while True:
-            self._plan_changed.clear()
-            wanted, plan = self.wanted(), self._plan
+            self.plans.changed.clear()
+            wanted, plan = self.plans.wanted(), self.plans.current
             new = wanted not in ("", self._running.digest)
             if plan is not None and new and self.record.given_up.get(wanted) != plan.name:
                 self._slots.clear_incoming()
                 self._fetcher.bytes_received = 0
                 changes = {"target": wanted, "slot": "", "route": "", "rollout": plan.name, "bytes_received": 0}
                 return Happened(Event.OFFERED, changes={**changes, "started": self._clock()})
-            await self._plan_changed.wait()
+            await self.plans.changed.wait()
 
     async def _unless_withdrawn(self, work: Coroutine[Any, Any, Happened]) -> Happened:
         """Do `work`, unless a plan stops wanting the target before it is done."""
         task = asyncio.create_task(work, name=f"update {self._traits.device_id}")
         try:
             while not task.done():
-                self._plan_changed.clear()
-                if self.wanted() not in ("", self.record.target):
+                self.plans.changed.clear()
+                if self.plans.wanted() not in ("", self.record.target):
                     return self._withdrawn()
-                change = asyncio.create_task(self._plan_changed.wait())
+                change = asyncio.create_task(self.plans.changed.wait())
                 try:
                     await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -290,8 +235,10 @@ class Installation:
     def _withdrawn(self) -> Happened:
         if self.record.state is State.ON_PROBATION:
             active = self._running.digest == self.record.target
-            return Happened(Event.WITHDRAWN, self._outcome("rolled_back", "withdrawn by the plan", active=active))
-        return Happened(Event.WITHDRAWN, self._outcome("withdrawn", "the plan no longer wants it here"))
+            return Happened(
+                Event.WITHDRAWN, self._journal.outcome("rolled_back", "withdrawn by the plan", active=active)
+            )
+        return Happened(Event.WITHDRAWN, self._journal.outcome("withdrawn", "the plan no longer wants it here"))
 
     def _tell_director(self) -> None:
         if self._direction is not None:
@@ -310,14 +257,16 @@ class Installation:
                 await asyncio.sleep(wait_s * (0.5 + self._rng.random() / 2))
                 wait_s = min(2 * wait_s, self._retry_most_s)
             except AtollError as error:  # Untrusted or Malformed: the same bytes would be refused again
-                return Happened(Event.REFUSED, self._outcome("refused", str(error)[:300]), self._give_up())
+                return Happened(
+                    Event.REFUSED, self._journal.outcome("refused", str(error)[:300]), self._journal.give_up()
+                )
 
     async def _fetch_once(self) -> dict[str, Any]:
         """What changes in the record once the inactive slot holds the target."""
-        if self._plan is None:
+        if self.plans.current is None:
             raise Unavailable("no valid plan at hand that asks for this version")
         slot = self._slots.inactive()
-        acquired = await self._acquisition.bring(self.record.target, self._plan, self.record.trust)
+        acquired = await self._acquisition.bring(self.record.target, self.plans.current, self.record.trust)
         if not acquired.stands:
             self._slots.install(slot, acquired.envelope)
         self._slots.clear_incoming()
@@ -325,26 +274,12 @@ class Installation:
             "slot": slot,
             "route": self.record.route or acquired.route,
             "trust": msgspec.structs.replace(self.record.trust, release_floor=acquired.trust.release_floor),
-            "bytes_received": self._bytes_received(),
+            "bytes_received": self._journal.bytes_received(),
         }
 
     async def file_to_train_from(self, target: str, also_held: Mapping[str, bytes]) -> bytes:
         """The file of a round's base version, whether or not it is the one that answers; see `Acquisition.file_of`."""
         return await self._acquisition.file_of(target, also_held)
-
-    def _bytes_received(self) -> int:
-        """All bytes received for this update, those that are not in the record yet included."""
-        return self.record.bytes_received + self._fetcher.bytes_received
-
-    def _count_received(self) -> None:
-        total, self._fetcher.bytes_received = self._bytes_received(), 0
-        self.record = msgspec.structs.replace(self.record, bytes_received=total)
-        self._slots.write_record(self.record, durable=False)
-
-    def _note_route(self, route: str) -> None:
-        """Durable before the file is made: a power cut behind that must not forget how it was made."""
-        if route != self.record.route:
-            self._write(route=route)
 
     # -- switch, judge, restore
 
@@ -389,7 +324,7 @@ class Installation:
             return self._condemned(verdict, active=True)
         given_up = {key: value for key, value in self.record.given_up.items() if key != version.digest}
         changes = {"given_up": given_up, "adopted": self.record.adopted + 1}
-        return Happened(Event.HEALTHY, self._outcome("adopted", verdict.reason), changes)
+        return Happened(Event.HEALTHY, self._journal.outcome("adopted", verdict.reason), changes)
 
     def _judge_golden(self, version: InstalledVersion | None) -> tuple[Verdict, LoadedModel | None]:
         """Run the golden cases; the loaded version only if they agree."""
@@ -408,8 +343,8 @@ class Installation:
         return verdict, loaded if verdict.outcome == "healthy" else None
 
     def _condemned(self, verdict: Verdict, *, active: bool = False) -> Happened:
-        changes = {**self._give_up(), "rolled_back": self.record.rolled_back + 1}
-        return Happened(Event.UNHEALTHY, self._outcome("rolled_back", verdict.reason, active=active), changes)
+        changes = {**self._journal.give_up(), "rolled_back": self.record.rolled_back + 1}
+        return Happened(Event.UNHEALTHY, self._journal.outcome("rolled_back", verdict.reason, active=active), changes)
 
     def _restore(self) -> Happened:
         """Point back to the slot that answered before. Idempotent: it is the one that the target is not in."""
@@ -427,7 +362,7 @@ class Installation:
                 self._running.use(loaded, version.manifest, version.digest)
                 return Happened(Event.RESTORED)
         self._slots.point_to(None)
-        return Happened(Event.RESTORE_FAILED, self._outcome("safe_mode", reason))
+        return Happened(Event.RESTORE_FAILED, self._journal.outcome("safe_mode", reason))
 
     def _answering_slot(self) -> SlotName | None:
         """Which slot answers right after a start: one that has not passed its golden cases must not."""
@@ -457,39 +392,3 @@ class Installation:
         or the repository changed since ends no version that runs. Expiry is judged at each answer."""
         read_manifest(version.envelope, version.digest, self._traits.tenant, 0.0)
         return self._open_model(version.manifest, self._slots.model_file(version))
-
-    # -- the record
-
-    def _outcome(self, event: str, reason: str, *, active: bool = False) -> UpdateOutcome:
-        now = self._clock()
-        return UpdateOutcome(
-            manifest=self.record.target,
-            event=event,
-            reason=reason,
-            route=self.record.route,
-            bytes_received=self._bytes_received(),
-            seconds=max(0.0, now - self.record.started),
-            seconds_active=max(0.0, now - self.record.switched) if active else 0.0,
-            time=now,
-        )
-
-    def _give_up(self) -> dict[str, Any]:
-        """The change that remembers the target as failed in this rollout."""
-        kept = dict(list(self.record.given_up.items())[1 - GIVEN_UP_MAX :])
-        return {"given_up": {**kept, self.record.target: self.record.rollout}}
-
-    def _tell(self) -> None:
-        """Move noted outcomes to the outbox: each once, also when the power goes off between the two writes."""
-        if not self.record.outcomes:
-            return
-        there = [record for _, record in self._outbox.read(self.record.told_after + 1, self._outbox.last_sequence)]
-        for outcome in self.record.outcomes:
-            if outcome not in there:
-                self._outbox.append(outcome)
-        self._write(outcomes=())
-        self._told()
-
-    def _write(self, **changes: Any) -> None:
-        record: UpdateRecord = msgspec.structs.replace(self.record, **changes)
-        self._slots.write_record(record)
-        self.record = record

@@ -140,9 +140,9 @@ def test_an_older_plan_and_a_forged_one_change_nothing(tmp_path: Path) -> None:
             await eventually(lambda: device.running.digest == second.digest and device.state == State.IDLE)
             world.broker.deliver(plan_topic(TENANT, MODEL), old)
             world.broker.deliver(plan_topic(TENANT, MODEL), b"not even CBOR")
-            await eventually(lambda: device.installation.refused == 2)
+            await eventually(lambda: device.installation.plans.refused == 2)
             assert device.running.digest == second.digest
-            assert device.installation.plan_serial == 2
+            assert device.installation.plans.serial == 2
 
     play(story, tmp_path)
 
@@ -196,7 +196,7 @@ def test_a_slow_version_is_rolled_back_by_the_device_itself_and_not_tried_again(
             await eventually(lambda: len(world.outcomes) == 2)
             assert device.running.digest == first.digest
             world.plan(slow, stable=first, name="bad")
-            await eventually(lambda: device.installation.plan_serial == 3)
+            await eventually(lambda: device.installation.plans.serial == 3)
             await asyncio.sleep(0.1)
             assert (device.running.digest, device.state) == (first.digest, State.IDLE)
         assert events(world) == ["adopted", "rolled_back"]

@@ -119,9 +119,9 @@ def test_new_plan_keys_come_with_the_repository_and_the_old_ones_end(tmp_path: P
             world.plan(second)
             await adopted(world, device, second.digest)
             assert device.vouching.anchors == world.keyring.anchors()
-            refused, world.keyring = device.installation.refused, old
+            refused, world.keyring = device.installation.plans.refused, old
             world.plan(first)
-            await eventually(lambda: device.installation.refused > refused)
+            await eventually(lambda: device.installation.plans.refused > refused)
             assert device.running.digest == second.digest
         again = world.device("pos-0001", folder)
         assert again.vouching.anchors != old.anchors()
