@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,13 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from atoll import child as child_program
+from atoll.guard import Guard, isolated_child
 from atoll.process_tree import others_in_group, tree_memory_bytes
 from atoll.settings import ConfigurationError
 from model_delta.errors import Malformed, Unavailable
 
 POLL_SECONDS = 0.05
-GUARD_SECONDS = 3.0
 GROUP_SECONDS = 1.0
 MEMORY_SAMPLE_SECONDS = 2.0
 BACKOFF_SECONDS = 0.2
@@ -121,15 +119,14 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
         self._waves: list[list[str]] = []
         self._starting = 0
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._groups: set[int] = set()
+        self._guard = Guard()
         self._memory: asyncio.Task[None] | None = None
         self._peak_memory_bytes = 0
         self._gave_up: asyncio.Future[str] | None = None
 
     async def __aenter__(self) -> Self:
         self._gave_up = asyncio.get_running_loop().create_future()
-        self._start_guard()
+        self._guard.start()
         self._memory = asyncio.create_task(self._sample_memory(), name="memory of the children")
         return self
 
@@ -149,7 +146,7 @@ class Supervisor:
             if self._gave_up is not None and not self._gave_up.done():
                 self._gave_up.cancel()
             # Whatever an interrupted stop left alive is the guard's now: its pipe ends here.
-            self._end_guard()
+            self._guard.end()
 
     # --- children ---
 
@@ -223,7 +220,7 @@ class Supervisor:
         """SIGHUP to the child alone, for a program that then reads its files again. Nothing when it is gone."""
         child = self._children.get(name)
         # Not reaped yet, so its id belongs to nobody else.
-        if child is not None and child.process is not None and child.pid in self._groups and self.running(name):
+        if child is not None and child.process is not None and child.pid in self._guard.groups and self.running(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGHUP)
 
@@ -256,7 +253,7 @@ class Supervisor:
                 program.log.replace(program.log.with_name(program.log.name + ".old"))
         with program.log.open("ab") as log:
             child.process = subprocess.Popen(
-                [*_isolated_child(), "run", str(os.getpid()), *program.argv],
+                [*isolated_child(), "run", str(os.getpid()), *program.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -264,8 +261,7 @@ class Supervisor:
                 cwd=program.cwd,
                 start_new_session=True,
             )
-        self._groups.add(child.pid)
-        self._tell_guard(f"+{child.pid}\n")
+        self._guard.watch(child.pid)
 
     async def _wait_ready(self, child: _Child) -> str:
         """ "" when ready, else what went wrong."""
@@ -360,7 +356,7 @@ class Supervisor:
 
     def _signal(self, child: _Child, number: signal.Signals) -> None:
         # Until the leader is reaped its id cannot be given to anybody else, so this can only reach our own.
-        if child.process is not None and child.pid in self._groups:
+        if child.process is not None and child.pid in self._guard.groups:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.process.pid, number)
 
@@ -370,57 +366,18 @@ class Supervisor:
         assert process is not None
         self._signal(child, signal.SIGKILL)
         code = process.wait()
-        if process.pid in self._groups:
-            self._groups.discard(process.pid)
-            self._tell_guard(f"-{process.pid}\n")
+        self._guard.leave(process.pid)
         return code
 
     def _emit(self, kind: EventKind, child: _Child, exit_code: int | None = None, message: str = "") -> None:
         self._on_event(ProcessEvent(kind, child.program.name, child.pid, exit_code, message))
 
-    # --- guard and memory ---
-
-    def _start_guard(self) -> None:
-        self._guard = subprocess.Popen(
-            [*_isolated_child(), "guard", str(GUARD_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for group in self._groups:
-            self._tell_guard(f"+{group}\n")
-
-    def _tell_guard(self, line: str) -> None:
-        guard = self._guard
-        if guard is None or guard.stdin is None:
-            return
-        try:
-            guard.stdin.write(line.encode())
-            guard.stdin.flush()
-        except BrokenPipeError:
-            self._replace_guard()
-
-    def _replace_guard(self) -> None:
-        """Somebody killed the guard: a new one learns all groups."""
-        old, self._guard = self._guard, None
-        if old is not None:
-            with contextlib.suppress(BrokenPipeError):
-                old.communicate()
-        self._start_guard()
-
-    def _end_guard(self) -> None:
-        guard, self._guard = self._guard, None
-        if guard is None:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            guard.communicate(timeout=GUARD_SECONDS + 2.0)
+    # --- memory ---
 
     async def _sample_memory(self) -> None:
         while True:
-            if self._guard is not None and self._guard.poll() is not None:
-                self._replace_guard()
-            used = await asyncio.to_thread(tree_memory_bytes, os.getpid(), frozenset(self._groups))
+            self._guard.replace_if_gone()
+            used = await asyncio.to_thread(tree_memory_bytes, os.getpid(), frozenset(self._guard.groups))
             self._peak_memory_bytes = max(self._peak_memory_bytes, used)
             await asyncio.sleep(MEMORY_SAMPLE_SECONDS)
 
@@ -433,11 +390,6 @@ async def _until(condition: Callable[[], bool], seconds: float = math.inf) -> bo
             return False
         await asyncio.sleep(POLL_SECONDS)
     return True
-
-
-def _isolated_child() -> list[str]:
-    # By path and isolated (-I -S): nothing of the user's environment is imported before exec, and it starts in 15 ms.
-    return [sys.executable, "-I", "-S", str(Path(child_program.__file__))]
 
 
 def _has_exited(process: subprocess.Popen[bytes]) -> bool:

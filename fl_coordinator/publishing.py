@@ -25,15 +25,14 @@ from fl_coordinator.forms import Asked, Form
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.published import MODEL_BYTES_MAX, SOURCE_LABEL, Published
-from fl_coordinator.rollout import Rollout, holds_devices
 from fl_coordinator.tables.records import ReleaseRecord
+from fl_coordinator.version_keys import VersionKeys
 from model_delta.digest import digest_of, require_digest
-from model_delta.encoding import pack, unpack
+from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.graphs.inspection import inspect, require_features
 from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import Keyring
-from model_delta.keys.wrapping import KeyVersions
 from model_delta.manifest import Lineage, Manifest, Segment
 from model_delta.patch.quantization import Worth
 from model_delta.release import LIFETIME_S, Release, build_release
@@ -42,8 +41,6 @@ from model_delta.version import Dot, dot_of, increment, joined, merge, show, sib
 
 PATCHES_FROM = 3
 """From how many earlier versions the delivery itself offers a patch."""
-REWRAP_BATCH = 2_000
-"""How many records are rewrapped between two words on how far a rotation is."""
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -57,7 +54,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Publisher(Published):
-    """Makes and reads releases of one tenant. Blocking; one publication at a time."""
+    """Makes and reads releases of one tenant. Blocking; one publication, or change of `keys`, at a time."""
 
     def __init__(
         self,
@@ -73,7 +70,6 @@ class Publisher(Published):
         vouch: Callable[[], None] = lambda: None,
         latency_us: LatencyUs | None = None,
         worth: Mapping[str, Worth] | None = None,
-        rewrap_batch: int = REWRAP_BATCH,
     ) -> None:
         """`region` is whose counter of the version vector a publication raises; `feature_counts` says for which models
         the input must be `features` of that width; `vouch` is called after every publication, before anybody can
@@ -92,13 +88,9 @@ class Publisher(Published):
         self._feature_counts = dict(feature_counts)
         self._vouch = vouch
         self._one_at_a_time = threading.Lock()
-        self._rewrap_batch = rewrap_batch
-        self._rewrapping = (0, 0)
-
-    @property
-    def rewrapping(self) -> tuple[int, int]:
-        """(records rewrapped, of how many) while keys are rotated, else (0, 0). From any thread."""
-        return self._rewrapping
+        self.keys = VersionKeys(
+            ledger=ledger, keyring=keyring, context=self._context, one_at_a_time=self._one_at_a_time
+        )
 
     def publish(
         self,
@@ -276,51 +268,6 @@ class Publisher(Published):
             draft, size=len(file), file_digest=digest, segments=(Segment("file", len(file), digest),)
         )
         return Candidate(described, file, form)
-
-    def rotate(self, *, forget: bool = False) -> KeyVersions:
-        """Give all artifact keys a new wrapping key; with `forget` the old ones are destroyed, and with them every
-        copy of a record that was made before. Repeating a call that was cut off ends its work. Raises Untrusted for a
-        record that does not open: then nothing is replaced and nothing forgotten."""
-        with self._one_at_a_time:
-            latest = self._keyring.rotate()
-            kept = [record for record in self._ledger.releases() if record.wrapped_key]
-            try:
-                fresh = self._rewrapped([(self._context(one.manifest), one.wrapped_key) for one in kept])
-                self._ledger.replace_wrapped_keys(
-                    {record.manifest: wrapped for record, wrapped in zip(kept, fresh, strict=True)}
-                )
-            finally:
-                self._rewrapping = (0, 0)
-            if forget:
-                self._keyring.trim(latest)
-            return self._keyring.versions()
-
-    def _rewrapped(self, records: Sequence[tuple[str, bytes]]) -> list[bytes]:
-        """All of `records` under the newest wrapping key, telling in `rewrapping` how far it is. Nothing is stored."""
-        fresh: list[bytes] = []
-        for start in range(0, len(records), self._rewrap_batch):
-            self._rewrapping = (start, len(records))
-            fresh += self._keyring.rewrap(records[start : start + self._rewrap_batch])
-        self._rewrapping = (len(records), len(records))
-        return fresh
-
-    def shred(self, manifest: str) -> KeyVersions:
-        """Destroy a version's key, so that neither its file nor what was published as its source opens again: not
-        from the store, not from a mirror, not from a copy of the ledger. Devices that hold it opened run it until
-        it expires or a plan moves them.
-
-        Raises NotFound, and Malformed for a version that devices fall back to or that a rollout still sends out.
-        """
-        with self._one_at_a_time:
-            record = self._ledger.release(manifest)
-            if self._ledger.stable(record.model) == manifest:
-                raise Malformed(f"version {manifest[:16]}…: is the stable one; roll out another one first")
-            for rollout in (unpack(data, Rollout) for data in self._ledger.rollouts()):
-                if manifest in (rollout.target, rollout.stable) and holds_devices(rollout):
-                    raise Malformed(f"version {manifest[:16]}…: rollout {rollout.name} needs it; abort that first")
-            if record.wrapped_key:
-                self._ledger.replace_wrapped_keys({manifest: b""})
-        return self.rotate(forget=True)
 
     def _require_same(
         self, known: ReleaseRecord, name: str, asked: Mapping[str, object], provenance: str, quantize: Asked

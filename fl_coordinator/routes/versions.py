@@ -90,18 +90,18 @@ class VersionRoutes:
 
     async def _shred(self, request: Request) -> Response:
         digest = require_digest(request.path_params["digest"], "release")
-        return JSONResponse(_versions_view(await asyncio.to_thread(self._coordinator.publisher.shred, digest)))
+        return JSONResponse(_versions_view(await asyncio.to_thread(self._coordinator.publisher.keys.shred, digest)))
 
     async def _keys(self, request: Request) -> Response:
         found = await asyncio.to_thread(self._coordinator.keyring.versions)
-        rewrapped, of = self._coordinator.publisher.rewrapping
+        rewrapped, of = self._coordinator.publisher.keys.rewrapping
         return JSONResponse({**_versions_view(found), "rewrapped": rewrapped, "to_rewrap": of})
 
     async def _rotate(self, request: Request) -> Response:
         forget = (await object_of(request)).get("forget", False)
         if not isinstance(forget, bool):
             raise Malformed(f"forget: expected true or false, found {type(forget).__name__}")
-        found = await asyncio.to_thread(self._coordinator.publisher.rotate, forget=forget)
+        found = await asyncio.to_thread(self._coordinator.publisher.keys.rotate, forget=forget)
         return JSONResponse(_versions_view(found))
 
     async def _source(self, request: Request) -> Response:

@@ -359,12 +359,11 @@ def test_nothing_survives_a_parent_that_is_killed(tmp_path: Path, guarded: bool)
 
 def test_a_killed_guard_is_replaced(tmp_path: Path) -> None:
     async def scene(supervisor: Supervisor, events: list[ProcessEvent]) -> None:
-        guard = supervisor._guard
-        assert guard is not None
-        os.kill(guard.pid, signal.SIGKILL)
-        await until(lambda: not alive(guard.pid))
+        killed = supervisor._guard.pid
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: not alive(killed))
         await supervisor.start(python("child", SLEEP, tmp_path))
-        assert supervisor._guard is not None
+        assert supervisor._guard.pid != killed
         assert alive(supervisor._guard.pid)
 
     play(scene)

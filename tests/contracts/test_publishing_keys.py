@@ -23,10 +23,10 @@ def test_versions_are_published_read_rotated_and_shredded(kind: str, tmp_path: P
         first = publisher.publish(fraud_model(1), model="fraud", now=START)
         second = publisher.publish(fraud_model(2), model="fraud", now=START + 1)
         assert publisher.source(first.manifest) == fraud_model(1)
-        assert publisher.rotate().latest == 2
+        assert publisher.keys.rotate().latest == 2
         assert {version_of(record.wrapped_key) for record in platform.ledger.releases()} == {2}
         assert publisher.file(second.manifest)
-        publisher.shred(first.manifest)
+        publisher.keys.shred(first.manifest)
         with pytest.raises(Untrusted, match="was shredded"):
             publisher.source(first.manifest)
         assert publisher.source(second.manifest) == fraud_model(2)

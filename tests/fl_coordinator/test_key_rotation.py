@@ -29,11 +29,11 @@ def test_rotation_moves_every_key_and_changes_none(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     digests = published(platform)
     before = [platform.publisher.key(digest) for digest in digests]
-    assert platform.publisher.rotate() == KeyVersions(1, 2)
+    assert platform.publisher.keys.rotate() == KeyVersions(1, 2)
     records = platform.ledger.releases()
     assert {version_of(record.wrapped_key) for record in records} == {2}
     assert [platform.publisher.key(digest) for digest in digests] == before
-    assert platform.publisher.rotate(forget=True) == KeyVersions(3, 3)
+    assert platform.publisher.keys.rotate(forget=True) == KeyVersions(3, 3)
     assert [platform.publisher.key(digest) for digest in digests] == before
 
 
@@ -44,7 +44,7 @@ def test_a_shredded_version_opens_nowhere_and_the_others_do(tmp_path: Path) -> N
     platform.ledger.close()
     shutil.copyfile(tmp_path / "platform" / "ledger.sqlite", copy)
     platform.open()
-    platform.publisher.shred(second)
+    platform.publisher.keys.shred(second)
     for read in (platform.publisher.key, platform.publisher.file, platform.publisher.source):
         with pytest.raises(Untrusted, match="was shredded"):
             read(second)
@@ -59,9 +59,9 @@ def test_a_shredded_version_opens_nowhere_and_the_others_do(tmp_path: Path) -> N
     with pytest.raises(Malformed, match="was shredded"):
         platform.publisher.publish(fraud_model(1), model="fraud", now=START + 9, parent=first)
     assert platform.publisher.publish(fraud_model(7), model="fraud", now=START + 9).parents == (third,)
-    assert platform.publisher.shred(second).floor == 3  # again: nothing left to drop, and no harm
+    assert platform.publisher.keys.shred(second).floor == 3  # again: nothing left to drop, and no harm
     with pytest.raises(NotFound):
-        platform.publisher.shred("0" * 64)
+        platform.publisher.keys.shred("0" * 64)
 
 
 def test_what_devices_fall_back_to_is_not_shredded(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_devices_fall_back_to_is_not_shredded(tmp_path: Path) -> None:
             with platform.ledger._write() as db:
                 db.execute("UPDATE models SET stable = ? WHERE model = 'fraud'", (record.manifest,))
             with pytest.raises(Malformed, match="is the stable one"):
-                platform.publisher.shred(record.manifest)
+                platform.publisher.keys.shred(record.manifest)
             assert platform.publisher.source(record.manifest) == fraud_model(1)
 
     asyncio.run(story())
@@ -118,15 +118,15 @@ def test_a_shredding_cut_off_anywhere_loses_nothing_else_and_is_repeated(tmp_pat
     before = [platform.publisher.key(digest) for digest in (first, third)]
     dying = CutOff.open(tmp_path / "keyring", platform.clock)
     dying.at = (what, when)
-    platform.publisher._keyring = dying
+    platform.publisher.keys._keyring = dying
     with pytest.raises(PowerCut):
-        platform.publisher.shred(second)
+        platform.publisher.keys.shred(second)
     platform.keyring = EmbeddedKeyring.open(tmp_path / "keyring", platform.clock)
     platform.reopen()
     assert [platform.publisher.key(digest) for digest in (first, third)] == before
     with pytest.raises(Untrusted):
         platform.publisher.key(second)
-    kept = platform.publisher.shred(second)
+    kept = platform.publisher.keys.shred(second)
     assert kept.floor == kept.latest
     assert [platform.publisher.key(digest) for digest in (first, third)] == before
 
@@ -136,7 +136,7 @@ def test_a_record_that_does_not_open_stops_a_rotation_before_anything_is_forgott
     first, second, _ = published(platform)
     platform.ledger.replace_wrapped_keys({second: b"vault:v1:" + b"A" * 80})
     with pytest.raises(Untrusted, match=second[:8]):
-        platform.publisher.rotate(forget=True)
+        platform.publisher.keys.rotate(forget=True)
     assert platform.keyring.versions().floor == 1
     assert platform.publisher.source(first) == fraud_model(0)
     with pytest.raises(NotFound):
@@ -164,8 +164,8 @@ def test_a_rotation_tells_how_far_it_is_and_ends_though_who_asked_for_it_left(tm
     platform = Platform(tmp_path)
     digests = published(platform, 5)
     before = [platform.publisher.key(digest) for digest in digests]
-    platform.publisher._keyring = ring = Waiting(platform.keyring)
-    platform.publisher._rewrap_batch = 2
+    platform.publisher.keys._keyring = ring = Waiting(platform.keyring)
+    platform.publisher.keys._rewrap_batch = 2
     app = control_app(platform.coordinator, tokens={"admin": "a" * 32}, flower=platform.bridge)
 
     async def story() -> None:
@@ -192,6 +192,6 @@ def test_a_rotation_tells_how_far_it_is_and_ends_though_who_asked_for_it_left(tm
 
     asyncio.run(story())
     assert ring.batches == [2, 2, 1]
-    assert platform.publisher.rewrapping == (0, 0)
+    assert platform.publisher.keys.rewrapping == (0, 0)
     assert {version_of(record.wrapped_key) for record in platform.ledger.releases()} == {2}
     assert [platform.publisher.key(digest) for digest in digests] == before
