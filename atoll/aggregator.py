@@ -35,6 +35,7 @@ REGISTER_PAUSE_S = 0.5
 PEER_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 10.0
 COMMAND_DEADLINE_S = 600.0
+MEMORY_BYTES_MAX = 128 << 20
 _FRAME = struct.Struct(">I")
 
 
@@ -62,6 +63,9 @@ async def _aggregator(data: DataFolder, name: str, events: Events) -> None:
         async def fetch(round_id: str) -> Iterable[bytes]:
             return await _fetch_contributions(client, endpoints.coordinator, round_id, folder)
 
+        async def memory(round_id: str) -> bytes:
+            return await _fetch_memory(client, endpoints.coordinator, round_id)
+
         async def send(peer: str, message: str, content: bytes) -> None:
             await _post(client, f"{endpoints.aggregators[peer]}/v1/messages/{name}/{message}", content, f"peer {peer}")
 
@@ -73,6 +77,7 @@ async def _aggregator(data: DataFolder, name: str, events: Events) -> None:
             revoked=lambda: frozenset(revoked),
             fetch_contributions=fetch,
             send=send,
+            fetch_memory=memory,
             step_timeout_s=STEP_TIMEOUT_S,
         )
         loop = asyncio.get_running_loop()
@@ -149,6 +154,22 @@ async def _register(client: httpx.AsyncClient, coordinator: str, own: Aggregator
                 raise Malformed(f"aggregator {own.name}: the coordinator refused its keys: {response.text[:200]}")
             return
         await asyncio.sleep(REGISTER_PAUSE_S)
+
+
+async def _fetch_memory(client: httpx.AsyncClient, coordinator: str, round_id: str) -> bytes:
+    what = f"memory of round {round_id}"
+    content = bytearray()
+    try:
+        async with client.stream("GET", f"{coordinator}/v1/rounds/{round_id}/memory") as response:
+            if response.status_code != 200:
+                raise Unavailable(f"{what}: the coordinator answered {response.status_code}")
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > MEMORY_BYTES_MAX:
+                    raise Malformed(f"{what}: expected at most {MEMORY_BYTES_MAX} bytes")
+    except httpx.HTTPError as error:
+        raise Unavailable(f"{what}: the coordinator did not answer: {type(error).__name__}") from None
+    return bytes(content)
 
 
 async def _fetch_contributions(

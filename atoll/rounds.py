@@ -115,10 +115,10 @@ def show_round(data: Path, round_id: str, transcript: Path | None, *, contact_s:
 
 def verify_rounds(data: Path, files: Sequence[Path], anchors: Path | None, *, as_json: bool) -> None:
     """Replay transcripts from files. Raises Untrusted, after the report, when one does not hold."""
-    from fl_coordinator.transcript import Replay, replay
+    from fl_coordinator.transcript import replay_chain
 
-    trusted = _anchors(data, anchors)
-    found: list[tuple[Path, Replay]] = [(file, replay(read_file(file), trusted)) for file in files]
+    told_all = replay_chain([read_file(file) for file in files], _anchors(data, anchors))
+    found = list(zip(files, told_all, strict=True))
     answers = [{"file": str(file), "holds": told.holds, **msgspec.to_builtins(told)} for file, told in found]
     show(answers, "\n".join(_replay_text(file, told) for file, told in found), as_json=as_json)
     wrong = [(file, check) for file, told in found for check in told.checks if check.problem]

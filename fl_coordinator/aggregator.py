@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import stat
 import tempfile
@@ -30,10 +31,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.channel import Channel, ChannelMessage
+from fl_coordinator.kept_memories import KeptMemories
+from fl_coordinator.memory_chain import after, proven
+from fl_coordinator.rules.policy import remembers
 from fl_coordinator.shares.bounds import contributions_max, require_announceable
 from fl_coordinator.shares.contribution import Holding, hold
 from fl_coordinator.shares.fixed_point import Rng
-from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
+from fl_coordinator.shares.freezing import FROZEN_TYPE
+from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome, Protocol
+from fl_coordinator.shares.remembering import RoundMemory, empty_memory
 from fl_coordinator.shares.sharing import Exchange, to_bytes
 from model_delta.digest import digest_of, require_digest, require_match
 from model_delta.encoding import pack, unpack, unpack_plain
@@ -49,6 +55,7 @@ MAILBOX_BYTES_MAX = 64 << 20
 KEPT_S = 30 * 86_400
 """How long after its deadline a round is remembered; an older one is refused."""
 
+_log = logging.getLogger("atoll.aggregator")
 _ABORT = "abort"
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 
@@ -57,6 +64,8 @@ T = TypeVar("T")
 
 FetchContributions = Callable[[str], Awaitable[Iterable[bytes]]]
 """The contributions of a round, by round id, in the frozen order, read one by one in a thread. Raises Unavailable."""
+FetchMemory = Callable[[str], Awaitable[bytes]]
+"""The packed `MemoryProof` of what a round begins with, by round id. Raises Unavailable."""
 Send = Callable[[str, str, bytes], Awaitable[None]]
 """send(peer, name, data): hand `data` to that aggregator's `deliver(own name, name, data)`. Raises Unavailable."""
 
@@ -111,6 +120,7 @@ class Aggregator:
         revoked: Callable[[], Set[int]],
         fetch_contributions: FetchContributions,
         send: Send,
+        fetch_memory: FetchMemory | None = None,
         clock: Callable[[], float] = time.time,
         rng: Rng = os.urandom,
         step_timeout_s: float = 30.0,
@@ -125,6 +135,8 @@ class Aggregator:
         self._revoked = revoked
         self._fetch = fetch_contributions
         self._send_bytes = send
+        self._fetch_memory = fetch_memory
+        self._memories = KeptMemories(self._store)
         self._clock = clock
         self._rng = rng
         self._step_timeout_s = step_timeout_s
@@ -194,6 +206,7 @@ class Aggregator:
                     f"ask again as attempt {memory.attempt + 1}"
                 )
             return reply
+        begun = await self._memory_of(task)
         data = await self._fetch(command.round_id)
         # Masked vectors wait on disk: a round of many large ones would not fit into memory. The file has no name, so
         # that it is gone with this process.
@@ -201,11 +214,38 @@ class Aggregator:
             holding = await _in_thread(self._take, command, task, index, data, spool)
             memory = msgspec.structs.replace(memory, attempt=command.attempt)
             await _in_thread(self._remember, memory)
-            outcome = await self._take_part(command, task, index, holding, memory)
+            outcome = await self._take_part(command, task, index, holding, memory, begun)
+        await _in_thread(self._keep_memory, task, begun, outcome)
         return await _in_thread(self._sign, command, index, outcome)
 
+    async def _memory_of(self, task: RoundTask) -> RoundMemory:
+        """What the round's policy remembers: the copy that is kept here, or one that the coordinator proves."""
+        if not remembers(task.policy):
+            return empty_memory(task)
+        found = await _in_thread(self._memories.announced, task)
+        if found is not None:
+            return found
+        if self._fetch_memory is None:
+            raise Unavailable(f"round {task.round_id!r}: the memory that it begins with is not at {self.name}")
+        _log.warning("round %s: its memory is not here; it is taken from what three aggregators signed", task.round_id)
+        data = await self._fetch_memory(task.round_id)
+        found = await _in_thread(proven, data, task, self._anchors)
+        await _in_thread(self._memories.accept, task, found)
+        return found
+
+    def _keep_memory(self, task: RoundTask, begun: RoundMemory, outcome: Outcome) -> None:
+        """Spares a later round to ask for it."""
+        if remembers(task.policy):
+            self._memories.left(task, after(begun, task, unpack(outcome.decision, Decision)))
+
     async def _take_part(
-        self, command: RoundCommand, task: RoundTask, index: int, holding: Holding, memory: _Memory
+        self,
+        command: RoundCommand,
+        task: RoundTask,
+        index: int,
+        holding: Holding,
+        memory: _Memory,
+        begun: RoundMemory,
     ) -> Outcome:
         channels = {
             peer: Channel(
@@ -222,6 +262,9 @@ class Aggregator:
             holding=holding,
             pair_secrets={peer: channel.protocol_secret for peer, channel in channels.items()},
             rng=self._rng,
+            sign=lambda said: seal_envelope(sign(FROZEN_TYPE, pack(said), [self._signing])),
+            announced=digest_of(open_envelope(command.task).payload),
+            memory=begun,
             remembered=memory.decision,
             final=memory.final,
             noise_secret=self._noise_secret(),

@@ -39,6 +39,7 @@ from fl_coordinator.ports import Bridge, Clock, Link, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.reception import Reception
+from fl_coordinator.remembered_rounds import proof_for
 from fl_coordinator.retention import Terms
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rollout_driver import RolloutDriver
@@ -328,6 +329,10 @@ class Coordinator:
     def clean_store(self, *, dry_run: bool) -> Cleaned:
         """Remove from the store what nothing needs any more; see `Cleaning.run`. Blocking."""
         return self._cleaning.run(dry_run=dry_run)
+
+    def memory_proof(self, round_id: str) -> bytes:
+        """The packed `MemoryProof` of what a round begins with. Blocking. Raises NotFound."""
+        return proof_for(self.ledger, self.round(round_id).task)
 
     def frozen_offsets(self, round_id: str) -> list[int]:
         """Where a round's contributions are in the log, in the frozen order; see `RoundDriver`. Blocking."""

@@ -6,6 +6,7 @@ Whatever would make it fail for certain is refused here, before any device train
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -17,16 +18,19 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.recorded_rounds import every_round, save_round
+from fl_coordinator.remembered_rounds import newest_memory
 from fl_coordinator.rollout_driver import RolloutDriver
 from fl_coordinator.rounds import Round, RoundSpec, State, newest_of
+from fl_coordinator.rules.policy import remembers
 from fl_coordinator.shares.bounds import CONTRIBUTIONS_MAX, fitted, require_announceable
+from fl_coordinator.shares.remembering import RoundMemory, memory_name
 from fl_coordinator.spending import require_affordable
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, Unavailable
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
-from model_delta.task import TASK_TYPE, RoundTask
+from model_delta.task import TASK_TYPE, AggregatorKey, RoundTask
 from model_delta.trust.signing import seal_envelope
 
 ROLE_ROUND = "round"
@@ -84,6 +88,7 @@ class Announcing:
         self._store.put("artifact", digest_of(graph), graph)
         now = self._clock()
         aggregators = tuple(record.key for record in self._ledger.aggregators()[:AGGREGATORS])
+        memory = self._memory(rounds, spec, aggregators)
         issued = int(now)
         if open_now is not None:
             issued = max(issued, open_now.task.issued + 1)
@@ -109,6 +114,8 @@ class Announcing:
             policy=spec.policy,
             reveal=spec.reveal,
             noise_multiplier=spec.privacy.noise_multiplier if spec.privacy is not None else 0.0,
+            memory=memory_name(memory) if memory is not None else "",
+            memory_round=memory.round_id if memory is not None else "",
         )
         task = fitted(task)
         require_announceable(task)
@@ -123,6 +130,14 @@ class Announcing:
         save_round(self._ledger, opened)
         self._note("info", f"round {opened.round_id}: announced on {base[:16]}…, {task.length} parameters")
         return opened
+
+    def _memory(
+        self, rounds: Sequence[Round], spec: RoundSpec, aggregators: Sequence[AggregatorKey]
+    ) -> RoundMemory | None:
+        """What a policy that remembers begins with."""
+        if not remembers(spec.policy):
+            return None
+        return newest_memory(self._ledger, rounds, spec.model, spec.policy, aggregators)
 
     def _require_canary(self, spec: RoundSpec) -> None:
         """Whether the candidate could start its canary by itself. Raises Malformed."""

@@ -13,6 +13,7 @@ from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Bridge, Note
 from fl_coordinator.recorded_rounds import save_round
+from fl_coordinator.remembered_rounds import memory_record
 from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
 from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
 from fl_coordinator.shares.party import Decision
@@ -83,7 +84,8 @@ class Opening:
         signed = seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, SETTLEMENT_TYPE, pack(settled)))
         transcript = pack_transcript(transcript_of(announcement, ordered, signed))
         mean = b"" if aggregate.mean is None else aggregate.mean.astype("<f4").tobytes()
-        await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript)
+        memory = await asyncio.to_thread(memory_record, self._ledger, found.task, aggregate.decision)
+        await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript, memory)
         return _decided(found, aggregate.decision)
 
     def _pay(self, found: Round) -> Charge | None:

@@ -1,22 +1,26 @@
 """What is left of a round for whoever doubts it: the transcript, and its replay without any of the programs that ran.
 
     announcement   the task as it was announced, signed by the role `round`
-    openings       one from each aggregator, signed: the frozen list, coin, validity of each contribution, Gram matrix,
-                   weights and verdicts, and the digests of its two shares of the weighted sum
+    openings       one from each aggregator, signed: the frozen list; what the three signed before the coin, their parts
+                   of it and the coin; validity of each contribution, Gram matrix, weights and verdicts; the memory that
+                   the policy leaves; and the digests of its two shares of the weighted sum
     shares         the three shares of that sum, each once; together they are the sum, alone they are random
     settlement     signed by the role `round`: the mean's digest, what was spent of a privacy budget, and the epsilons
 
 The replay takes nothing from the coordinator's word but who the aggregators are (the announcement) and which openings
-were made before (the settlement's list of spends). It checks signatures, recomputes the root from the list, the weights
-and verdicts from the Gram matrix by the rules, the sum from the shares, the norm that the matrix foretells for it, the
-mean's digest, and the epsilons. It cannot show that the Gram matrix is of the contributions that were frozen: those are
-deleted, and only the three aggregators together ever held them.
+were made before (the settlement's list of spends). It checks signatures, recomputes the root from the list, the coin
+from parts that were committed to under that root, the weights and verdicts from the Gram matrix by the rules, the sum
+from the shares, the norm that the matrix foretells for it, the mean's digest, and the epsilons. A round whose policy
+remembers earlier ones is replayed with their transcripts (`replay_chain`), back to the first of them. It cannot show
+that the Gram matrix is of the contributions that were frozen: those are deleted, and only the three aggregators
+together ever held them.
 
 Compatibility promise: see `model_delta.encoding`; packed transcripts are kept in the ledger and in files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,8 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.aggregation import Aggregate, Opening, combine_openings
+from fl_coordinator.memory_chain import after
 from fl_coordinator.privacy import Spend, epsilon
-from fl_coordinator.shares.party import Decision, judge, read_gram
+from fl_coordinator.rules.policy import remembers
+from fl_coordinator.shares.freezing import joint_coin, read_statement, require_opening
+from fl_coordinator.shares.party import Decision, failed_checks, judge, read_gram
+from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, require_announced
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta import merkle
 from model_delta.digest import digest_of
@@ -80,11 +88,13 @@ class Check(msgspec.Struct, frozen=True):
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
     """What a transcript turned out to be. `checks` in their order; after one that reads something, those that need it
-    are left out. Devices by name; epsilons of an opening with privacy."""
+    are left out. Devices by name; epsilons of an opening with privacy. A policy that remembers began with the memory
+    that `memory_round` left, and left `memory` (digest)."""
 
     round_id: str = ""
     model: str = ""
     base: str = ""
+    issued: int = 0
     root: str = ""
     policy: str = ""
     mean: str = ""
@@ -92,6 +102,8 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     chosen: tuple[str, ...] = ()
     refused: dict[str, str] = {}
     refusal: str = ""
+    memory_round: str = ""
+    memory: str = ""
     epsilon_release: float = 0.0
     epsilon_device: float = 0.0
     delta: float = 0.0
@@ -103,7 +115,19 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
         return [check.name for check in self.checks] == list(CHECKS) and not any(c.problem for c in self.checks)
 
 
-CHECKS = ("transcript", "announcement", "openings", "root", "validity", "weights", "aggregate", "settlement", "epsilon")
+CHECKS = (
+    "transcript",
+    "announcement",
+    "openings",
+    "root",
+    "freeze",
+    "validity",
+    "memory",
+    "weights",
+    "aggregate",
+    "settlement",
+    "epsilon",
+)
 
 
 def transcript_of(announcement: bytes, replies: Sequence[dict[str, Any]], settlement: bytes) -> Transcript:
@@ -128,9 +152,55 @@ def mean_digest(mean: NDArray[np.float32] | None) -> str:
 
 def replay(data: bytes, anchors: TrustAnchors) -> Replay:
     """Check a packed transcript against the keys in `anchors`. Never raises: what does not hold is in the checks."""
+    return replay_chain([data], anchors)[0]
+
+
+def replay_chain(transcripts: Sequence[bytes], anchors: TrustAnchors) -> list[Replay]:
+    """Check packed transcripts, in any order; those of a policy that remembers with what the earlier ones among them
+    leave. Never raises. A transcript that is needed and not among them is named in the check `memory`."""
+    found: dict[int, Replay] = {}
+    memories: dict[str, RoundMemory] = {}
+    left = {place: _begins_with(data) for place, data in enumerate(transcripts)}
+    while left:
+        ready = [place for place, name in left.items() if not name or name in memories] or list(left)
+        for place in ready:
+            found[place], memory = _replayed(transcripts[place], anchors, memories.get(left.pop(place)))
+            if memory is not None:
+                memories[memory_name(memory)] = memory
+    return _without_gaps([found[place] for place in range(len(transcripts))])
+
+
+def _begins_with(data: bytes) -> str:
+    """The memory that a transcript's round begins with, by its own unchecked word."""
+    with contextlib.suppress(AtollError):
+        return unpack(open_envelope(_read(data).announcement).payload, RoundTask).memory
+    return ""
+
+
+def _without_gaps(every: Sequence[Replay]) -> list[Replay]:
+    """The same, with a word on rounds that left out one which began with the same memory and moved it."""
+    first: dict[tuple[str, str, str], Replay] = {}
+    for found in sorted(every, key=lambda one: one.issued):
+        if found.memory and found.holds:
+            first.setdefault((found.model, found.policy, found.memory_round), found)
+    told = []
+    for found in every:
+        other = first.get((found.model, found.policy, found.memory_round), found)
+        if not remembers(found.policy) or other.round_id == found.round_id or other.issued >= found.issued:
+            told.append(found)
+            continue
+        problem = f"leaves out round {other.round_id!r}, which began with the same memory and has a transcript too"
+        checks = [Check(one.name, problem if one.name == "memory" else one.problem) for one in found.checks]
+        told.append(msgspec.structs.replace(found, checks=tuple(checks)))
+    return told
+
+
+def _replayed(data: bytes, anchors: TrustAnchors, memory: RoundMemory | None) -> tuple[Replay, RoundMemory | None]:
+    """One transcript, and the memory that its round leaves if all holds so far; `memory` is what it begins with."""
     found = Replay()
     transcript = Transcript(announcement=b"", openings=(), shares=(), settlement=b"")
     task = decision = settlement = aggregate = None
+    announced = ""
 
     def looked(name: str, problem: str = "") -> Replay:
         return msgspec.structs.replace(found, checks=(*found.checks, Check(name, problem)))
@@ -138,18 +208,21 @@ def replay(data: bytes, anchors: TrustAnchors) -> Replay:
     try:
         transcript = _read(data)
         found = looked("transcript")
-        task = _announced(transcript.announcement, anchors)
+        task, announced = _announced(transcript.announcement, anchors)
         found = msgspec.structs.replace(looked("announcement"), **_of_task(task))
         decision = _decision(transcript)
         found = msgspec.structs.replace(found, **_of_decision(decision))
         aggregate, problem = _combined(transcript, task)
         found = looked("openings", problem)
     except AtollError as error:
-        return looked(CHECKS[len(found.checks)], str(error))
+        return looked(CHECKS[len(found.checks)], str(error)), None
+    memory = memory if task.memory else empty_memory(task)
     for name, check in (
         ("root", lambda: _root(decision)),
+        ("freeze", lambda: _freeze(decision, task, announced)),
         ("validity", lambda: _validity(decision, task)),
-        ("weights", lambda: _weights(decision, task)),
+        ("memory", lambda: _memory(memory, task)),
+        ("weights", lambda: _weights(decision, task, memory)),
         ("aggregate", lambda: _aggregate(transcript, decision, aggregate)),
     ):
         found = looked(name, _problem(check))
@@ -157,7 +230,7 @@ def replay(data: bytes, anchors: TrustAnchors) -> Replay:
         settlement = _settled(transcript.settlement, anchors)
         found = looked("settlement", _settlement(settlement, decision, task, aggregate))
     except AtollError as error:
-        return looked("settlement", str(error))
+        return looked("settlement", str(error)), None
     found = msgspec.structs.replace(
         found,
         mean=settlement.mean,
@@ -165,7 +238,9 @@ def replay(data: bytes, anchors: TrustAnchors) -> Replay:
         epsilon_device=settlement.epsilon_device,
         delta=settlement.delta,
     )
-    return looked("epsilon", _problem(lambda: _epsilons(settlement)))
+    found = looked("epsilon", _problem(lambda: _epsilons(settlement)))
+    left = after(memory, task, decision) if found.holds and memory is not None else None
+    return found, left if remembers(task.policy) else None
 
 
 _NONSENSE = (ArithmeticError, LookupError, TypeError, ValueError)
@@ -195,12 +270,14 @@ def _read(data: bytes) -> Transcript:
     return transcript
 
 
-def _announced(announcement: bytes, anchors: TrustAnchors) -> RoundTask:
+def _announced(announcement: bytes, anchors: TrustAnchors) -> tuple[RoundTask, str]:
+    """The task, and the digest of its bytes as they were signed."""
     keys, threshold = role_keys(anchors, "round")
-    task = unpack(verify(open_envelope(announcement), TASK_TYPE, keys, threshold), RoundTask)
+    payload = verify(open_envelope(announcement), TASK_TYPE, keys, threshold)
+    task = unpack(payload, RoundTask)
     if task.tenant != anchors.tenant:
         raise Untrusted(f"announcement: expected tenant {anchors.tenant!r}, found {task.tenant!r}")
-    return task
+    return task, digest_of(payload)
 
 
 def _settled(settlement: bytes, anchors: TrustAnchors) -> Settlement:
@@ -235,6 +312,8 @@ def _of_task(task: RoundTask) -> dict[str, Any]:
         "base": task.base,
         "policy": task.policy,
         "aggregators": tuple(key.name for key in task.aggregators),
+        "memory_round": task.memory_round,
+        "issued": task.issued,
     }
 
 
@@ -244,6 +323,7 @@ def _of_decision(decision: Decision) -> dict[str, Any]:
         "chosen": tuple(device.device_id for device in decision.devices if device.selected),
         "refused": {device.device_id: device.reason for device in decision.devices if not device.selected},
         "refusal": decision.refusal,
+        "memory": decision.memory,
     }
 
 
@@ -252,6 +332,25 @@ def _root(decision: Decision) -> str:
     return (
         "" if root == decision.root else f"the list of contributions has root {root[:16]}…, not {decision.root[:16]}…"
     )
+
+
+def _freeze(decision: Decision, task: RoundTask, announced: str) -> str:
+    """The three signed statements over announcement and list, and a coin from what they committed to."""
+    if decision.format < 3:
+        return ""  # written before statements were kept
+    if decision.task != announced:
+        return f"decided about announcement {decision.task[:16]}…, this one is {announced[:16]}…"
+    if not len(decision.frozen) == len(decision.parts) == PARTIES:
+        return f"expected {PARTIES} statements and parts, found {len(decision.frozen)} and {len(decision.parts)}"
+    expected = (task.tenant, task.round_id, decision.attempt, announced, decision.root, len(decision.devices))
+    for index, (sealed, part) in enumerate(zip(decision.frozen, decision.parts, strict=True)):
+        said, name = read_statement(sealed, task, index), task.aggregators[index].name
+        if (said.tenant, said.round_id, said.attempt, said.task, said.root, said.count) != expected:
+            return f"{name} signed a freeze of another announcement, attempt or list"
+        require_opening(said, part, name)
+    if decision.coin != joint_coin(task.round_id, decision.attempt, decision.root, decision.parts):
+        return "the coin is not the one that the parts make"
+    return ""
 
 
 def _validity(decision: Decision, task: RoundTask) -> str:
@@ -268,21 +367,36 @@ def _validity(decision: Decision, task: RoundTask) -> str:
             return f"{device.device_id}: selected without having passed the checks"
         if not device.selected and not device.reason:
             return f"{device.device_id}: refused without a reason"
+        if decision.format >= 3 and decision.measured and (device.valid == 1) != (index in decision.measured):
+            return f"{device.device_id}: its validity bit is {device.valid}, and it was measured all the same or not"
     return ""
 
 
-def _weights(decision: Decision, task: RoundTask) -> str:
-    """The rules again, from the opened matrix alone."""
+def _memory(memory: RoundMemory | None, task: RoundTask) -> str:
+    """Whether the memory that a round begins with is known, from the transcript of the round that left it."""
+    if memory is None:
+        return (
+            f"begins with the memory {task.memory[:16]}… that round {task.memory_round!r} left; give the transcript of "
+            "that round too, and of those before it under this policy"
+        )
+    require_announced(memory, task)
+    return ""
+
+
+def _weights(decision: Decision, task: RoundTask, memory: RoundMemory | None) -> str:
+    """The rules again, from the opened matrix and what the policy remembers alone."""
+    if memory is None:
+        return "cannot be computed without the memory that the round begins with"
     if not decision.measured:
         return "" if decision.refusal and not decision.selected else "nothing was measured, and something selected"
     names = [decision.devices[index].device_id for index in decision.measured]
-    failed = sum(device.reason.startswith("range check") for device in decision.devices)
-    judged = judge(task, read_gram(decision), names, failed)
+    judged = judge(task, read_gram(decision), names, failed_checks(decision), memory.memory)
     weights = [decision.devices[index].weight for index in decision.measured]
     if judged.choice.integers.tolist() != weights or judged.choice.divisor != decision.divisor:
         place = next((at for at, (a, b) in enumerate(zip(judged.choice.integers, weights, strict=True)) if a != b), -1)
         who = f"{names[place]} has weight {weights[place]}, the rules give {judged.choice.integers[place]}"
         return who if place >= 0 else f"the divisor is {decision.divisor}, the rules give {judged.choice.divisor}"
+    after(memory, task, decision)
     if judged.choice.refusal != decision.refusal:
         return f"refusal {decision.refusal!r}, the rules say {judged.choice.refusal!r}"
     for place, reason in judged.choice.refused.items():

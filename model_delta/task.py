@@ -38,8 +38,9 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     A device runs `steps` mini-batches of `batch_size`, clips the difference to `clip_norm_l2`, encodes it with
     `fraction_bits` and shares it in Z_2^32. At most `contributions_max` are taken (0: the most that a round may take);
     `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`). The opened
-    sum carries noise of `noise_multiplier` times the clip norm times the largest weight (0: none). `deadline` and
-    `issued` are Unix seconds.
+    sum carries noise of `noise_multiplier` times the clip norm times the largest weight (0: none). A policy that
+    remembers begins with `memory`, which round `memory_round` left: the digest of a packed `RoundMemory`, "" for none.
+    `deadline` and `issued` are Unix seconds.
     """
 
     format: int = 1
@@ -65,3 +66,5 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "krum"
     reveal: str = "distances"
     noise_multiplier: float = 0.0
+    memory: str = ""
+    memory_round: str = ""

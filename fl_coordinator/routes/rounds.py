@@ -37,6 +37,7 @@ class RoundRoutes:
             Route("/v1/rounds/{round_id}", guard(self._round, "aggregator")),
             Route("/v1/rounds/{round_id}/abort", guard(self._abort_round), methods=["POST"]),
             Route("/v1/rounds/{round_id}/contributions", guard(self._contributions, "aggregator")),
+            Route("/v1/rounds/{round_id}/memory", guard(self._memory, "aggregator")),
             Route("/v1/rounds/{round_id}/transcript", guard(self._transcript, "aggregator", "gateway")),
         ]
 
@@ -79,6 +80,11 @@ class RoundRoutes:
                 yield _FRAME.pack(len(contribution)) + contribution
 
         return StreamingResponse(frames(), media_type="application/octet-stream")
+
+    async def _memory(self, request: Request) -> Response:
+        """What the policy of a round remembers when it begins, for an aggregator that has no copy."""
+        proof = await asyncio.to_thread(self._coordinator.memory_proof, request.path_params["round_id"])
+        return Response(proof, media_type="application/cbor")
 
     async def _transcript(self, request: Request) -> Response:
         round_id = request.path_params["round_id"]

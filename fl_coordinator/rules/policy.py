@@ -143,11 +143,17 @@ POLICIES: Mapping[str, Callable[[Gram, Gram, int], Weighing]] = {
     "history": remembering,
 }
 DEFAULT = "robust"
+REMEMBERING = frozenset({"history"})
 
 
 def weight_bits(policy: str) -> int:
     """How many bits a weight of `policy` adds to an opened sum: 0 when weights are 0 or 1."""
     return 0 if policy == "krum" else WEIGHT_BITS
+
+
+def remembers(policy: str) -> bool:
+    """Whether what `policy` chooses depends on earlier rounds."""
+    return policy in REMEMBERING
 
 
 def contributions_min(policy: str, hostile_max: int) -> int:

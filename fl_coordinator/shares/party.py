@@ -2,7 +2,8 @@
 
 Three parties run this over the same frozen, ordered list of contributions, one step after another:
 
-    hello      a fresh nonce, a commitment to a coin, and which decision of this round is remembered, if any
+    hello      a fresh nonce, the signed freeze with a commitment to a coin (see `freezing`), and which decision of this
+               round is remembered, if any
     compare    which contributions were refused and why; for each share a keyed hash of what it follows from (secret,
                digest of the ciphertext), compared with its other holder
     coin       the coin's opening, and a hash of all that was public so far: everybody must have seen the same
@@ -31,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,13 +44,23 @@ from numpy.typing import NDArray
 
 from fl_coordinator.privacy import noise
 from fl_coordinator.rules import selection
-from fl_coordinator.rules.policy import Verdicts
+from fl_coordinator.rules.history import Memory
+from fl_coordinator.rules.policy import Verdicts, remembers
 from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, noise_std, require_announceable
 from fl_coordinator.shares.contribution import Holding
 from fl_coordinator.shares.fixed_point import Rng
+from fl_coordinator.shares.freezing import (
+    Frozen,
+    joint_coin,
+    read_statement,
+    require_opening,
+    require_same_freeze,
+    statement,
+)
 from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
+from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, moved, require_announced
 from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
 from fl_coordinator.shares.streams import (
     SEED_BYTES,
@@ -77,14 +88,16 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one contribution. `weight` is its integer weight in the sum, `reason` "" for the selected. `norm`
-    is the update's l2 norm in model units; -1 when the contribution did not get as far as the Gram matrix. The rest are
-    the verdicts of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none."""
+    is the update's l2 norm in model units; -1 when the contribution did not get as far as the Gram matrix. `valid` is
+    the bit that the range check opened: 1 inside, 0 outside, -1 when it was refused before. The rest are the verdicts
+    of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none."""
 
     device_id: str
     contribution: str
     selected: bool
     reason: str
     weight: int = 0
+    valid: int = -1
     norm: float = -1.0
     norm_sigma: float = 0.0
     distance_sigma: float = 0.0
@@ -101,9 +114,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     `gram` holds the upper triangle, row by row, of the Gram matrix of the devices `measured` (indices into `devices`),
     int64 little endian: `scale` times their inner products in units of 2^(-2 fraction_bits), estimated by sketches when
     `scale` is above 1. The mean is the sum of weight times update over `divisor`. `refusal` says why nothing was opened
-    ("" if the sum over `selected` was)."""
+    ("" if the sum over `selected` was).
 
-    format: int = 2
+    `task` is the digest of the announcement's payload; `frozen` holds the statements that the three signed before the
+    coin, `parts` what each then opened, see `freezing`; `memory` names the memory that the policy leaves, see
+    `remembering`. These are there from format 3 on."""
+
+    format: int = 3
     tenant: str
     model: str
     round_id: str
@@ -120,6 +137,10 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     selected: tuple[int, ...]
     divisor: int
     refusal: str
+    task: str = ""
+    frozen: tuple[bytes, ...] = ()
+    parts: tuple[bytes, ...] = ()
+    memory: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,8 +164,17 @@ Protocol = Generator[Exchange | Keep, Mapping[int, bytes], Outcome]
 
 class _Hello(msgspec.Struct, frozen=True):
     nonce: bytes
-    commitment: bytes
+    frozen: bytes
     remembered: str
+
+
+@dataclass(frozen=True)
+class _Coined:
+    """The coin, and what shows that it was tossed after the freeze."""
+
+    coin: bytes
+    frozen: tuple[bytes, ...]
+    parts: tuple[bytes, ...]
 
 
 class _Compare(msgspec.Struct, frozen=True):
@@ -163,7 +193,10 @@ class AggregationParty:
 
     `pair_secrets` are 32 bytes per peer index that only the two know (any number of attempts may share them);
     `remembered` is the decision kept by an earlier attempt, `final` whether all three had agreed on it. `noise_secret`
-    is known to nobody else and the same in every attempt. Raises Malformed for a round that must not be run.
+    is known to nobody else and the same in every attempt. `sign` seals a `freezing.Frozen` under this aggregator's key;
+    `announced` is the digest of the announcement's payload as it was signed, that of `task` packed if not given.
+    `memory` is what the policy remembers of earlier rounds. Raises Malformed for a round that must not be run,
+    Untrusted for one that was announced with another memory.
     """
 
     def __init__(
@@ -176,11 +209,16 @@ class AggregationParty:
         holding: Holding,
         pair_secrets: Mapping[int, bytes],
         rng: Rng,
+        sign: Callable[[Frozen], bytes],
+        announced: str = "",
+        memory: RoundMemory | None = None,
         remembered: bytes = b"",
         final: bool = False,
         noise_secret: bytes = b"",
     ) -> None:
         require_announceable(task)
+        self._memory = memory or empty_memory(task)
+        require_announced(self._memory, task)
         if not holding.first.length == holding.second.length == task.length:
             raise Malformed(f"round {task.round_id!r}: expected shares of {task.length} words")
         if len(holding.digests) > contributions_max(task):
@@ -195,6 +233,8 @@ class AggregationParty:
         self._holding = holding
         self._pair_secrets = pair_secrets
         self._rng = rng
+        self._sign = sign
+        self._announced = announced or digest_of(pack(task))
         self._noise_secret = noise_secret or rng(SEED_BYTES)
         self._remembered = remembered
         self._final = final
@@ -205,8 +245,13 @@ class AggregationParty:
         """The protocol as a generator of Exchange and Keep. Raises Untrusted, naming the peer where possible."""
         me = self._index
         secret = self._rng(SEED_BYTES)
-        own = _Hello(self._rng(SEED_BYTES), self._commitment(me, secret), _name_of(self._remembered))
+        count = len(self._holding.digests)
+        said = statement(self._task, self._announced, self._attempt, self._root, count, me, secret)
+        own = _Hello(self._rng(SEED_BYTES), self._sign(said), _name_of(self._remembered))
         hellos = yield from self._broadcast("hello", own, _Hello)
+        frozen = [read_statement(hello.frozen, self._task, index) for index, hello in enumerate(hellos)]
+        for found, name in zip(frozen, self._names, strict=True):
+            require_same_freeze(found, said, name)
         session = self._session(hellos)
         decision = self._remembered if len({hello.remembered for hello in hellos}) == 1 else b""
         if not decision:
@@ -216,7 +261,7 @@ class AggregationParty:
                     f"round {self._task.round_id!r} was decided and opened, but {' and '.join(forgetful)} no longer "
                     "remembers that decision; a second one would give updates away, so the round is over"
                 )
-            decision = pack((yield from self._decide(session, hellos, secret)))
+            decision = pack((yield from self._decide(session, hellos, frozen, secret)))
             yield Keep(decision, agreed=False)
         agreed = yield from self._broadcast_bytes("agree", _name_of(decision).encode())
         self._require_same("agree", "another decision", agreed)
@@ -262,28 +307,31 @@ class AggregationParty:
         second = second + after + np.frombuffer(received[following], dtype="<u4")
         return first, second
 
-    def _decide(self, session: Session, hellos: Sequence[_Hello], secret: bytes) -> Steps[Decision]:
+    def _decide(
+        self, session: Session, hellos: Sequence[_Hello], frozen: Sequence[Frozen], secret: bytes
+    ) -> Steps[Decision]:
         task = self._task
         compares = yield from self._broadcast("compare", self._compare(session), _Compare)
         refused = self._judge_compares(session, compares)
-        coin = yield from self._toss(hellos, compares, secret)
+        coined = yield from self._toss(hellos, frozen, compares, secret)
 
         usable = [index for index in range(len(self._holding.digests)) if index not in refused]
-        found = 0
+        bits: dict[int, bool] = {}
         if len(usable) >= task.selected_min:
-            projections, sketches = yield from self._measured(session, coin, usable)
+            projections, sketches = yield from self._measured(session, coined.coin, usable)
             inside = yield from range_check(session, projections, bounds_of(task).exponent)
-            for index in (index for index, ok in zip(usable, inside, strict=True) if not ok):
+            bits = {index: bool(ok) for index, ok in zip(usable, inside, strict=True)}
+            for index in (index for index, ok in bits.items() if not ok):
                 refused[index] = "range check: a random projection is larger than any clipped update allows"
-                found += 1
             usable = [index for index in usable if index not in refused]
             sketches = sketches.rows(inside)
         if len(usable) < task.selected_min:
             refusal = f"{len(usable)} usable contributions, a sum of fewer than {task.selected_min} is not opened"
-            return self._record(coin, refused, (), np.zeros((0, 0), dtype=np.int64), None, refusal)
+            return self._record(coined, refused, bits, (), np.zeros((0, 0), dtype=np.int64), None, refusal)
         gram = yield from self._open_gram(session, sketches)
-        judged = judge(task, gram, [self._holding.device_ids[index] for index in usable], found)
-        return self._record(coin, refused, usable, gram, judged, judged.choice.refusal)
+        names, hostile = [self._holding.device_ids[index] for index in usable], len(bits) - len(usable)
+        judged = judge(task, gram, names, hostile, self._memory.memory)
+        return self._record(coined, refused, bits, usable, gram, judged, judged.choice.refusal)
 
     def _measured(self, session: Session, coin: bytes, usable: list[int]) -> Steps[tuple[Pair, Pair]]:
         """Shares of all projections and sketches: of the first share by own computing, of the second by the peer's."""
@@ -331,8 +379,9 @@ class AggregationParty:
 
     def _record(
         self,
-        coin: bytes,
+        coined: _Coined,
         refused: Mapping[int, str],
+        bits: Mapping[int, bool],
         measured: Sequence[int],
         gram: NDArray[np.int64],
         judged: selection.Judged | None,
@@ -342,7 +391,13 @@ class AggregationParty:
         scale = bounds_of(task).scale
         unit = math.sqrt(scale) * 2**task.fraction_bits
         devices = [
-            DeviceVerdict(device_id=name, contribution=digest, selected=False, reason=refused.get(index, refusal))
+            DeviceVerdict(
+                device_id=name,
+                contribution=digest,
+                selected=False,
+                reason=refused.get(index, refusal),
+                valid=int(bits.get(index, -1)),
+            )
             for index, (name, digest) in enumerate(zip(holding.device_ids, holding.digests, strict=True))
         ]
         if judged is not None:
@@ -365,7 +420,7 @@ class AggregationParty:
             base=task.base,
             root=self._root,
             aggregators=self._names,
-            coin=coin,
+            coin=coined.coin,
             policy=task.policy,
             devices=tuple(devices),
             measured=tuple(measured),
@@ -374,6 +429,10 @@ class AggregationParty:
             selected=tuple(index for index, device in enumerate(devices) if device.selected),
             divisor=judged.choice.divisor if judged is not None else 0,
             refusal=refusal,
+            task=self._announced,
+            frozen=coined.frozen,
+            parts=coined.parts,
+            memory=memory_after(self._memory, task, judged),
         )
 
     def _session(self, hellos: Sequence[_Hello]) -> Session:
@@ -384,11 +443,6 @@ class AggregationParty:
             for peer, secret in self._pair_secrets.items()
         }
         return Session(self._index, self._names, secrets)
-
-    def _commitment(self, index: int, secret: bytes) -> bytes:
-        return hashlib.sha256(
-            pack(["atoll coin", self._task.round_id, self._attempt, self._root, index, secret])
-        ).digest()
 
     def _compare(self, session: Session) -> _Compare:
         return _Compare(
@@ -441,16 +495,18 @@ class AggregationParty:
                     break
         return refused
 
-    def _toss(self, hellos: Sequence[_Hello], compares: Sequence[_Compare], secret: bytes) -> Steps[bytes]:
+    def _toss(
+        self, hellos: Sequence[_Hello], frozen: Sequence[Frozen], compares: Sequence[_Compare], secret: bytes
+    ) -> Steps[_Coined]:
         """The joint coin: random if one of the three is honest, unknown to all before the contributions are fixed."""
         seen = digest_of(pack([list(hellos), list(compares)]))
         coins = yield from self._broadcast("coin", _Coin(secret, seen), _Coin)
-        for index, coin in enumerate(coins):
-            if not hmac.compare_digest(self._commitment(index, coin.secret), hellos[index].commitment):
-                raise Untrusted(f"{self._names[index]}: step 'coin': does not open its commitment")
+        for name, said, coin in zip(self._names, frozen, coins, strict=True):
+            require_opening(said, coin.secret, name)
         self._require_same("coin", "other messages", [coin.seen for coin in coins])
-        parts = [self._task.round_id, self._attempt, self._root, *(coin.secret for coin in coins)]
-        return hashlib.sha256(pack(["atoll joint coin", *parts])).digest()
+        parts = tuple(coin.secret for coin in coins)
+        joint = joint_coin(self._task.round_id, self._attempt, self._root, parts)
+        return _Coined(joint, tuple(hello.frozen for hello in hellos), parts)
 
     def _broadcast(self, step: str, own: R, kind: type[R]) -> Steps[list[R]]:
         messages = yield from self._broadcast_bytes(step, pack(own))
@@ -475,8 +531,15 @@ class AggregationParty:
         raise Untrusted(f"step {step!r}: {' and '.join(odd)} saw {what} than the rest; nothing was opened")
 
 
-def judge(task: RoundTask, gram: NDArray[np.int64], device_ids: Sequence[str], hostile_found: int) -> selection.Judged:
-    """What the round's policy says of an opened Gram matrix, after `hostile_found` devices failed the range check."""
+def judge(
+    task: RoundTask,
+    gram: NDArray[np.int64],
+    device_ids: Sequence[str],
+    hostile_found: int,
+    memory: Memory | None = None,
+) -> selection.Judged:
+    """What the round's policy says of an opened Gram matrix, after `hostile_found` devices failed the range check, with
+    what it remembers of earlier rounds."""
     bounds = bounds_of(task)
     return selection.decide(
         task.policy,
@@ -488,7 +551,22 @@ def judge(task: RoundTask, gram: NDArray[np.int64], device_ids: Sequence[str], h
         hostile_max=task.hostile_max,
         hostile_found=hostile_found,
         selected_min=task.selected_min,
+        memory=memory,
     )
+
+
+def memory_after(before: RoundMemory, task: RoundTask, judged: selection.Judged | None) -> str:
+    """The name of the memory that a round leaves: the one it began with when no distances were opened."""
+    if judged is None or not remembers(task.policy):
+        return memory_name(before)
+    return memory_name(moved(before, task, judged.choice.memory))
+
+
+def failed_checks(decision: Decision) -> int:
+    """How many devices of a decision did not pass the range check; before format 3 only their reasons say so."""
+    if decision.format < 3:
+        return sum(device.reason.startswith("range check") for device in decision.devices)
+    return sum(device.valid == 0 for device in decision.devices)
 
 
 def read_gram(decision: Decision) -> NDArray[np.int64]:

@@ -80,6 +80,16 @@ class AggregatorRecord(msgspec.Struct, frozen=True):
     url: str
 
 
+class MemoryRecord(msgspec.Struct, frozen=True):
+    """A packed `RoundMemory` under its digest, after that many rounds."""
+
+    name: str
+    model: str
+    policy: str
+    rounds: int
+    packed: bytes
+
+
 class StageEvent(msgspec.Struct, frozen=True):
     """One line of a rollout's history."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fl_coordinator.privacy import Spend
 from fl_coordinator.tables.file import LedgerFile
-from fl_coordinator.tables.records import AdmittedContribution
+from fl_coordinator.tables.records import AdmittedContribution, MemoryRecord
 from fl_coordinator.tables.versions import require_kept
 from model_delta.errors import Malformed, NotFound
 
@@ -38,11 +38,26 @@ class Rounds(LedgerFile):
             raise NotFound(f"round {round_id!r}: there is none of that name")
         return bytes(rows[0][0])
 
-    def save_round_result(self, round_id: str, mean: bytes, transcript: bytes) -> None:
-        """Keep what a round opened: the mean update (float32 little-endian) and the signed transcript. The first result
-        stays: a round opens once, since two openings of different sets would give away their difference."""
+    def save_round_result(
+        self, round_id: str, mean: bytes, transcript: bytes, memory: MemoryRecord | None = None
+    ) -> None:
+        """Keep what a round opened: the mean update (float32 little-endian), the signed transcript, and the memory that
+        its policy leaves. The first result stays: a round opens once, since two openings of different sets would give
+        away their difference."""
         with self._write() as db:
             db.execute("INSERT OR IGNORE INTO round_results VALUES (?,?,?)", (round_id, mean, transcript))
+            if memory is not None:
+                row = (memory.name, memory.model, memory.policy, memory.rounds, memory.packed)
+                db.execute("INSERT OR REPLACE INTO round_memories VALUES (?,?,?,?,?)", row)
+                db.execute(
+                    "DELETE FROM round_memories WHERE model = ? AND policy = ? AND rounds < ?",
+                    (memory.model, memory.policy, memory.rounds - 1),
+                )
+
+    def round_memory(self, name: str) -> bytes | None:
+        """A packed memory by its digest; only the newest two of a model and policy are kept."""
+        rows = self._rows("SELECT memory FROM round_memories WHERE name = ?", (name,))
+        return bytes(rows[0][0]) if rows else None
 
     def round_result(self, round_id: str) -> tuple[bytes, bytes] | None:
         """Mean update and packed transcript, if the aggregators have decided; the mean is empty when they refused."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.channel import Channel
 from fl_coordinator.shares import client
 from fl_coordinator.shares.contribution import (
@@ -29,10 +31,13 @@ from fl_coordinator.shares.contribution import (
     sealing_info,
 )
 from fl_coordinator.shares.fixed_point import clip, encode
+from fl_coordinator.shares.freezing import FROZEN_TYPE, Frozen
 from fl_coordinator.shares.measuring import Coefficients, Measured
 from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome
-from fl_coordinator.shares.sharing import Exchange, Pair, Ring
+from fl_coordinator.shares.remembering import RoundMemory
+from fl_coordinator.shares.sharing import Exchange, Pair, Ring, to_bytes
 from fl_coordinator.shares.streams import COLUMNS, KeyStream, Rows, Words, expand
+from fl_coordinator.transcript import SETTLEMENT_TYPE, Settlement, mean_digest, transcript_of
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.keys.certificates import make_authority, make_leaf, make_request
@@ -151,6 +156,10 @@ class SecureRound:
             Contribution(packed, self.device(name).sign(pre_authentication_encoding(CONTRIBUTION_TYPE, packed)), masked)
         )
 
+    def sign_frozen(self, index: int, said: Frozen) -> bytes:
+        """A freeze under the key of aggregator `index`."""
+        return seal_envelope(sign(FROZEN_TYPE, pack(said), [self.signing[index]]))
+
     def hold(self, contributions: Sequence[bytes], index: int) -> Holding:
         return hold(contributions, self.task, index, self.sealing[index], self.ca_pem, frozenset(), NOW)
 
@@ -162,6 +171,7 @@ class SecureRound:
         holding: Holding | None = None,
         remembered: bytes = b"",
         final: bool = False,
+        memory: RoundMemory | None = None,
     ) -> AggregationParty:
         digests = holding.digests if holding else [digest_of(data) for data in contributions]
         frozen = root([bytes.fromhex(digest) for digest in digests])
@@ -186,25 +196,56 @@ class SecureRound:
             holding=holding or self.hold(contributions, index),
             pair_secrets=secrets,
             rng=os.urandom,
+            sign=lambda said: self.sign_frozen(index, said),
+            memory=memory,
             remembered=remembered,
             final=final,
         )
 
     def run(
-        self, contributions: Sequence[bytes], tamper: Tamper | None = None, attempt: int = 1
+        self,
+        contributions: Sequence[bytes],
+        tamper: Tamper | None = None,
+        attempt: int = 1,
+        memory: RoundMemory | None = None,
     ) -> tuple[list[Outcome], list[View]]:
-        return run_parties([self.party(index, contributions, attempt) for index in range(3)], tamper)
+        return run_parties([self.party(index, contributions, attempt, memory=memory) for index in range(3)], tamper)
 
     def run_rows(
-        self, rows: Words, tamper: Tamper | None = None, seed: int = 0
+        self, rows: Words, tamper: Tamper | None = None, seed: int = 0, memory: RoundMemory | None = None
     ) -> tuple[list[Outcome], list[View], Decision]:
         """Run on encoded updates uint32[n, d] that no device signed; outcomes, views, and the common decision."""
         holdings = random_holdings(rows, seed)
         names = [bytes.fromhex(digest) for digest in holdings[0].digests]
-        parties = [self.party(index, names, holding=holding) for index, holding in enumerate(holdings)]
+        parties = [self.party(index, names, holding=holding, memory=memory) for index, holding in enumerate(holdings)]
         outcomes, views = run_parties(parties, tamper)
         assert len({outcome.decision for outcome in outcomes}) == 1
         return outcomes, views, unpack(outcomes[0].decision, Decision)
+
+    def replies(self, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+        """What the three aggregators answer: signed openings and shares."""
+        replies = []
+        for index, (key, outcome) in enumerate(zip(self.task.aggregators, outcomes, strict=True)):
+            opened = outcome.opened
+            first, second = (to_bytes(opened.first), to_bytes(opened.second)) if opened else (b"", b"")
+            digests = [digest_of(share) if share else "" for share in (first, second)]
+            opening = pack(Opening(key.name, index, outcome.decision, *digests))
+            envelope = seal_envelope(sign(OPENING_TYPE, opening, [self.signing[index]]))
+            replies.append({"opening": envelope, "first": first, "second": second})
+        return replies
+
+    def transcript(self, outcomes: Sequence[Outcome]) -> bytes:
+        """The packed transcript of a round without noise, as a coordinator would keep it."""
+        replies, decision = self.replies(outcomes), unpack(outcomes[0].decision, Decision)
+        settled = Settlement(
+            tenant=self.task.tenant,
+            model=self.task.model,
+            round_id=self.task.round_id,
+            root=decision.root,
+            mean=mean_digest(combine_openings(replies, self.task).mean),
+        )
+        signed = seal_envelope(sign(SETTLEMENT_TYPE, pack(settled), [self.round_key]))
+        return pack(transcript_of(self.announcement(), replies, signed))
 
     def decide(self, contributions: Sequence[bytes]) -> Decision:
         """The decision of an undisturbed run, the same at all three."""

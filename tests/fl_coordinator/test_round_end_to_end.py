@@ -42,6 +42,7 @@ class Aggregators:
         self.platform = platform
         self.down: set[str] = set()
         self.commands: list[dict[str, Any]] = []
+        self.memories_asked = 0
         self.members = {
             name: Aggregator(
                 name,
@@ -51,6 +52,7 @@ class Aggregators:
                 revoked=platform.keyring.revoked,
                 fetch_contributions=self._fetch,
                 send=self._sender(name),
+                fetch_memory=self._fetch_memory,
                 clock=platform.clock,
                 step_timeout_s=1.0,
             )
@@ -61,6 +63,10 @@ class Aggregators:
 
     async def _fetch(self, round_id: str) -> Sequence[bytes]:
         return await asyncio.to_thread(self.platform.frozen_contributions, round_id)
+
+    async def _fetch_memory(self, round_id: str) -> bytes:
+        self.memories_asked += 1
+        return await asyncio.to_thread(self.platform.coordinator.memory_proof, round_id)
 
     def _sender(self, sender: str) -> Any:
         async def send(peer: str, name: str, data: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.contribution import Claim, parse
+from fl_coordinator.shares.freezing import Frozen, joint_coin, statement
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.party import Decision, Keep, Outcome, _Coin, _Compare, _Hello, judge, read_gram
 from fl_coordinator.shares.sharing import Exchange
@@ -23,6 +23,7 @@ from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
+from model_delta.trust.signing import open_envelope
 from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, measure_words, random_holdings, run_parties, whole
 
 
@@ -290,28 +291,31 @@ def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> O
             continue
         if wanted.step == "coin":
             coins = {**secrets, index: unpack(wanted.outgoing[following], _Coin).secret}
-            parts = [world.task.round_id, 1, party._root, *(coins[place] for place in range(3))]
-            coin = hashlib.sha256(pack(["atoll joint coin", *parts])).digest()
+            coin = joint_coin(world.task.round_id, 1, party._root, [coins[place] for place in range(3)])
         if wanted.step == "measured":
             coefficients = Coefficients(coin, world.task.length, bounds_of(world.task))
             received = {following: measure_words(coefficients, noise[1]).joined.tobytes()}
             continue
-        received = simulated(party, wanted, secrets, following, preceding, gram, len(rows), world.task.length)
+        received = simulated(world, wanted, secrets, following, preceding, gram, rows)
 
 
 def simulated(
-    party: object,
+    world: SecureRound,
     wanted: Exchange,
     secrets: dict[int, bytes],
     following: int,
     preceding: int,
     gram: np.ndarray,
-    count: int,
-    length: int,
+    rows: Words,
 ) -> dict[int, bytes]:
+    count, length = rows.shape
     if wanted.step == "hello":
-        commit = party._commitment  # type: ignore[attr-defined]
-        return {peer: pack(_Hello(os.urandom(32), commit(peer, secret), "")) for peer, secret in secrets.items()}
+        own = unpack(open_envelope(unpack(wanted.outgoing[following], _Hello).frozen).payload, Frozen)
+        return {
+            peer: pack(_Hello(os.urandom(32), world.sign_frozen(peer, said), ""))
+            for peer, secret in secrets.items()
+            for said in [statement(world.task, own.task, 1, own.root, count, peer, secret)]
+        }
     if wanted.step == "compare":
         own, third = unpack(wanted.outgoing[following], _Compare), os.urandom(32 * count)
         return {following: pack(_Compare((), own.second, third)), preceding: pack(_Compare((), third, own.first))}

@@ -37,6 +37,7 @@ from fl_coordinator.shares.streams import (
     weighted_sum,
     weighted_sum_from,
 )
+from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from tests.fakes.secure_round import NAMES, NOW, ArrayRows, SecureRound, measure_words, random_sharing, whole
@@ -332,7 +333,7 @@ def test_the_proof_bounds_what_a_small_ring_really_does(b: int) -> None:
         ({"noise_multiplier": 1e-9}, "would show its rounding"),
         ({"noise_multiplier": 2000.0}, "weights of 0 bits and noise can reach"),
         ({"policy": "average"}, "policy: expected one of krum, robust, history, found 'average'"),
-        ({"policy": "history"}, "policy: expected krum or robust"),
+        ({"memory": digest_of(b"earlier")}, "policy: expected one that remembers rounds, found 'krum'"),
         ({"reveal": "selection"}, "reveal: expected distances, found 'selection'"),
         ({"reveal": "graph"}, "reveal: expected distances, found 'graph'"),
         ({"clip_norm_l2": 0.0}, "expected a clip norm above 0"),
