@@ -4,7 +4,7 @@ The commands are in `atoll.commands`; here they are put together, in the order o
 module that it calls only when it runs, so that `atoll --help` stays quick. Every command takes `--json`; the programs
 of a platform then tell their events (`events`).
 Errors are one line on standard error, with exit code 2 for what a person must put right, 3 for what a retry may cure,
-4 for a refusal on grounds of trust.
+4 for a refusal on grounds of trust; with `--json` also one object on standard output, a misspelt option included.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # many small products in many processes: threads only spin
 
+import click
 import typer
 import typer.core
 
@@ -97,13 +98,27 @@ def _end(error: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
+def _misused(error: click.ClickException) -> NoReturn:
+    """An option, argument or value that the command line does not take: what typer says, or an error as any other."""
+    if "--json" not in sys.argv[1:]:
+        error.show()
+        sys.exit(error.exit_code)
+    said = " ".join(error.format_message().split())
+    where = getattr(error, "ctx", None)  # not every kind of error has one
+    _end(f"{said} See `{where.command_path if where else 'atoll'} --help`.", error.exit_code)
+
+
 def main() -> None:
     """Entry point: run the command, turn our errors into one line and an exit code."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # A command that has something to stop installs its own; the others just end, without a traceback.
         signal.signal(signal.SIGINT, _interrupted)
     try:
-        app()
+        # Not standalone: else typer would print what is wrong with the words of a command, as text, and exit.
+        ended = app(prog_name="atoll", standalone_mode=False)
+        sys.exit(ended if isinstance(ended, int) else 0)
+    except click.ClickException as error:
+        _misused(error)
     except AtollError as error:
         from atoll.entry import exit_code
 
@@ -116,5 +131,5 @@ def main() -> None:
         if error.errno not in FOR_A_PERSON or error.filename is None:
             raise
         _end(f"{error.filename}: {error.strerror}; free some space or correct permissions", 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         sys.exit(130)

@@ -55,6 +55,49 @@ def test_an_error_is_told_to_programs_too(
     assert said.err == f"atoll: {told['error']}\n"
 
 
+MISUSED = {
+    "rollout apply": "Missing argument",
+    "rollout aply x.yaml": "No such command 'aply'",
+    "publish model.onnx --nmae spring": "No such option '--nmae'",
+    "device run --rate often": "Invalid value for '--rate'",
+    "device run --rate 0": "Invalid value for '--rate'",
+    "round run --data": "Option '--data' requires an argument",
+    "delta make old new": "Missing argument 'PATCH'",
+    "demo --devices many": "Invalid value for '--devices'",
+    "fleet run extra": "Got unexpected extra argument (extra)",
+    "upp": "No such command 'upp'",
+}
+
+
+@pytest.mark.parametrize("words", MISUSED)
+def test_a_misused_command_is_told_to_programs_too(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words.split()
+    where = given.index("--data") if "--data" in given else len(given)  # behind it, `--json` would be its value
+    monkeypatch.setattr(sys, "argv", ["atoll", *given[:where], "--json", *given[where:]])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    (told,) = lines(said.out)
+    assert (told["event"], told["exit_code"], ended.value.code) == ("error", 2, 2)
+    assert MISUSED[words] in told["error"]
+    assert told["error"].endswith("--help`.")
+    assert said.err == f"atoll: {told['error']}\n"
+
+
+def test_a_misused_command_is_told_to_people_with_its_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["atoll", "device", "run", "--rate", "often"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert said.err.startswith("Usage: atoll device run")
+    assert "Invalid value for '--rate'" in said.err
+
+
 @pytest.mark.slow
 def test_every_program_says_when_it_is_ready_and_when_it_has_stopped(tmp_path: Path) -> None:
     first = free_run(16)
