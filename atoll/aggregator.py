@@ -18,9 +18,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from atoll.coordinator import flower_key, superlink_place
 from atoll.entry import run_process
 from atoll.events import Events
+from atoll.flower_nodes import aggregator_key, superlink_place
 from atoll.http_server import serving
 from atoll.metrics_page import metrics_route
 from atoll.platform import COORDINATOR, port_of, read_anchors
@@ -95,7 +95,7 @@ async def _aggregator(data: DataFolder, name: str, events: Events) -> None:
             return reply
 
         place = superlink_place(data)
-        node = FlowerNode(name, place.address, place.ca, flower_key(data, name), handle)
+        node = FlowerNode(name, place.address, place.ca, aggregator_key(data, name), handle)
         metrics.gauge("aggregator_flower_connected", "1 while the SuperLink answers.").read_from(
             lambda: float(node.connected)
         )

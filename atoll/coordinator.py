@@ -18,8 +18,9 @@ import numpy.typing as npt
 from atoll import stores
 from atoll.entry import run_process
 from atoll.events import Events
+from atoll.flower_nodes import node_keys, superlink_place
 from atoll.http_server import serving
-from atoll.platform import AGGREGATORS, COORDINATOR, SUPERLINK, open_keyring, port_of, revocation_list_of
+from atoll.platform import COORDINATOR, open_keyring, port_of, relay_name, revocation_list_of
 from atoll.revocation import keep_list
 from atoll.settings import INT8_WORTH, MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
 from atoll.trust import hold_automatically
@@ -35,19 +36,21 @@ from edge_runtime.onnx_model import open_model
 from fl_coordinator.control import control_app
 from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.distant_keyring import DistantKeyring
-from fl_coordinator.flower import node_public_key
 from fl_coordinator.flower_bridge import FlowerBridge
-from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace
+from fl_coordinator.flower_superlink import SuperLink
 from fl_coordinator.forming import LoadedModel
 from fl_coordinator.ledger import Ledger
+from fl_coordinator.ports import Tell
 from fl_coordinator.promotion import Evaluate, Evaluation
 from fl_coordinator.publishing import Publisher
+from fl_coordinator.relaying import OWN, through
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Manifest, TensorSpec
 from model_delta.patch.quantization import Worth
 from model_delta.trust.paths import delegated_role
 from monitoring.dashboard import page_routes
 from monitoring.quality import average_precision
+from regional_gateway.relay import Relay
 
 REGION = "core"
 """Whose counter of the version vector this coordinator raises."""
@@ -90,7 +93,12 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
     vouching = Vouching(publishing, ledger, store, REGION, data.child("trust"))
     bridge = FlowerBridge()
     broker = endpoints.broker
+    regions = tuple(endpoints.gateways) if endpoints.flower_port else ()
     async with MqttLink(host=broker.host, port=broker.port, client_id=COORDINATOR, tls=identity.tls()) as link:
+        own_relay = Relay(
+            tenant=TENANT, region=OWN, link=link, folder=folder / "relay", anchors=keyring.anchors, clock=time.time
+        )
+        relays: dict[str, Tell] = {region: through(bridge, relay_name(region)) for region in regions}
         coordinator = Coordinator(
             tenant=TENANT,
             model=MODEL,
@@ -114,6 +122,7 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
             ),
             evaluate=evaluation_on(folder / HELD_OUT),
             bridge=bridge,
+            relays=relays or {OWN: own_relay.carry_out},
             terms=places.terms,
             clean_every_s=places.clean_hours * 3600.0,
         )
@@ -121,6 +130,8 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
         async with serving(app, port_of(endpoints.coordinator), COORDINATOR), asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run(), name=COORDINATOR)
             tasks.create_task(vouching.run(), name="vouching")
+            if not relays:
+                tasks.create_task(own_relay.run(), name="relay")
             _measure(coordinator, vouching)
             events.say("ready", url=endpoints.coordinator, broker=f"mqtts://{broker.host}:{broker.port}")
             if broker.kind == "mosquitto":
@@ -146,34 +157,10 @@ async def _flower(data: DataFolder, bridge: FlowerBridge) -> None:
     endpoints = data.endpoints()
     token = data.path / "flower.token"
     write_private(token, data.tokens()["flower"].encode())
-    names = tuple(endpoints.aggregators)
-    nodes = {name: node_public_key(flower_key(data, name)) for name in names}
+    nodes = node_keys(data, endpoints.aggregators, endpoints.gateways)
     await SuperLink(superlink_place(data), quiet_environment()).supervise(
         lambda: nodes, lambda: bridge.silent_s, endpoints.coordinator, token
     )
-
-
-def superlink_place(data: DataFolder) -> SuperLinkPlace:
-    """Where this platform's SuperLink keeps its state and listens."""
-    identity = data.identity(SUPERLINK)
-    return SuperLinkPlace(
-        folder=data.child("flower"),
-        port=data.endpoints().flower_port,
-        certificate=identity / "certificate.pem",
-        private_key=identity / "key.pem",
-        ca=identity / "ca.pem",
-    )
-
-
-def flower_key(data: DataFolder, aggregator: str) -> Path:
-    """The key by which Flower knows an aggregator's node."""
-    return data.child("aggregators", aggregator) / "flower.pem"
-
-
-def prepare_flower(data: DataFolder) -> None:
-    """Make the nodes' keys before any process needs them."""
-    for name in AGGREGATORS:
-        node_public_key(flower_key(data, name))
 
 
 def golden_inputs(model: str, inputs: Sequence[TensorSpec]) -> list[Mapping[str, Array]]:

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.status import Status
 
 from atoll.control_client import ControlClient
-from atoll.coordinator import prepare_flower, superlink_place
 from atoll.demo_acts import ACTS
 from atoll.demo_stage import Stage
 from atoll.endings import Endings
+from atoll.flower_nodes import prepare_flower, superlink_place
 from atoll.platform import Layout, prepare, programs
 from atoll.ports import held_ports
 from atoll.processes import ProcessEvent, Supervisor
@@ -52,7 +52,7 @@ def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path,
         ports = iter(held)
         layout = Layout(regions=REGIONS, broker=broker, learning=True)
         endpoints = prepare(data, layout, lambda what: next(ports))
-        prepare_flower(data)
+        prepare_flower(data, endpoints.gateways)
         progress = Progress(quiet=as_json)
         stage = Stage(
             data=data,

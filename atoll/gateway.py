@@ -1,4 +1,4 @@
-"""Wiring of one region's gateway: its link, its supply from the coordinator, its mirror, its HTTP server."""
+"""Wiring of one region's gateway: its link, its supply from the coordinator, its mirror, its relay, its HTTP server."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from atoll.entry import run_process
 from atoll.events import Events
 from atoll.http_server import serving
 from atoll.platform import gateway_name, port_of, read_anchors, read_root
+from atoll.relay import relaying
 from atoll.settings import MODEL, TENANT, ConfigurationError, DataFolder
 from atoll.stores import choose_gateway_store, gateway_store, places_of
 from device_sim.payments_csv import CSV_FEATURE_SET, CSV_FEATURES
@@ -151,7 +152,8 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
         distant = not isinstance(kept, DirectoryStore)
         mirror = Mirror(region=region, link=link, store=store, fetch=fetch, metrics=metrics, distant=distant)
         app = create_app(gateway, server_version=__version__)
-        async with serving(app, port_of(endpoints.gateways[region]), name), asyncio.TaskGroup() as tasks:
+        announcing = relaying(data, region, link=link, vouching=vouching, reachable=mirror.reachable, metrics=metrics)
+        async with serving(app, port_of(endpoints.gateways[region]), name), announcing, asyncio.TaskGroup() as tasks:
             tasks.create_task(vouching.run(), name="vouching")
             tasks.create_task(supply.run(), name="supply")
             tasks.create_task(mirror.run(), name="mirror")

@@ -61,6 +61,11 @@ def gateway_name(region: str) -> str:
     return f"gateway-{region}"
 
 
+def relay_name(region: str) -> str:
+    """The Flower node of a region's relay."""
+    return f"relay-{region}"
+
+
 def is_server(name: str) -> bool:
     """Whether the identity `name` is one of the platform's own, which no device may take."""
     return name in (COORDINATOR, BROKER, SUPERLINK, *AGGREGATORS) or name.startswith(gateway_name(""))

@@ -173,6 +173,13 @@ def _round_text(found: dict[str, Any], *, whole: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _relayed(told: dict[str, Any]) -> str:
+    if "failure" in told:
+        return f"did not announce it: {told['failure']}"
+    reached = f" to {told['devices']} devices" if told["devices"] >= 0 else ""
+    return f"announced after {told['announced_s']:.1f} s{reached}, {told.get('contributions', 0)} contributed"
+
+
 def _details(found: dict[str, Any]) -> list[str]:
     lines = [
         f"base      {found['base']}",
@@ -180,6 +187,7 @@ def _details(found: dict[str, Any]) -> list[str]:
         f"policy    {found.get('policy', '')}, reveals {found.get('reveal', '')}",
         f"attempts  {found['attempt']}",
     ]
+    lines += [f"  relay of {name}: {_relayed(told)}" for name, told in found["figures"].get("relays", {}).items()]
     lines += [f"  failed: {failure}" for failure in found["failures"]]
     lines += [f"  {state.lower()}: {seconds:.1f} s" for state, seconds in found["seconds"].items()]
     lines += [f"  gate {name}: {reason}" for name, reason in found["figures"].get("gates", {}).items()]

@@ -62,9 +62,9 @@ def run_up(
             before = data.endpoints() if data.was_started else None
             endpoints = prepare(data, layout, _ports(before, port))
             if learning:
-                from atoll.coordinator import prepare_flower
+                from atoll.flower_nodes import prepare_flower
 
-                prepare_flower(data)
+                prepare_flower(data, endpoints.gateways)
         return asyncio.run(_up(data, endpoints, as_json=as_json))
 
 

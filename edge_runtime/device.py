@@ -247,7 +247,8 @@ class Device:
         self._link.subscribe(down(self.device_id, "ack"), self._acknowledged)
         if self.participation is not None:
             self.participation.start()
-            self._link.subscribe(round_topic(tenant, self.model), self.participation.announced)
+            for region in dict.fromkeys(("", self.traits.region)):
+                self._link.subscribe(round_topic(tenant, self.model, region), self.participation.announced)
         self._link.subscribe(plan_topic(tenant, self.model), self.installation.plans.offered)
         try:
             async with asyncio.TaskGroup() as group:

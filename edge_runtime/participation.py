@@ -91,6 +91,7 @@ class Participation:
         self._jitter = random.Random(int(rng.integers(1 << 62)))
         self._task: RoundTask | None = None
         self._unjudged: tuple[str, bytes] | None = None
+        self._heard = b""
         vouching.on_new_anchors(self._announced_again)
         self._changed = asyncio.Event()
         self._graphs: dict[str, bytes] = {}
@@ -101,7 +102,10 @@ class Participation:
 
     def announced(self, topic: str, payload: bytes) -> None:
         """A round announcement has arrived; an unbelievable one is counted and otherwise ignored. One that is signed by
-        unknown keys is judged again when there are new ones."""
+        unknown keys is judged again when there are new ones. The last one again, from another relay or after a
+        reconnection, is nothing new."""
+        if payload == self._heard:
+            return
         anchors, self._unjudged = self._vouching.anchors, None
         try:
             task, trust = accept_task(payload, self._model, anchors, self._trust(), self._clock())
@@ -117,7 +121,7 @@ class Participation:
                 self._unjudged = (topic, payload)
                 self._vouching.ask_soon()
             return
-        self._task = task
+        self._task, self._heard = task, payload
         self._changed.set()
 
     def _announced_again(self) -> None:

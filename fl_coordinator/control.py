@@ -12,7 +12,7 @@
     POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
     GET  /v1/revoked
     GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}   POST /v1/store/clean   body: JSON dry_run
-    GET  /v1/flower/commands?wait=                POST /v1/flower/replies
+    GET  /v1/flower/commands?wait=&holds=         POST /v1/flower/replies
 
 Every call carries `Authorization: Bearer TOKEN`, with a token per role; a role may call only what is listed beside the
 route. The page, its event stream, the metrics and the health check need none on the loopback interface (see
@@ -23,7 +23,7 @@ Each subject has its routes in a file of `routes`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -46,13 +46,14 @@ from monitoring.metrics import CONTENT_TYPE
 EVENT_SECONDS = 0.5
 VIEWERS_MAX = 500
 WAIT_SECONDS_MAX = 30.0
+HOLDS_CHARS_MAX = 8192
 
 
 class FlowerQueue(Protocol):
     """The half of `FlowerBridge` that the ServerApp talks to."""
 
-    async def next_command(self, wait_s: float) -> dict[str, Any] | None:
-        """The oldest command without an answer, or None after `wait_s` seconds."""
+    async def next_command(self, wait_s: float, holds: Collection[str] = ()) -> dict[str, Any] | None:
+        """The oldest command without an answer that is none of `holds`, or None after `wait_s` seconds."""
 
     def reply(self, body: Any) -> dict[str, bool]:
         """Take an answer; whether it is still wanted."""
@@ -128,7 +129,8 @@ class _Happenings:
 
     async def _flower_command(self, request: Request) -> Response:
         wait = number_in(request.query_params.get("wait", "0"), "wait", 0.0, 3600.0)
-        command = await self._flower.next_command(min(wait, WAIT_SECONDS_MAX))
+        holds = request.query_params.get("holds", "")[:HOLDS_CHARS_MAX].split(",")
+        command = await self._flower.next_command(min(wait, WAIT_SECONDS_MAX), holds)
         return Response(status_code=204) if command is None else JSONResponse(command)
 
     async def _flower_reply(self, request: Request) -> Response:

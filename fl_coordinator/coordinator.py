@@ -10,7 +10,8 @@ published again, rounds go on in the state in which they were, devices repeat wh
     intake           contributions, until they are in the updates log
     round_driver     each round through the table in `rounds`, a task per round
     rollout_driver   judges the rollouts every second
-    desired_state    publishes what is not published yet
+    relaying         has rounds announced in every region
+    desired_state    publishes plans that are not published yet
     enrolment        identities, on request
     cleaning         removes from the store what nothing needs any more
     overview         what the page and the command line see
@@ -24,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fl_coordinator.cleaning import EVERY_S, FIRST_S, Cleaned, Cleaning
@@ -35,10 +36,11 @@ from fl_coordinator.inbox import Inbox
 from fl_coordinator.intake import Intake
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.overview import Overview
-from fl_coordinator.ports import Bridge, Clock, Link, UpdatesLog
+from fl_coordinator.ports import Bridge, Clock, Link, Tell, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.reception import Reception
+from fl_coordinator.relaying import Relaying
 from fl_coordinator.remembered_rounds import proof_for
 from fl_coordinator.retention import Terms
 from fl_coordinator.rollout import Rollout
@@ -78,6 +80,7 @@ class Coordinator:
         publisher: Publisher,
         evaluate: Evaluate | None,
         bridge: Bridge,
+        relays: Mapping[str, Tell],
         limits: Limits | None = None,
         terms: Terms | None = None,
         clean_every_s: float = EVERY_S,
@@ -86,8 +89,9 @@ class Coordinator:
         tick_s: float = TICK_S,
     ) -> None:
         """`model` is the one that the page shows; any number may be published. `evaluate` measures candidates on a
-        held-out set; without it every candidate of a round is released, and the canary alone judges it. `terms` say
-        how long the store keeps what only age speaks against."""
+        held-out set; without it every candidate of a round is released, and the canary alone judges it. `relays` tell
+        each region's devices of rounds, by region; the coordinator's own relay, if it is the only one, is "". `terms`
+        say how long the store keeps what only age speaks against."""
         self.tenant = tenant
         self.model = model
         self.ledger = ledger
@@ -138,12 +142,12 @@ class Coordinator:
             note=self.note,
             publish_soon=self._publish_soon,
         )
+        self._relaying = Relaying(ledger=ledger, relays=relays, clock=clock, tick_s=tick_s)
         self._rounds = RoundDriver(
-            tenant=tenant,
             ledger=ledger,
             log=log,
             keyring=keyring,
-            link=link,
+            relaying=self._relaying,
             intake=self._intake,
             announcing=Announcing(
                 tenant=tenant,
@@ -212,6 +216,7 @@ class Coordinator:
             tasks.create_task(self._forever("contributions", self._intake.take), name="contributions")
             tasks.create_task(self._forever("cleaning", self._clean), name="cleaning")
             tasks.create_task(self._forever("tick", self._tick), name="tick")
+            self._relaying.start(tasks)
             await self._rounds.run(tasks)
 
     def _into(self, inbox: Inbox, queue: str) -> Callable[[str, bytes], None]:

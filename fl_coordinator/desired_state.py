@@ -1,7 +1,7 @@
-"""What devices should find on the broker at any time: the newest plan and the newest announcement of each model.
+"""What devices should find on the broker at any time: the newest plan of each model.
 
 It is retained there, so a device that was away learns it on its return. The broker may have lost it, so everything is
-published again after each reconnect, and now and then.
+published again after each reconnect, and now and then. Announcements of rounds are the relays' (`relaying`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link
-from fl_coordinator.recorded_rounds import every_round
 from model_delta import topics
 from model_delta.errors import Unavailable
 
@@ -32,7 +31,7 @@ class DesiredState:
         self._republish_at = 0.0
 
     async def publish(self) -> None:
-        """Publish newest plans and announcements that this broker may not have: new ones, and all after a reconnect.
+        """Publish newest plans that this broker may not have: new ones, and all after a reconnect.
 
         One at a time, so that an older plan never overtakes a newer one."""
         async with self._publishing:
@@ -64,6 +63,4 @@ class DesiredState:
             newest = self._ledger.plan(model)
             if newest is not None:
                 wanted[topics.plan_topic(self._tenant, model)] = newest[1]
-        for found in every_round(self._ledger):
-            wanted[topics.round_topic(self._tenant, found.task.model)] = found.announcement
         return wanted

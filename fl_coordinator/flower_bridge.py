@@ -5,9 +5,10 @@ work: it asks for the next command (`next_command`, a long poll), sends it to th
 delivers what they answered (`reply`). Both are mounted by the coordinator's HTTP control API, which also checks the
 bearer token; nothing here knows HTTP.
 
-A command is handed out again at every poll until it is answered or its deadline passes. The ServerApp works on one
-command at a time, so a poll means that it holds none; a node recognises the id of a command that it has done already
-and repeats its answer. Delivery is therefore at least once, execution once.
+A command is handed out again at every poll until it is answered or its deadline passes, unless the poll says that the
+ServerApp holds it: it works on several at once, for a relay that is down must not keep the aggregators waiting. A new
+ServerApp holds none. A node recognises the id of a command that it has done already and repeats its answer. Delivery is
+therefore at least once, execution once.
 
 Wire form (JSON; `payload` and the values of `replies` are the canonical CBOR of `model_delta.encoding`, in base64).
 Fields may be added; a reader ignores those that it does not know.
@@ -25,14 +26,14 @@ import base64
 import binascii
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Malformed, Unavailable
 
-PENDING_MAX = 16
-"""Commands that may wait at once; a round needs one."""
+PENDING_MAX = 64
+"""Commands that may wait at once; a round needs one for the aggregators and one for each relay."""
 
 REPLY_MARGIN_S = 0.5
 """How much earlier than the coordinator the ServerApp gives up on silent nodes, so that its answer names them."""
@@ -101,13 +102,14 @@ class FlowerBridge:
             raise CommandFailed(_describe(failures, pending.nodes), replies, failures)
         return replies
 
-    async def next_command(self, wait_s: float) -> dict[str, Any] | None:
-        """The oldest command without an answer, as its wire form; None when there was none for `wait_s` seconds."""
+    async def next_command(self, wait_s: float, holds: Collection[str] = ()) -> dict[str, Any] | None:
+        """The oldest command without an answer that is not one of `holds` (ids), as its wire form; None when there was
+        none for `wait_s` seconds."""
         deadline = self._clock() + min(max(wait_s, 0.0), 60.0)
         while True:
             now = self._contact = self._clock()
             for command_id, pending in self._pending.items():
-                if not pending.answer.done() and pending.deadline > now:
+                if not pending.answer.done() and pending.deadline > now and command_id not in holds:
                     pending.handed_out = True
                     left = round(pending.deadline - now, 3)
                     nodes = list(pending.nodes)

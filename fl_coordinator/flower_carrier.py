@@ -1,7 +1,8 @@
 """What runs inside Flower's ServerApp process: the loop that carries commands from the coordinator to the nodes.
 
-It fetches a command over HTTP, sends it to the named nodes through Flower's Grid, and delivers what they answered. It
-runs as long as the platform does; there is no `flwr run` per round and no strategy.
+It fetches commands over HTTP, sends each to the nodes it names through Flower's Grid, and delivers what they answered;
+several at once, each with its own deadline. It runs as long as the platform does; there is no `flwr run` per round and
+no strategy.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import functools
 import importlib
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +79,10 @@ class _Coordinator:
         except OSError as error:
             raise Unavailable(f"coordinator token {self._token}: {error.strerror}") from None
 
-    def next_command(self) -> Any:
-        """A command's wire form, or None. Raises Unavailable."""
+    def next_command(self, holds: Collection[str]) -> Any:
+        """A command's wire form, or None. Waits for one only if it `holds` none. Raises Unavailable."""
         with as_unavailable(f"coordinator at {self._url}: asking for a command"):
-            wait = {"wait": str(SERVER_POLL_WAIT_S)}
+            wait = {"wait": "0" if holds else str(SERVER_POLL_WAIT_S), "holds": ",".join(holds)}
             response = self._client.get(f"{self._url}/v1/flower/commands", params=wait, headers=self._headers())
             response.raise_for_status()
             return None if response.status_code == 204 else response.json()
@@ -94,8 +96,35 @@ class _Coordinator:
         return not isinstance(answer, dict) or answer.get("wanted", True) is not False
 
 
+@dataclass
+class _Carried:
+    """A command under way. Times are of the monotonic clock; `ends` is when nobody waits for it any more."""
+
+    id: str
+    nodes: tuple[str, ...]
+    payload: bytes
+    left_s: float
+    ends: float
+    deadline: float
+    sent: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Node name: message id, the activation it was sent to."""
+    replies: dict[str, bytes] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    report_at: float = 0.0
+    directory_at: float = 0.0
+    wanted: bool = True
+
+    @property
+    def silent(self) -> list[str]:
+        """The nodes that neither answered nor failed."""
+        return [node for node in self.nodes if node not in self.replies and node not in self.failures]
+
+    def done(self, now: float) -> bool:
+        return not self.silent or now >= self.deadline
+
+
 class CommandCarrier:
-    """The ServerApp's loop, on Flower's Grid: one message per node and command, its own polling, its own deadline."""
+    """The ServerApp's loop, on Flower's Grid: one message per node and command, its own polling, its own deadlines."""
 
     def __init__(
         self,
@@ -108,112 +137,128 @@ class CommandCarrier:
         self._coordinator = coordinator
         self._poll_s = poll_s
         self._after_failure_s = after_failure_s
+        self._held: dict[str, _Carried] = {}
 
     def run(self) -> None:
         """Carry commands until the process ends. A coordinator that is away is asked again with backoff.
 
-        What Flower raises is no reason to end at once, for a new ServerApp takes many seconds; the command is handed
-        out again. After `CARRY_FAILURES_MAX` in a row the process ends, and its supervisor starts a new run.
+        What Flower raises is no reason to end at once, for a new ServerApp takes many seconds; what was held is then
+        handed out again. After `CARRY_FAILURES_MAX` in a row the process ends, and its supervisor starts a new run.
         """
-        pause_s, failures = 0.2, 0
+        pause_s, failures, ask_at = 0.2, 0, 0.0
         while True:
             try:
-                command = self._coordinator.next_command()
-                pause_s = 0.2
-                if command is not None:
-                    self.carry(command)
-                    failures = 0
+                if time.monotonic() >= ask_at:
+                    command = self._coordinator.next_command(list(self._held))
+                    pause_s = 0.2
+                    if command is not None:
+                        self.begin(command)
             except (Unavailable, Malformed) as error:
                 print(f"ServerApp: {error}", flush=True)  # into the SuperLink's log
-                time.sleep(pause_s)
+                ask_at = time.monotonic() + pause_s
                 pause_s = min(2.0, pause_s * 2)
+            try:
+                if self.step():
+                    failures = 0
             except Exception as error:
                 failures += 1
                 print(f"ServerApp: {type(error).__name__}: {error}", flush=True)
                 if failures >= CARRY_FAILURES_MAX:
                     raise
+                self._held.clear()
                 time.sleep(pause_s)
-
-    def carry(self, command: Any) -> None:
-        """Send one command, collect the answers until its deadline, deliver them.
-
-        One node that fails fails the command, so the others are waited for only a little longer: the next attempt is
-        what helps, and it should not wait for a node that died with this one in hand.
-        """
-        command_id, nodes, payload, left_s = read_command(command)
-        ends = deadline = time.monotonic() + left_s - REPLY_MARGIN_S
-        replies: dict[str, bytes] = {}
-        failures: dict[str, str] = {}
-        sent: dict[str, tuple[str, str]] = {}  # node name: message id, the activation it was sent to
-        report_at = directory_at = 0.0
-        while (now := time.monotonic()) < deadline:
-            open_nodes = [node for node in nodes if node not in replies and node not in failures]
-            if not open_nodes:
-                break
-            if now >= directory_at:
-                self._send(command_id, payload, open_nodes, sent, left_s)
-                directory_at = now + 1.0
-            if now >= report_at:
-                with contextlib.suppress(Unavailable):
-                    if not self._coordinator.reply({"id": command_id, "progress": True}):
-                        return
-                report_at = now + 1.0
-            self._collect(sent, replies, failures)
-            if failures and deadline == ends:
-                deadline = min(ends, time.monotonic() + self._after_failure_s)
-            if len(replies) + len(failures) < len(nodes):
+            if self._held or time.monotonic() < ask_at:
                 time.sleep(self._poll_s)
-        for node in nodes:
-            if node not in replies and node not in failures:
-                failures[node] = "did not answer in time" if node in sent else "is not online"
-        self._deliver(write_reply(command_id, replies, failures), ends + REPLY_MARGIN_S)
 
-    def _send(
-        self,
-        command_id: str,
-        payload: bytes,
-        names: Sequence[str],
-        sent: dict[str, tuple[str, str]],
-        left_s: float,
-    ) -> None:
-        """Send the command to those of `names` that are online and have not had it since they came online."""
+    def begin(self, command: Any) -> None:
+        """Take up a command in its wire form. Raises Malformed."""
+        command_id, nodes, payload, left_s = read_command(command)
+        ends = time.monotonic() + left_s
+        self._held[command_id] = _Carried(command_id, nodes, payload, left_s, ends, ends - REPLY_MARGIN_S)
+
+    @property
+    def holds(self) -> bool:
+        """Whether a command is under way."""
+        return bool(self._held)
+
+    def step(self) -> bool:
+        """Send what is to be sent, collect what has come, deliver what is complete; whether anything was delivered.
+
+        One node that fails fails its command, so the command's others are waited for only a little longer: the next
+        attempt is what helps, and it should not wait for a node that died with this one in hand.
+        """
+        now = time.monotonic()
+        self._send(now, [one for one in self._held.values() if not one.done(now) and now >= one.directory_at])
+        for one in self._held.values():
+            if now >= one.report_at and not one.done(now):
+                with contextlib.suppress(Unavailable):
+                    one.wanted = self._coordinator.reply({"id": one.id, "progress": True})
+                one.report_at = now + 1.0
+        self._collect()
+        delivered = False
+        for one in list(self._held.values()):
+            if one.failures:
+                one.deadline = min(one.deadline, time.monotonic() + self._after_failure_s)
+            if one.wanted and one.done(time.monotonic()):
+                one.wanted = not self._deliver(one)
+                delivered = delivered or not one.wanted
+            if not one.wanted:
+                del self._held[one.id]
+        return delivered
+
+    def _send(self, now: float, due: Sequence[_Carried]) -> None:
+        """Send each command to those of its nodes that are online and have not had it since they came online."""
         from flwr.app import ConfigRecord, Message, RecordDict
 
+        if not due:
+            return
         online = {node.name: node for node in self._grid.get_nodes() if node.status == "online"}
-        due = [n for n in names if n in online and (n not in sent or sent[n][1] != online[n].last_activated_at)]
-        # The same record for all: Flower stores and uploads equal objects once.
-        content = RecordDict({"command": ConfigRecord({"id": command_id, "payload": payload})})
-        messages = [
-            Message(content, dst_node_id=online[name].node_id, message_type="query", ttl=left_s + 30.0) for name in due
-        ]
-        for name, message_id in zip(due, self._grid.push_messages(messages), strict=True):
-            if message_id:
-                sent[name] = (message_id, online[name].last_activated_at)
+        for one in due:
+            one.directory_at = now + 1.0
+            names = [
+                name
+                for name in one.silent
+                if name in online and (name not in one.sent or one.sent[name][1] != online[name].last_activated_at)
+            ]
+            if not names:
+                continue
+            # The same record for all: Flower stores and uploads equal objects once.
+            content = RecordDict({"command": ConfigRecord({"id": one.id, "payload": one.payload})})
+            ttl = one.left_s + 30.0
+            messages = [
+                Message(content, dst_node_id=online[name].node_id, message_type="query", ttl=ttl) for name in names
+            ]
+            for name, message_id in zip(names, self._grid.push_messages(messages), strict=True):
+                if message_id:
+                    one.sent[name] = (message_id, online[name].last_activated_at)
 
-    def _collect(self, sent: dict[str, tuple[str, str]], replies: dict[str, bytes], failures: dict[str, str]) -> None:
-        waiting = {message_id: name for name, (message_id, _) in sent.items() if name not in replies | failures}
+    def _collect(self) -> None:
+        waiting = {
+            one.sent[name][0]: (one, name) for one in self._held.values() for name in one.silent if name in one.sent
+        }
         if not waiting:
             return
         for message in self._grid.pull_messages(list(waiting)):
-            name = waiting.get(message.metadata.reply_to_message_id)
-            if name is None:
+            one, name = waiting.get(message.metadata.reply_to_message_id, (None, ""))
+            if one is None:
                 continue
             if message.has_error():
                 # The node went offline, or its answer was lost on the way: ask again when it is there.
-                del sent[name]
+                del one.sent[name]
                 continue
             answer = message.content["answer"]
             if "payload" in answer:
-                replies[name] = bytes(answer["payload"])
+                one.replies[name] = bytes(answer["payload"])
             else:
-                failures[name] = str(answer.get("error", "sent an answer without content"))
+                one.failures[name] = str(answer.get("error", "sent an answer without content"))
 
-    def _deliver(self, body: Mapping[str, Any], deadline: float) -> None:
-        while True:
-            try:
-                self._coordinator.reply(body)
-                return
-            except Unavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+    def _deliver(self, one: _Carried) -> bool:
+        """Hand over what came of a command; False when the coordinator is away and there is time to try again."""
+        missing = {name: "did not answer in time" if name in one.sent else "is not online" for name in one.silent}
+        try:
+            self._coordinator.reply(write_reply(one.id, one.replies, one.failures | missing))
+        except Unavailable as error:
+            if time.monotonic() < one.ends:
+                return False
+            print(f"ServerApp: {error}", flush=True)
+        return True

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 Clock = Callable[[], float]
@@ -13,6 +13,9 @@ Clock = Callable[[], float]
 
 Note = Callable[[str, str], None]
 """note(kind, text): a line in the history that the page shows; kind is `info`, `alert` or `act`. Blocking."""
+
+Tell = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Hands a command to one region's relay and gives its answer; see `regional_gateway.relay`. Raises Unavailable."""
 
 
 class Link(Protocol):

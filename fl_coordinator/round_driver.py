@@ -18,14 +18,15 @@ import msgspec
 
 from fl_coordinator.intake import Intake
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.ports import Clock, Link, Note, UpdatesLog
+from fl_coordinator.ports import Clock, Note, UpdatesLog
 from fl_coordinator.recorded_rounds import every_round, recorded_round, save_round
+from fl_coordinator.relaying import Relaying, complaints
 from fl_coordinator.rollout_driver import AWAKE_S
 from fl_coordinator.round_announcing import Announcing, signed_task
 from fl_coordinator.round_candidate import Candidates
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Command, Event, Round, RoundSpec, State, step
-from model_delta import merkle, topics
+from model_delta import merkle
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Unavailable
 from model_delta.keys.keyring import Keyring
@@ -42,11 +43,10 @@ class RoundDriver:
     def __init__(
         self,
         *,
-        tenant: str,
         ledger: Ledger,
         log: UpdatesLog,
         keyring: Keyring,
-        link: Link,
+        relaying: Relaying,
         intake: Intake,
         announcing: Announcing,
         opening: Opening,
@@ -58,11 +58,10 @@ class RoundDriver:
         publish_soon: Callable[[], Awaitable[None]],
     ) -> None:
         self.due: asyncio.Queue[str] = asyncio.Queue()
-        self._tenant = tenant
         self._ledger = ledger
         self._log = log
         self._keyring = keyring
-        self._link = link
+        self._relaying = relaying
         self._intake = intake
         self._announcing = announcing
         self._opening = opening
@@ -150,6 +149,8 @@ class RoundDriver:
                 event = Event.ABORTED if event is not Event.RELEASED else event
                 reason = found.reason or "an operator aborted it"
                 found = msgspec.structs.replace(found, reason=reason)
+            if found.at in (State.ANNOUNCED, State.COLLECTING):
+                found = await self._relayed(found, over=event is not Event.HEARD)
             state, command = step(found.at, event)
             taken = {
                 **found.seconds,
@@ -164,6 +165,7 @@ class RoundDriver:
                 told = f": {found.reason}" if found.reason and not found.live else ""
                 await asyncio.to_thread(self._note, kind, f"round {round_id}: {state.name.lower()}{told}")
             if not found.live or state is State.FROZEN:
+                self._relaying.wake()
                 await self._publish_soon()
         await self._trim_log()
 
@@ -180,6 +182,14 @@ class RoundDriver:
         live = [found for found in every_round(self._ledger) if found.live]
         offsets = [entry.log_offset for found in live for entry in self._ledger.contributions(found.round_id)]
         return min(offsets, default=self._log.end)
+
+    async def _relayed(self, found: Round, *, over: bool) -> Round:
+        """The round with what its relays did in its record; once collecting is `over`, people hear of those that did
+        not do their part."""
+        told = await asyncio.to_thread(self._relaying.record, found)
+        for complaint in complaints(told) if over else ():
+            await asyncio.to_thread(self._note, "alert", f"round {found.round_id}: {complaint}")
+        return msgspec.structs.replace(found, figures={**found.figures, "relays": told})
 
     def _closed(self, found: Round) -> Round:
         """The round with an announcement that says so; devices stop training and sending."""
@@ -215,11 +225,15 @@ class RoundDriver:
                 return msgspec.structs.replace(found, reason=f"{type(error).__name__}: {error}"), Event.BROKEN
 
     async def _announce(self, found: Round) -> tuple[Round, Event]:
-        if self._clock() > found.task.deadline:
-            return msgspec.structs.replace(
-                found, reason="the deadline passed before it could be announced"
-            ), Event.TOO_FEW
-        await self._link.publish(topics.round_topic(self._tenant, found.task.model), found.announcement, retain=True)
+        """Wait until one relay has announced the round; the others are told meanwhile, and waited for by nobody."""
+        self._relaying.wake()
+        while not await self._relaying.announced(found, self._tick_s):
+            if found.round_id in self._aborted:
+                return found, Event.ABORTED
+            if self._clock() > found.task.deadline:
+                said = "; ".join(complaints(await asyncio.to_thread(self._relaying.record, found)))
+                reason = f"the deadline passed before it could be announced: {said}"
+                return msgspec.structs.replace(found, reason=reason), Event.TOO_FEW
         return found, Event.HEARD
 
     async def _collect(self, found: Round) -> tuple[Round, Event]:

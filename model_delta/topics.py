@@ -26,9 +26,10 @@ def plan_topic(tenant: str, model: str) -> str:
     return f"{ROOT}/cfg/{tenant}/plan/{model}"
 
 
-def round_topic(tenant: str, model: str) -> str:
-    """Retained: the newest signed round announcement of a model."""
-    return f"{ROOT}/cfg/{tenant}/round/{model}"
+def round_topic(tenant: str, model: str, region: str = "") -> str:
+    """Retained: the newest signed round announcement of a model, as the relay of `region` publishes it to its devices;
+    "": as a coordinator without relays does, to all."""
+    return f"{ROOT}/cfg/{tenant}/round/{model}" + (f"/{region}" if region else "")
 
 
 def up(device: str, channel: str) -> str:

@@ -52,6 +52,9 @@ TIMESTAMP = "timestamp.json"
 TIMESTAMP_SECONDS = 0.5
 """Short, because a version is vouched for just before the plan that names it is published."""
 ROOTS_AT_ONCE = 64
+HEARD_S = 900.0
+HEARD_MAX = 100_000
+"""A device that asked for something within `HEARD_S` seconds counts as reachable."""
 
 
 class Mirror:
@@ -77,6 +80,7 @@ class Mirror:
         self._fetching: dict[tuple[StoreKind, str], asyncio.Task[None]] = {}
         self._missing: dict[tuple[StoreKind, str], float] = {}
         self._timestamp_until = 0.0
+        self._heard: dict[str, float] = {}  # device: when it last asked, in this order
         self._requests = metrics.counter("mirror_requests", "Chunk requests by result.", ("result",))
         self._bytes = metrics.counter("mirror_bytes", "Bytes handed to devices, by kind of object.", ("kind",))
         self._fetched = metrics.counter("mirror_fetched_bytes", "Bytes fetched from the coordinator.", ("kind",))
@@ -112,7 +116,18 @@ class Mirror:
             return
         self._admit(device_of(topic), bytes(payload))
 
+    def reachable(self) -> int:
+        """How many devices asked for something within the last `HEARD_S` seconds."""
+        since = asyncio.get_running_loop().time() - HEARD_S
+        while self._heard and next(iter(self._heard.values())) < since:
+            del self._heard[next(iter(self._heard))]
+        return len(self._heard)
+
     def _admit(self, device: str, request: ChunkRequest | bytes) -> None:
+        self._heard.pop(device, None)
+        while len(self._heard) >= HEARD_MAX:
+            del self._heard[next(iter(self._heard))]
+        self._heard[device] = asyncio.get_running_loop().time()
         if self._window[device] >= WINDOW_MAX or self._waiting.full():
             # Dropped, not answered: an answer would cost what the window saves. The device asks again.
             self._requests.add(1, "over_window")

@@ -72,14 +72,19 @@ class AccessRules(msgspec.Struct, frozen=True):
     """Filters by role; `%u` stands for the identity. `platform` names may do everything below `platform_filter`. Every
     other identity may write and read only its own branch and read what is for all. A name that begins with
     `region_prefix` is a region's (`%r`: the rest of the name): beside its own branch it hears what devices ask of this
-    region, and may answer; it can neither read nor forge a device's reports, keys, contributions, or a plan."""
+    region, and may answer, and retains this region's copy of what announces a round; it can neither read nor forge a
+    device's reports, keys, contributions, or a plan, nor touch what another region hears."""
 
     write: tuple[str, ...] = (f"{ROOT}/dev/%u/up/#",)
     read: tuple[str, ...] = (f"{ROOT}/dev/%u/down/#", f"{ROOT}/cfg/#")
     platform: tuple[str, ...] = ("coordinator",)
     platform_filter: str = f"{ROOT}/#"
     region_prefix: str = "gateway-"
-    region_write: tuple[str, ...] = (f"{ROOT}/dev/+/down/res", f"{ROOT}/dev/+/down/trust")
+    region_write: tuple[str, ...] = (
+        f"{ROOT}/dev/+/down/res",
+        f"{ROOT}/dev/+/down/trust",
+        f"{ROOT}/cfg/+/round/+/%r",
+    )
     region_read: tuple[str, ...] = (f"{ROOT}/dev/+/up/req/%r", f"{ROOT}/dev/+/up/trust/%r")
 
     def region_of(self, identity: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,9 +72,11 @@ class FakeCoordinator:
     commands: list[Any] = field(default_factory=list)
     wanted: bool = True
     bodies: list[Mapping[str, Any]] = field(default_factory=list)
+    held: list[tuple[str, ...]] = field(default_factory=list)
 
-    def next_command(self) -> Any:
-        command = self.commands.pop(0)
+    def next_command(self, holds: Collection[str]) -> Any:
+        self.held.append(tuple(holds))
+        command = self.commands.pop(0) if self.commands else None
         if isinstance(command, BaseException):
             raise command
         return command

@@ -19,7 +19,7 @@ from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.ports import UpdatesLog
+from fl_coordinator.ports import Tell, UpdatesLog
 from fl_coordinator.promotion import Evaluate
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.shares.client import make_contribution
@@ -37,7 +37,8 @@ from model_delta.task import RoundTask
 from model_delta.trust.signing import seal_envelope, sign
 from model_delta.trust.updater import TrustState, accept_plan, accept_task
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, latency_bucket
-from tests.fakes.link import FakeBroker
+from regional_gateway.relay import Relay
+from tests.fakes.link import FakeBroker, FakeLink
 
 FEATURES = 6
 START = 1_800_000_000.0
@@ -112,6 +113,8 @@ class Platform:
             golden_inputs=golden_inputs,
             feature_counts={"fraud": FEATURES},
         )
+        link = self.broker.link("coordinator")
+        self.own_relay = self.relay("", link)
         self.coordinator = Coordinator(
             tenant="acme",
             model="fraud",
@@ -119,10 +122,27 @@ class Platform:
             log=self.log,
             store=self.store,
             keyring=self.keyring,
-            link=self.broker.link("coordinator"),
+            link=link,
             publisher=self.publisher,
             evaluate=self.evaluate,
             bridge=self.bridge,
+            relays=self.relays(),
+            clock=self.clock,
+            tick_s=0.02,
+        )
+
+    def relays(self) -> Mapping[str, Tell]:
+        """The coordinator's own relay, or others."""
+        return {"": self.own_relay.carry_out}
+
+    def relay(self, region: str, link: FakeLink) -> Relay:
+        """A relay of `region` on a line to the broker."""
+        return Relay(
+            tenant="acme",
+            region=region,
+            link=link,
+            folder=self.folder / f"relay {region}",
+            anchors=self.keyring.anchors,
             clock=self.clock,
             tick_s=0.02,
         )
@@ -138,12 +158,13 @@ class Platform:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Coordinator]:
         """The coordinator at work; leaving is a crash: nothing is flushed or said goodbye to."""
-        task = asyncio.create_task(self.coordinator.run())
+        tasks = [asyncio.create_task(self.coordinator.run()), asyncio.create_task(self.own_relay.run())]
         try:
             yield self.coordinator
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def frozen_contributions(self, round_id: str) -> list[bytes]:
         """A round's contributions in the frozen order, as aggregators get them."""
@@ -181,7 +202,8 @@ class Device:
         self.plan_serial = 0
         self.link = platform.broker.link(device_id)
         self.link.subscribe(topics.plan_topic("acme", "fraud"), self._on_plan)
-        self.link.subscribe(topics.round_topic("acme", "fraud"), self._on_task)
+        for region in ("", self.traits["region"]):
+            self.link.subscribe(topics.round_topic("acme", "fraud", region), self._on_task)
         for channel in ("ack", "receipt", "key"):
             self.link.subscribe(topics.down(device_id, channel), self._on_down)
 

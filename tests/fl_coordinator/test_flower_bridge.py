@@ -107,7 +107,7 @@ def test_the_queue_is_bounded_and_empties_when_callers_give_up() -> None:
         bridge = FlowerBridge()
         tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0)) for n in range(PENDING_MAX)]
         await asyncio.sleep(0)
-        with pytest.raises(Unavailable, match="16 commands wait already"):
+        with pytest.raises(Unavailable, match=f"{PENDING_MAX} commands wait already"):
             await bridge.command({"n": -1}, NODES, 5.0)
         for task in tasks:
             task.cancel()
@@ -149,5 +149,25 @@ def test_a_command_needs_a_node() -> None:
     async def scenario() -> None:
         with pytest.raises(Malformed, match="at least one node"):
             await FlowerBridge().command({}, (), 1.0)
+
+    asyncio.run(scenario())
+
+
+def test_a_command_that_is_held_is_not_handed_out_again_and_keeps_no_other_waiting() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0)) for n in range(2)]
+        first = await bridge.next_command(1.0)
+        assert first is not None
+        second = await bridge.next_command(1.0, [first["id"]])
+        assert second is not None
+        assert second["id"] != first["id"]
+        assert await bridge.next_command(0.0, [first["id"], second["id"]]) is None
+        again = await bridge.next_command(0.0)  # a new ServerApp holds nothing
+        assert again is not None
+        assert again["id"] == first["id"]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,9 +25,9 @@ def _inside_a_server_app() -> None:
     identity.run_id, identity.node_id, identity.task_id = 1, 1, 1
 
 
-def command(nodes: list[str], deadline_s: float = 5.0) -> dict[str, Any]:
+def command(nodes: list[str], deadline_s: float = 5.0, command_id: str = "c-1") -> dict[str, Any]:
     payload = base64.b64encode(PAYLOAD).decode("ascii")
-    return {"id": "c-1", "nodes": nodes, "payload": payload, "deadline_s": deadline_s}
+    return {"id": command_id, "nodes": nodes, "payload": payload, "deadline_s": deadline_s}
 
 
 def answering(node: str, node_id: int) -> FakeNode:
@@ -37,6 +38,15 @@ def carrier(grid: FakeGrid, coordinator: FakeCoordinator) -> CommandCarrier:
     return CommandCarrier(grid, coordinator, poll_s=0.01)  # type: ignore[arg-type]
 
 
+def carry(one: CommandCarrier, *commands: Any) -> None:
+    """Until nothing is held any more."""
+    for each in commands:
+        one.begin(each)
+    while one.holds:
+        one.step()
+        time.sleep(0.01)
+
+
 def answers_in(body: Any) -> dict[str, Any]:
     return {name: unpack_plain(base64.b64decode(reply)) for name, reply in body["replies"].items()}
 
@@ -44,7 +54,7 @@ def answers_in(body: Any) -> dict[str, Any]:
 def test_one_message_per_named_node_and_one_delivery() -> None:
     grid = FakeGrid([answering("a", 1), answering("b", 2), answering("c", 3)])
     coordinator = FakeCoordinator()
-    carrier(grid, coordinator).carry(command(["a", "b"]))
+    carry(carrier(grid, coordinator), command(["a", "b"]))
     assert grid.delivered == [("a", PAYLOAD), ("b", PAYLOAD)]
     assert [body.get("progress") for body in coordinator.bodies] == [True, None]
     assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}, "b": {"from": "b"}}
@@ -60,9 +70,8 @@ def test_a_node_that_failed_ends_the_wait_for_one_that_died() -> None:
     )
     coordinator = FakeCoordinator()
     started = time.monotonic()
-    CommandCarrier(grid, coordinator, 0.01, after_failure_s=0.1).carry(  # type: ignore[arg-type]
-        command(["failing", "dead"], deadline_s=30.0)
-    )
+    impatient = CommandCarrier(grid, coordinator, 0.01, after_failure_s=0.1)  # type: ignore[arg-type]
+    carry(impatient, command(["failing", "dead"], deadline_s=30.0))
     assert time.monotonic() - started < 10.0
     failures = coordinator.bodies[-1]["failures"]
     assert failures == {"failing": "Unavailable: peer b", "dead": "did not answer in time"}
@@ -78,7 +87,7 @@ def test_silent_absent_and_failing_nodes_are_told_apart() -> None:
         ]
     )
     coordinator = FakeCoordinator()
-    carrier(grid, coordinator).carry(command(["a", "silent", "failing", "gone", "unknown"], 0.7))
+    carry(carrier(grid, coordinator), command(["a", "silent", "failing", "gone", "unknown"], 0.7))
     assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
     assert coordinator.bodies[-1]["failures"] == {
         "failing": "Untrusted: no",
@@ -104,7 +113,7 @@ def test_a_node_that_came_back_and_one_whose_answer_was_lost_are_asked_again() -
 
     grid = FakeGrid([FakeNode("restarted", 1, restarted), FakeNode("unlucky", 2, unlucky)])
     coordinator = FakeCoordinator()
-    carrier(grid, coordinator).carry(command(["restarted", "unlucky"]))
+    carry(carrier(grid, coordinator), command(["restarted", "unlucky"]))
     assert tries == {"restarted": 2, "unlucky": 2}
     assert answers_in(coordinator.bodies[-1]) == {"restarted": {}, "unlucky": {}}
 
@@ -112,8 +121,33 @@ def test_a_node_that_came_back_and_one_whose_answer_was_lost_are_asked_again() -
 def test_a_command_that_nobody_waits_for_is_dropped() -> None:
     grid = FakeGrid([FakeNode("silent", 1, lambda command_id, payload: None)])
     coordinator = FakeCoordinator(wanted=False)
-    carrier(grid, coordinator).carry(command(["silent"], 30.0))
+    carry(carrier(grid, coordinator), command(["silent"], 30.0))
     assert coordinator.bodies == [{"id": "c-1", "progress": True}]
+
+
+def test_a_relay_that_is_down_does_not_keep_the_aggregators_waiting() -> None:
+    grid = FakeGrid([answering("a", 1)])
+    coordinator = FakeCoordinator([command(["relay"], 30.0, "c-0"), command(["a"]), None, None, SystemExit()])
+    with pytest.raises(SystemExit):
+        carrier(grid, coordinator).run()
+    assert coordinator.held == [(), ("c-0",), ("c-0",), ("c-0",), ("c-0",)], "what is held is not handed out again"
+    answered = [body for body in coordinator.bodies if "replies" in body]
+    assert [(body["id"], answers_in(body)) for body in answered] == [("c-1", {"a": {"from": "a"}})]
+
+
+def test_an_answer_that_cannot_be_delivered_is_kept_until_it_can() -> None:
+    class Away(FakeCoordinator):
+        away = 3
+
+        def reply(self, body: Mapping[str, Any]) -> bool:
+            if "replies" in body and self.away:
+                self.away -= 1
+                raise Unavailable("coordinator: refused")
+            return super().reply(body)
+
+    coordinator = Away()
+    carry(carrier(FakeGrid([answering("a", 1)]), coordinator), command(["a"]))
+    assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
 
 
 def test_a_coordinator_that_is_away_or_talks_nonsense_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,8 @@ def endpoints(bridge: FlowerBridge) -> Starlette:
     async def commands(request: Request) -> Response:
         if refused(request):
             return Response(status_code=401)
-        command = await bridge.next_command(float(request.query_params["wait"]))
+        holds = request.query_params["holds"].split(",")
+        command = await bridge.next_command(float(request.query_params["wait"]), holds)
         return Response(status_code=204) if command is None else JSONResponse(command)
 
     async def replies(request: Request) -> Response:

@@ -63,6 +63,7 @@ def test_writes_what_the_fleet_relies_on(tmp_path: Path) -> None:
         "user gateway-eu-west",
         "topic write atoll/1/dev/+/down/res",
         "topic write atoll/1/dev/+/down/trust",
+        "topic write atoll/1/cfg/+/round/+/eu-west",
         "topic read atoll/1/dev/+/up/req/eu-west",
         "topic read atoll/1/dev/+/up/trust/eu-west",
         "",

@@ -1,0 +1,176 @@
+"""A region's relay: tells the region's devices which rounds are open.
+
+The coordinator hands it signed announcements (`model_delta.task`), one small message a round; it publishes them
+retained at QoS 1, where this region's devices listen. It is believed by nobody: a device checks the signature itself,
+so a relay can withhold an announcement or delay it, and not make one up. It checks before it publishes, all the same,
+so that a stranger's bytes never reach the devices, and an older announcement never replaces a newer one.
+
+What it took is on disk before it is published, and published again after each reconnection and now and then: broker and
+relay may both lose their memory at any moment. A coordinator that has no relays is its own, with `region` "".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from model_delta import topics
+from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack
+from model_delta.errors import AtollError, Malformed, SignatureInvalid, Unavailable
+from model_delta.store import DirectoryStore
+from model_delta.trust.updater import TrustAnchors, TrustState, accept_task
+from monitoring.metrics import Metrics
+from regional_gateway.supply import Link
+
+log = logging.getLogger(__name__)
+
+ANNOUNCEMENTS_MAX = 16
+ANNOUNCEMENT_BYTES_MAX = 128 * 1024
+MODELS_MAX = 256
+REPUBLISH_S = 60.0
+TICK_S = 0.5
+
+_KIND = "announcement"
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """The newest announcement of a model, and how far announcements have been seen to advance."""
+
+    model: str
+    announcement: bytes
+    trust: TrustState
+    format: int = 1
+
+
+class Relay:
+    """Announces rounds of `tenant` in `region`. For one event loop.
+
+    `anchors` holds the keys of the role `round` and may block; `renew` learns newer keys. `reachable` says how many
+    devices were heard lately. What is in `folder` belongs to this relay alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        tenant: str,
+        region: str,
+        link: Link,
+        folder: Path,
+        anchors: Callable[[], TrustAnchors],
+        renew: Callable[[], Awaitable[None]] | None = None,
+        reachable: Callable[[], int] | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.time,
+        tick_s: float = TICK_S,
+    ) -> None:
+        self._tenant, self._region, self._link = tenant, region, link
+        self._store = DirectoryStore(folder)
+        self._anchors, self._renew, self._reachable, self._clock = anchors, renew, reachable, clock
+        self._tick_s = tick_s
+        self._kept: dict[str, Kept] = {}
+        self._published: dict[str, bytes] = {}  # on the present connection
+        self._loaded = False
+        self._taking = asyncio.Lock()
+        self._count = (metrics or Metrics()).counter("relay_announcements", "Announcements by result.", ("result",))
+
+    async def carry_out(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Announce what `command` holds, `{"announcements": {model: sealed envelope}}`.
+
+        The answer names what was taken by digest, `taken`, why the rest was not, `refused`, and `reachable` devices
+        (-1: not known). What was taken is on disk and acknowledged by the broker. Raises Malformed for another command,
+        and Unavailable while the broker is away or the disk full.
+        """
+        given = command.get("announcements")
+        if not isinstance(given, Mapping) or not 0 < len(given) <= ANNOUNCEMENTS_MAX:
+            raise Malformed(f"relay {self._region}: expected 1 to {ANNOUNCEMENTS_MAX} announcements by model")
+        taken: dict[str, str] = {}
+        refused: dict[str, str] = {}
+        for model, sealed in given.items():
+            if not isinstance(model, str) or not isinstance(sealed, bytes) or len(sealed) > ANNOUNCEMENT_BYTES_MAX:
+                raise Malformed(f"relay {self._region}: expected announcements of up to {ANNOUNCEMENT_BYTES_MAX} bytes")
+            try:
+                async with self._taking:
+                    await self._take(model, sealed)
+                    await self._publish(self._kept[model])
+            except Unavailable:
+                self._count.add(1, "failed")
+                raise
+            except AtollError as error:
+                self._count.add(1, "refused")
+                refused[model] = f"{type(error).__name__}: {error}"[:300]
+                log.warning("announcement of %r refused: %s", model[:64], error)
+            else:
+                self._count.add(1, "taken")
+                taken[model] = digest_of(sealed)
+        return {"taken": taken, "refused": refused, "reachable": self._reachable() if self._reachable else -1}
+
+    async def run(self) -> None:
+        """Keep the broker's retained messages equal to what was taken, until cancelled."""
+        connected, republish_at = False, 0.0
+        while True:
+            now = self._clock()
+            if not self._link.connected:
+                connected = False
+            elif not connected or now >= republish_at:
+                with contextlib.suppress(Unavailable):
+                    await self._publish_all()
+                    connected, republish_at = True, now + REPUBLISH_S
+            await asyncio.sleep(self._tick_s)
+
+    async def _publish_all(self) -> None:
+        async with self._taking:
+            await self._load()
+            self._published.clear()
+            for kept in self._kept.values():
+                await self._publish(kept)
+
+    async def _publish(self, kept: Kept) -> None:
+        if self._published.get(kept.model) == kept.announcement:
+            return
+        topic = topics.round_topic(self._tenant, kept.model, self._region)
+        await self._link.publish(topic, kept.announcement, retain=True)
+        self._published[kept.model] = kept.announcement
+
+    async def _take(self, model: str, sealed: bytes) -> None:
+        """Keep an announcement, unless it is the one that is kept. Raises what `accept_task` does, and Unavailable."""
+        await self._load()
+        before = self._kept.get(model)
+        if before is not None and before.announcement == sealed:
+            return
+        if before is None and len(self._kept) >= MODELS_MAX:
+            raise Malformed(f"relay {self._region}: announces {MODELS_MAX} models already; use a tenant's own relay")
+        try:
+            trust = await asyncio.to_thread(self._judge, model, sealed)
+        except SignatureInvalid:
+            if self._renew is None:
+                raise
+            await self._renew()  # the role's keys may have been replaced
+            trust = await asyncio.to_thread(self._judge, model, sealed)
+        kept = Kept(model, sealed, trust)
+        await asyncio.to_thread(self._store.put, _KIND, digest_of(model.encode()), pack(kept))
+        self._kept[model] = kept
+
+    def _judge(self, model: str, sealed: bytes) -> TrustState:
+        before = self._kept[model].trust if model in self._kept else TrustState()
+        return accept_task(sealed, model, self._anchors(), before, self._clock())[1]
+
+    async def _load(self) -> None:
+        """Remember what was taken before a restart."""
+        if self._loaded:
+            return
+        for name in await asyncio.to_thread(self._store.names, _KIND):
+            try:
+                kept = unpack(await asyncio.to_thread(self._store.get, _KIND, name), Kept)
+            except Malformed as error:  # the coordinator has it
+                log.warning("relay %s: forgets a damaged announcement: %s", self._region, error)
+                continue
+            self._kept.setdefault(kept.model, kept)
+        self._loaded = True

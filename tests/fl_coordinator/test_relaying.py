@@ -1,0 +1,243 @@
+"""Rounds announced through relays that are down, slow, lying or killed: the round goes on, its record names them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fl_coordinator.ports import Tell
+from fl_coordinator.relaying import Relaying, through
+from model_delta import topics
+from model_delta.encoding import unpack
+from model_delta.errors import Malformed, Unavailable
+from model_delta.task import RoundTask
+from model_delta.trust.signing import open_envelope
+from regional_gateway.relay import Relay
+from tests.fl_coordinator.platform_in_memory import Device, Platform, until
+from tests.fl_coordinator.test_coordinator import adopt_first
+from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all
+
+REGIONS = ("eu-west", "ap-south")
+
+
+class Node:
+    """A region's relay behind a line that a test can cut, delay or bend; `start` is what a restart is."""
+
+    def __init__(self, platform: Regions, region: str) -> None:
+        self.platform, self.region = platform, region
+        self.messages: list[Mapping[str, Any]] = []
+        self.down = self.lying = self.hanging = self.dies = False
+        self.start()
+
+    def start(self) -> None:
+        self.relay: Relay = self.platform.relay(self.region, self.platform.broker.link(f"gateway-{self.region}"))
+
+    async def tell(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.down:
+            await asyncio.sleep(0.02)
+            raise Unavailable("is not online")
+        self.messages.append(command)
+        if self.hanging:
+            await asyncio.Event().wait()
+        if self.lying:
+            return {"taken": {"fraud": "0" * 64}, "refused": {}, "reachable": 4}
+        answer = await self.relay.carry_out(command)
+        if self.dies:
+            self.down = True
+            raise Unavailable("did not answer in time")
+        return answer
+
+    def announced(self) -> RoundTask | None:
+        sealed = self.platform.broker.retained.get(topics.round_topic("acme", "fraud", self.region))
+        return None if sealed is None else unpack(open_envelope(sealed).payload, RoundTask)
+
+
+class Regions(Platform):
+    """A platform with a relay in each of two regions, and four devices there."""
+
+    def relays(self) -> Mapping[str, Tell]:
+        if not hasattr(self, "nodes"):
+            self.nodes = {region: Node(self, region) for region in REGIONS}
+        return {region: node.tell for region, node in self.nodes.items()}
+
+    def fleet(self) -> list[Device]:
+        return [
+            self.device(f"pos-{region}-{number}", region=region, device_class="pos")
+            for region in REGIONS
+            for number in range(4)
+        ]
+
+
+ASKED = msgspec.structs.replace(SPEC, quorum=4, selected_min=3, hostile_max=0, contributions_max=4)
+
+
+def alerts(platform: Platform) -> list[str]:
+    return [event.text for event in platform.ledger.events() if event.kind == "alert"]
+
+
+def test_every_regions_devices_hear_of_a_round_from_their_own_relay(tmp_path: Path) -> None:
+    platform = Regions(tmp_path)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        devices = platform.fleet()
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(msgspec.structs.replace(ASKED, quorum=8, contributions_max=8))
+            await contribute_all(devices, opened.round_id)
+            await until(lambda: not coordinator.round(opened.round_id).live)
+            ended = coordinator.round(opened.round_id)
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            told = ended.figures["relays"]
+            assert {region: (one["devices"], one["contributions"]) for region, one in told.items()} == {
+                "eu-west": (-1, 4),
+                "ap-south": (-1, 4),
+            }
+            await until(lambda: all(not device.task.open for device in devices if device.task is not None))
+            # One message for the opening, one for the end; nothing goes over the coordinator's own line.
+            assert [len(node.messages) for node in platform.nodes.values()] == [2, 2]
+            assert topics.round_topic("acme", "fraud") not in platform.broker.retained
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("fault", ["down", "lying", "hanging"])
+def test_a_relay_that_fails_stops_nobody_and_is_named(tmp_path: Path, fault: str) -> None:
+    platform = Regions(tmp_path)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        devices = platform.fleet()
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            bad = platform.nodes["ap-south"]
+            setattr(bad, fault, True)
+            opened = await coordinator.open_round(ASKED)
+            await contribute_all(devices[:4], opened.round_id)
+            await until(lambda: not coordinator.round(opened.round_id).live)
+            ended = coordinator.round(opened.round_id)
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            assert bad.announced() is None
+            assert ended.figures["relays"]["eu-west"]["contributions"] == 4
+            why = {
+                "down": "is not online",
+                "lying": "it did not say that it took this announcement",
+                "hanging": "did not answer yet",
+            }[fault]
+            assert ended.figures["relays"]["ap-south"] == {"failure": why}
+            assert f"round {ended.round_id}: relay of ap-south did not announce it: {why}" in alerts(platform)
+
+    asyncio.run(story())
+
+
+def test_a_relay_whose_region_stays_silent_is_named(tmp_path: Path) -> None:
+    """It says that it announced the round, and did not: only its devices' silence shows."""
+    platform = Regions(tmp_path)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        devices = platform.fleet()
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            bad = platform.nodes["ap-south"]
+            honest = bad.relay.carry_out
+
+            async def silent(command: Mapping[str, Any]) -> dict[str, Any]:
+                platform.broker.lose = lambda topic, payload: topic.endswith("/ap-south")
+                return {**await honest(command), "reachable": 4}
+
+            bad.relay.carry_out = silent  # type: ignore[method-assign]
+            opened = await coordinator.open_round(ASKED)
+            await contribute_all(devices[:4], opened.round_id)
+            await until(lambda: not coordinator.round(opened.round_id).live)
+            said = f"round {opened.round_id}: relay of ap-south says that it announced it, but none of its 4 devices"
+            assert f"{said} came" in alerts(platform)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("when", ["before it heard", "after it announced"])
+def test_a_killed_relay_that_returns_gets_the_open_announcement_again(tmp_path: Path, when: str) -> None:
+    platform = Regions(tmp_path)
+    Aggregators(platform)
+
+    async def story() -> None:
+        devices = platform.fleet()
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            node = platform.nodes["ap-south"]
+            node.down, node.dies = when == "before it heard", when == "after it announced"
+            opened = await coordinator.open_round(ASKED)
+            await until(lambda: coordinator.round(opened.round_id).state == "COLLECTING")
+            await until(lambda: "ap-south" not in coordinator._relaying.record(opened) or node.down)
+            node.down = node.dies = False
+            node.start()
+            await until(lambda: "announced_s" in coordinator._relaying.record(opened)["ap-south"])
+            task = node.announced()
+            assert task is not None
+            assert task.round_id == opened.round_id
+            assert task.open
+            await coordinator.abort_round(opened.round_id)
+            await until(lambda: not (node.announced() or task).open)
+
+    asyncio.run(story())
+
+
+def test_no_relay_at_all_ends_the_round_by_name(tmp_path: Path) -> None:
+    platform = Regions(tmp_path)
+    Aggregators(platform)
+
+    async def story() -> None:
+        devices = platform.fleet()
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            for node in platform.nodes.values():
+                node.down = True
+            opened = await coordinator.open_round(ASKED)
+            await until(lambda: "is not online" in str(coordinator._relaying.record(opened)))
+            platform.clock.now += 60
+            await until(lambda: not coordinator.round(opened.round_id).live)
+            ended = coordinator.round(opened.round_id)
+            assert ended.state == "FAILED"
+            assert ended.reason == (
+                "the deadline passed before it could be announced: relay of eu-west did not announce it: "
+                "is not online; relay of ap-south did not announce it: is not online"
+            )
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_that_died_tells_the_relays_again(tmp_path: Path) -> None:
+    platform = Regions(tmp_path)
+    Aggregators(platform)
+
+    async def story() -> None:
+        devices = platform.fleet()
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(ASKED)
+        platform.reopen()
+        async with platform.running() as coordinator:
+            await until(lambda: coordinator.round(opened.round_id).state == "COLLECTING")
+            await until(lambda: all(node.announced() is not None for node in platform.nodes.values()))
+
+    asyncio.run(story())
+
+
+def test_a_relay_is_one_node_and_somebody_must_be_told(tmp_path: Path) -> None:
+    class Bridge:
+        async def command(self, payload: Any, nodes: Any, deadline_s: float) -> dict[str, dict[str, Any]]:
+            return {node: {"asked": dict(payload), "nodes": list(nodes)} for node in nodes}
+
+    async def story() -> None:
+        answer = await through(Bridge(), "relay-eu-west")({"announcements": {}})
+        assert answer == {"asked": {"announcements": {}}, "nodes": ["relay-eu-west"]}
+        with pytest.raises(Malformed, match="at least one"):
+            Relaying(ledger=Platform(tmp_path).ledger, relays={}, clock=lambda: 0.0, tick_s=1.0)
+
+    asyncio.run(story())

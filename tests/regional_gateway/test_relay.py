@@ -1,0 +1,169 @@
+"""A region's relay against a broker in memory: what it takes, what it refuses, and what is left after it died."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from model_delta import topics
+from model_delta.digest import digest_of
+from model_delta.encoding import pack
+from model_delta.errors import Malformed, Unavailable
+from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.task import TASK_TYPE, RoundTask
+from model_delta.trust.signing import seal_envelope
+from model_delta.trust.updater import TrustAnchors
+from regional_gateway.relay import ANNOUNCEMENTS_MAX, Relay
+from tests.fakes.link import FakeBroker
+
+NOW = 1_000_000.0
+TOPIC = topics.round_topic("acme", "fraud", "eu-west")
+
+
+class Region:
+    """A keyring that signs announcements, a broker, a device that listens, and a relay that may be started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keyring = EmbeddedKeyring.create(folder / "keyring", "acme")
+        self.broker = FakeBroker()
+        self.now = NOW
+        self.heard: list[bytes] = []
+        self.renewed: list[bool] = []
+
+    def listen(self) -> None:
+        device = self.broker.link("pos-0001")
+        device.subscribe(TOPIC, lambda topic, payload: self.heard.append(payload))
+
+    def relay(self, anchors: TrustAnchors | None = None, renew: Callable[[], Awaitable[None]] | None = None) -> Relay:
+        return Relay(
+            tenant="acme",
+            region="eu-west",
+            link=self.broker.link("gateway-eu-west"),
+            folder=self.folder / "relay",
+            anchors=lambda: anchors or self.keyring.anchors(),
+            renew=renew,
+            reachable=lambda: 7,
+            clock=lambda: self.now,
+            tick_s=0.01,
+        )
+
+    def announcement(self, role: str = "round", **changes: object) -> bytes:
+        task = RoundTask(
+            tenant="acme",
+            model="fraud",
+            round_id="r-1",
+            base=digest_of(b"base"),
+            training_graph=digest_of(b"graph"),
+            parameters=(),
+            length=8,
+            issued=int(NOW),
+            deadline=int(NOW) + 60,
+        )
+        return seal_envelope(self.keyring.sign(role, TASK_TYPE, pack(msgspec.structs.replace(task, **changes))))
+
+
+def of_fraud(announcement: bytes) -> dict[str, object]:
+    return {"announcements": {"fraud": announcement}}
+
+
+def test_what_the_role_round_signed_is_retained_for_the_regions_devices(tmp_path: Path) -> None:
+    async def story() -> None:
+        region = Region(tmp_path)
+        region.listen()
+        relay, opened = region.relay(), region.announcement()
+        expected = {"taken": {"fraud": digest_of(opened)}, "refused": {}, "reachable": 7}
+        assert await relay.carry_out(of_fraud(opened)) == expected
+        assert await relay.carry_out(of_fraud(opened)) == expected
+        await asyncio.sleep(0)
+        assert region.heard == [opened], "a duplicate is not published again"
+        region.now += 3600
+        closed = region.announcement(open=False, issued=int(NOW) + 1)
+        assert (await relay.carry_out(of_fraud(closed)))["refused"] == {}
+        assert region.broker.retained == {TOPIC: closed}
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"role": "plan"}, "SignatureInvalid"),
+        ({"tenant": "other"}, "Untrusted"),
+        ({"model": "other"}, "Untrusted"),
+        ({"deadline": int(NOW) - 1}, "Expired"),
+        ({"issued": int(NOW) - 1}, "RolledBack"),
+    ],
+)
+def test_what_is_not_a_round_of_now_never_reaches_a_device(
+    tmp_path: Path, changes: dict[str, object], why: str
+) -> None:
+    async def story() -> None:
+        region = Region(tmp_path)
+        region.listen()
+        relay, good = region.relay(), region.announcement()
+        await relay.carry_out(of_fraud(good))
+        answer = await relay.carry_out(of_fraud(region.announcement(**changes)))  # type: ignore[arg-type]
+        assert answer["taken"] == {}
+        assert answer["refused"]["fraud"].startswith(f"{why}: ")
+        assert region.broker.retained == {TOPIC: good}
+
+    asyncio.run(story())
+
+
+def test_a_command_that_is_none_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    async def story() -> None:
+        relay = Region(tmp_path).relay()
+        crowd = {f"m{number}": b"" for number in range(ANNOUNCEMENTS_MAX + 1)}
+        commands: list[dict[str, object]] = [{}, {"announcements": {}}, {"announcements": crowd}]
+        for command in [*commands, of_fraud(bytes(1 << 20))]:
+            with pytest.raises(Malformed, match="relay eu-west"):
+                await relay.carry_out(command)
+
+    asyncio.run(story())
+
+
+def test_keys_that_were_replaced_are_asked_for_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        region = Region(tmp_path)
+        stale = TrustAnchors("acme", {**region.keyring.anchors().roles})
+        stale.roles["round"] = stale.roles["plan"]
+
+        async def renew() -> None:
+            stale.roles["round"] = region.keyring.anchors().roles["round"]
+
+        opened = region.announcement()
+        answer = await region.relay(stale, renew).carry_out(of_fraud(opened))
+        assert answer["taken"] == {"fraud": digest_of(opened)}
+
+    asyncio.run(story())
+
+
+def test_killed_between_its_disk_and_the_broker_it_announces_at_its_next_start(tmp_path: Path) -> None:
+    async def story() -> None:
+        region = Region(tmp_path)
+        region.listen()
+        opened = region.announcement()
+        region.broker.up = False
+        with pytest.raises(Unavailable):
+            await region.relay().carry_out(of_fraud(opened))  # and here it dies
+        region.broker.up = True
+        again = asyncio.create_task(region.relay().run())
+        async with asyncio.timeout(5):
+            while not region.heard:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        region.broker.up = False  # and the broker loses everything
+        region.broker.retained.clear()
+        await asyncio.sleep(0.05)
+        region.broker.up = True
+        async with asyncio.timeout(5):
+            while TOPIC not in region.broker.retained:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        again.cancel()
+        assert set(region.heard) == {opened}
+
+    asyncio.run(story())
