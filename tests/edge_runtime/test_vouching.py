@@ -138,10 +138,8 @@ def test_while_news_is_held_back_the_device_runs_on_takes_nothing_new_and_says_s
             world.frozen = True
             world.now += 2 * DAY
             world.plan(second)
-            await eventually(lambda: device.state == State.FETCHING)
-            await asyncio.sleep(0.1)
+            await eventually(lambda: device.state == State.FETCHING and device.vouching.status.state == "stale")
             assert device.running.digest == first.digest
-            assert device.vouching.status.state == "stale"
             assert device.vouching.alarm == ""
             world.now += 7 * DAY
             world.plan(second)

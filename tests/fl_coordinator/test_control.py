@@ -60,8 +60,11 @@ def test_a_version_is_published_looked_at_and_rolled_out_over_http(tmp_path: Pat
         await until(lambda: device.running == published["manifest"])
         await device.report(5)
         await until(lambda: platform.ledger.stable("fraud") == published["manifest"])
-        await asyncio.sleep(0.3)
-        state = (await call("GET", "/v1/state", None)).json()
+        state: dict[str, Any] = {"decisions": 0}
+        async with asyncio.timeout(10):
+            while state["decisions"] < 5:  # a snapshot is kept for a quarter of a second
+                await asyncio.sleep(0.02)
+                state = (await call("GET", "/v1/state", None)).json()
         assert state["decisions"] == 5
         assert state["devices"][0]["running"] == published["manifest"]
         shown = (await call("GET", "/v1/rollouts/first")).json()

@@ -275,20 +275,21 @@ def test_a_changed_file_and_a_device_set_back_are_noticed(tmp_path: Path) -> Non
         async with platform.running():
             device = platform.device("pos-0001")
 
-            async def says(running: ReleaseRecord, root: str) -> list[str]:
+            async def says(running: ReleaseRecord, root: str, events: int = 0) -> list[str]:
                 device.running, device.root = running.manifest, root
                 before = len(platform.ledger.events(1000))
                 await device.hello()
                 await until(lambda: platform.ledger.device("pos-0001").running == running.manifest)
-                await asyncio.sleep(0.05)
+                await until(lambda: len(platform.ledger.events(1000)) >= before + events)
+                await asyncio.sleep(0.02)  # for what should not be there
                 return [event.text for event in platform.ledger.events(1000)[before:]]
 
             assert await says(new, roots[1]) == []
-            (changed,) = await says(new, "ab" * 32)
+            (changed,) = await says(new, "ab" * 32, events=1)
             assert (
                 changed == "pos-0001: its file is no release but device:pos-0001:1+eu-west:2: damaged, or changed there"
             )
-            (back,) = await says(old, roots[0])
+            (back,) = await says(old, roots[0], events=1)
             assert back == "pos-0001: back with release 1 after 2: set back?"
             assert await says(old, "") == []
 

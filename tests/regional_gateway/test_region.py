@@ -30,7 +30,7 @@ from regional_gateway.app import create_app
 from regional_gateway.limits import Limit
 from regional_gateway.mirror import MISSING_SECONDS, WINDOW_MAX, Mirror
 from regional_gateway.serving import Gateway
-from regional_gateway.supply import KIND_PLAN, Followed, Supply
+from regional_gateway.supply import KIND_PLAN, KIND_VOUCHED, Followed, Supply
 from regional_gateway.tenants import Tenant, Tenants
 from regional_gateway.vouching import Vouching
 from tests.fakes.link import FakeBroker
@@ -62,6 +62,10 @@ class World:
             fetch=self.publisher.fetch,
             clock=lambda: self.publisher.now,
         )
+
+    def noted_as_vouched_for(self, digest: str) -> bool:
+        """Whether the region has it on disk that a version is vouched for."""
+        return DirectoryStore(self.path / "region").has(KIND_VOUCHED, digest)
 
     @contextlib.asynccontextmanager
     async def region(
@@ -532,8 +536,7 @@ def test_a_version_that_was_withdrawn_does_not_come_back_with_a_plan(world: Worl
         world.publisher.site.withdraw(open_envelope(first.envelope).payload)
         world.publisher.site.publish()
         async with world.region() as region:
-            await region.until(lambda: world.publisher.fetched["tuf", "timestamp.json"] > 1)
-            await asyncio.sleep(0.05)
+            await region.until(lambda: not world.noted_as_vouched_for(first.digest))
             assert (await region.predict()).status_code == 503
             await world.publisher.plan(stable=second.digest)
             await region.until_ready()
@@ -824,13 +827,12 @@ def test_a_withdrawal_that_was_heard_outlives_the_coordinators_silence(world: Wo
             await region.until_ready()
         world.publisher.site.withdraw(open_envelope(first.envelope).payload)
         world.publisher.site.publish()
-        asked = world.publisher.fetched["tuf", "timestamp.json"]
+        assert world.noted_as_vouched_for(first.digest)
         async with world.region() as region:
-            await region.until(lambda: world.publisher.fetched["tuf", "timestamp.json"] > asked)
-            await asyncio.sleep(0.05)
+            await region.until(lambda: not world.noted_as_vouched_for(first.digest))
         world.publisher.up = False
         async with world.region() as region:
-            await asyncio.sleep(0.1)
+            await region.until(lambda: bool(region.supply.plans()))
             assert (await region.predict()).status_code == 503
 
     asyncio.run(story())
@@ -841,13 +843,21 @@ class SlowToRaiseTheFloor(DirectoryStore):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.raising, self._long = threading.Event(), threading.Event()
+        self.raising, self.raised, self._long = threading.Event(), threading.Event(), threading.Event()
 
     def put(self, kind: str, name: str, data: bytes) -> None:
         if kind == KIND_PLAN and unpack(data, Followed).state.release_floor:
             self.raising.set()
             self._long.wait(0.2)
-        super().put(kind, name, data)
+            super().put(kind, name, data)
+            self.raised.set()
+        else:
+            super().put(kind, name, data)
+
+    def kept(self) -> list[tuple[int, bool]]:
+        """The plans on disk: each one's serial, and whether its floor was raised."""
+        every = [unpack(self.get(KIND_PLAN, name), Followed) for name in self.names(KIND_PLAN)]
+        return [(one.state.plan_serial, one.state.release_floor > 0) for one in every]
 
 
 def test_a_floor_that_is_written_next_to_a_newer_plan_does_not_bring_the_older_one_back(world: World) -> None:
@@ -860,8 +870,9 @@ def test_a_floor_that_is_written_next_to_a_newer_plan_does_not_bring_the_older_o
             newer = await world.publisher.plan(stable=first.digest)
             await region.until_ready()
             await region.until(lambda: region.supply.plan(TENANT, MODEL) == newer)
+            await region.until(store.raised.is_set)
+            await region.until(lambda: store.kept() == [(newer.serial, True)])
             await asyncio.sleep(0.05)
-        kept = [unpack(store.get(KIND_PLAN, name), Followed) for name in store.names(KIND_PLAN)]
-        assert [(one.state.plan_serial, one.state.release_floor > 0) for one in kept] == [(newer.serial, True)]
+        assert store.kept() == [(newer.serial, True)]
 
     asyncio.run(story())
