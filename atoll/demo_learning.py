@@ -24,7 +24,7 @@ from device_sim.population import VirtualDevice
 from fl_coordinator.masters import apply_mean
 from monitoring.quality import average_precision
 
-ROUND = {"steps": 60, "learning_rate": 0.1, "clip_norm_l2": 2.0}
+ROUND = {"steps": 60, "learning_rate": 0.01, "momentum": 0.9, "clip_norm_l2": 2.0}
 ROUND_DEADLINE_S = 40.0
 AGGREGATION_S = 45.0
 

@@ -4,6 +4,11 @@ What must never happen is a second, different contribution to a round: the two w
 use, and count twice. So the contribution is on disk before it is sent for the first time, and from then on the same
 bytes are sent, also after the power was off, until a receipt comes or the round closes. The raw update is never stored.
 
+Momentum outlives a round: the velocity that training left is kept, as long as the vector and in the same file, written
+in one piece with the contribution. So after a power cut either both are there or neither, and a round counts in the
+velocity once. It says as much about the device's payments as an update does; it stays where they are. A device that
+sits a round out begins anew from zeros, so that no velocity can make training fail for ever.
+
 A round's base need not be the version that answers: a device that runs another version of the model fetches the base
 as it would fetch an update (a patch, as a rule), trains from it, and goes on answering with its own. A device without a
 version that may answer sits the round out.
@@ -29,7 +34,7 @@ from edge_runtime.slots import replace_file
 from edge_runtime.training import LocalUpdate
 from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
-from model_delta.digest import require_match
+from model_delta.digest import digest_of, require_match
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Expired, SignatureInvalid, Unavailable
 from model_delta.task import RoundTask
@@ -38,9 +43,8 @@ from model_delta.trust.updater import TrustState, accept_task
 
 Data = tuple[NDArray[np.float32], NDArray[np.float32]]
 Contribute = Callable[[NDArray[np.float32], RoundTask], bytes]
-Train = Callable[
-    [bytes, RoundTask, bytes, NDArray[np.float32], NDArray[np.float32], np.random.Generator, RunGraph], LocalUpdate
-]
+Floats = NDArray[np.float32]
+Train = Callable[[bytes, RoundTask, bytes, Floats, Floats, Floats, np.random.Generator, RunGraph], LocalUpdate]
 
 BaseFile = Callable[[str, Mapping[str, bytes]], Awaitable[bytes]]
 """The checked file of a version by digest, given files at hand besides those installed."""
@@ -49,13 +53,16 @@ _log = logging.getLogger(__name__)
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The last round this device sent to: its bytes, and how it ended ("" while waiting for the receipt)."""
+    """The last round this device sent to: its bytes, and how it ended ("" while waiting for the receipt). `velocity` is
+    what the next round begins with, float32 little endian, if it trains the same tensors (`layout`)."""
 
     round_id: str = ""
     contribution: bytes = b""
     ended: str = ""
     loss_before: float = 0.0
     loss_after: float = 0.0
+    velocity: bytes = b""
+    layout: str = ""
 
 
 class Participation:
@@ -177,9 +184,11 @@ class Participation:
         self._last_base = {task.base: file}
         features, labels = self._data()
         rng = np.random.default_rng(self._rng.integers(1 << 62))
+        layout = _layout(task)
+        velocity = np.frombuffer(self.record.velocity if self.record.layout == layout else b"", "<f4")
 
         def compute() -> tuple[bytes, LocalUpdate]:
-            local = self._train(file, task, graph, features, labels, rng, self._run_graph)
+            local = self._train(file, task, graph, features, labels, velocity, rng, self._run_graph)
             return self._contribute(local.update, task), local
 
         contribution, local = await asyncio.to_thread(compute)
@@ -189,6 +198,8 @@ class Participation:
                 contribution=contribution,
                 loss_before=local.loss_before,
                 loss_after=local.loss_after,
+                velocity=local.velocity.astype("<f4").tobytes(),
+                layout=layout if local.velocity.size else "",
             )
         )
 
@@ -206,6 +217,11 @@ class Participation:
     def _write(self, record: RoundRecord) -> None:
         replace_file(self._path, pack(record))
         self.record = record
+
+
+def _layout(task: RoundTask) -> str:
+    """Names the flat vector: equal for rounds whose vectors mean the same, number by number."""
+    return digest_of(pack([[parameter.tensor, list(parameter.shape)] for parameter in task.parameters]))
 
 
 def _read(path: Path) -> RoundRecord:

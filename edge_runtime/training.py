@@ -22,9 +22,11 @@ Vector = NDArray[np.float32]
 
 class LocalUpdate(msgspec.Struct, frozen=True):
     """What training gave: `update` float32[d] with L2 norm at most the task's clip, `norm` before clipping, and the
-    mean loss on the local data before and after."""
+    mean loss on the local data before and after. `velocity` float32[d] is for the device's next round, empty without
+    momentum."""
 
     update: Vector
+    velocity: Vector
     norm: float
     loss_before: float
     loss_after: float
@@ -64,13 +66,15 @@ def train(
     graph: bytes,
     features: NDArray[np.float32],
     labels: NDArray[np.float32],
+    velocity: Vector,
     rng: np.random.Generator,
     run_graph: RunGraph,
 ) -> LocalUpdate:
     """Run the task's steps of mini-batch SGD from the version in `file` on `features` [n, F] and `labels` [n].
 
-    Batches are drawn without replacement within a batch (with, when there is less data than a batch). Raises
-    Unavailable without data, Malformed when shapes do not fit or a loss is not finite.
+    Batches are drawn without replacement within a batch (with, when there is less data than a batch). With momentum the
+    steps begin with `velocity`, or with zeros if it is empty. Raises Unavailable without data, Malformed when shapes do
+    not fit or a number is not finite.
     """
     rows = len(labels)
     if rows == 0:
@@ -79,37 +83,54 @@ def train(
         raise Malformed(f"round {task.round_id}: {features.shape} features do not go with {rows} labels")
     base = base_vector(file, task)
     some = slice(max(0, rows - EVALUATION_ROWS_MAX), rows)
+    wanted = {"updated", "loss"} | ({"updated_velocity"} if task.momentum > 0 else set())
 
     def one_step(
-        parameters: Vector, x: NDArray[np.float32], y: NDArray[np.float32], rate: float
-    ) -> tuple[Vector, float]:
-        outputs = run_graph(
-            graph,
-            {
-                "parameters": parameters,
-                "features": np.ascontiguousarray(x, np.float32),
-                "labels": np.ascontiguousarray(y, np.float32),
-                "learning_rate": np.array(rate, np.float32),
-            },
-        )
-        if not {"updated", "loss"} <= outputs.keys():
-            raise Malformed(f"round {task.round_id}: training graph gave {sorted(outputs)}, expected updated and loss")
-        updated = outputs["updated"].astype(np.float32).reshape(-1)
+        parameters: Vector, velocity: Vector, x: NDArray[np.float32], y: NDArray[np.float32], rate: float
+    ) -> tuple[Vector, Vector, float]:
+        inputs = {
+            "parameters": parameters,
+            "features": np.ascontiguousarray(x, np.float32),
+            "labels": np.ascontiguousarray(y, np.float32),
+            "learning_rate": np.array(rate, np.float32),
+        }
+        if task.momentum > 0:
+            inputs |= {"velocity": velocity, "momentum": np.array(task.momentum, np.float32)}
+        outputs = run_graph(graph, inputs)
+        if not wanted <= outputs.keys():
+            raise Malformed(
+                f"round {task.round_id}: training graph gave {sorted(outputs)}, expected {', '.join(sorted(wanted))}"
+            )
+        vectors = [outputs[name].astype(np.float32).reshape(-1) for name in sorted(wanted - {"loss"})]
         loss = float(outputs["loss"].reshape(-1)[0])
-        if len(updated) != task.length or not np.isfinite(loss) or not np.isfinite(updated).all():
+        sound = np.isfinite(loss) and all(len(v) == task.length and np.isfinite(v).all() for v in vectors)
+        if not sound:
             raise Malformed(
                 f"round {task.round_id}: the training step gave a vector that is not finite or not its length"
             )
-        return updated, loss
+        return vectors[0], vectors[1] if len(vectors) > 1 else velocity, loss
 
-    loss_before = one_step(base, features[some], labels[some], 0.0)[1]
+    velocity = _begun(velocity, task)
+    loss_before = one_step(base, velocity, features[some], labels[some], 0.0)[2]
     parameters = base
     for _ in range(task.steps):
         batch = rng.choice(rows, size=task.batch_size, replace=rows < task.batch_size)
-        parameters, _loss = one_step(parameters, features[batch], labels[batch], task.learning_rate)
-    loss_after = one_step(parameters, features[some], labels[some], 0.0)[1]
+        parameters, velocity, _loss = one_step(parameters, velocity, features[batch], labels[batch], task.learning_rate)
+    loss_after = one_step(parameters, velocity, features[some], labels[some], 0.0)[2]
     update, norm = clip(parameters - base, task.clip_norm_l2)
-    return LocalUpdate(update, norm, loss_before, loss_after, rows)
+    return LocalUpdate(update, velocity, norm, loss_before, loss_after, rows)
+
+
+def _begun(velocity: Vector, task: RoundTask) -> Vector:
+    if task.momentum <= 0:
+        return np.zeros(0, np.float32)
+    if velocity.size == 0:
+        return np.zeros(task.length, np.float32)
+    if velocity.shape != (task.length,) or not np.isfinite(velocity).all():
+        raise Malformed(
+            f"round {task.round_id}: expected a finite velocity of {task.length} numbers, found {velocity.shape}"
+        )
+    return velocity
 
 
 def clip(update: Vector, norm_max: float) -> tuple[Vector, float]:

@@ -39,13 +39,14 @@ def parameters_of(manifest: Manifest) -> tuple[Parameter, ...]:
     return tuple(parameters)
 
 
-def training_graph(source: bytes, positive_weight: float) -> bytes:
-    """The ONNX graph of one training step for the model in `source`: the input's mean and scale, no weights."""
+def training_graph(source: bytes, positive_weight: float, momentum: float) -> bytes:
+    """The ONNX graph of one training step for the model in `source`: the input's mean and scale, no weights. Without
+    `momentum` it is the graph that devices of earlier releases can run too."""
     tensors = {tensor.name: tensor for tensor in stored_tensors(source)}
     weights = [name for name in _names(tensors, "published model") if name.endswith(".weight")]
     sizes = [tensors[weights[0]].shape[0], *(tensors[name].shape[1] for name in weights)]
     mean, scale = (read_tensor(source, tensors[name]).astype(np.float32) for name in ("input.mean", "input.scale"))
-    return mlp_training_graph(sizes, mean, scale, positive_weight)
+    return mlp_training_graph(sizes, mean, scale, positive_weight, momentum=momentum > 0)
 
 
 def apply_mean(source: bytes, mean: Float32) -> bytes:

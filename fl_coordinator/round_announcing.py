@@ -84,7 +84,7 @@ class Announcing:
             require_affordable(self._ledger, spec.model, spec.privacy)
         manifest, source = self._publisher.manifest(base), self._publisher.source(base)
         parameters = masters.parameters_of(manifest)
-        graph = masters.training_graph(source, spec.positive_weight)
+        graph = masters.training_graph(source, spec.positive_weight, spec.momentum)
         self._store.put("artifact", digest_of(graph), graph)
         now = self._clock()
         aggregators = tuple(record.key for record in self._ledger.aggregators()[:AGGREGATORS])
@@ -104,6 +104,7 @@ class Announcing:
             steps=spec.steps,
             batch_size=spec.batch_size,
             learning_rate=spec.learning_rate,
+            momentum=spec.momentum,
             clip_norm_l2=spec.clip_norm_l2,
             hostile_max=spec.hostile_max,
             selected_min=spec.selected_min,

@@ -28,6 +28,7 @@ _TRAINING: dict[str, tuple[str, float, float, bool]] = {
     "steps": ("steps", 1, 100_000, True),
     "batch_size": ("batch_size", 1, 100_000, True),
     "learning_rate": ("learning_rate", 1e-9, 100, False),
+    "momentum": ("momentum", 0, 0.999, False),
     "positive_weight": ("positive_weight", 1e-3, 1e6, False),
 }
 _GATES: dict[str, tuple[str, float, float, bool]] = {

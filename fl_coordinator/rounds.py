@@ -169,6 +169,7 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     steps: int = 40
     batch_size: int = 64
     learning_rate: float = 0.05
+    momentum: float = 0.9
     clip_norm_l2: float = 4.0
     hostile_max: int = 0
     selected_min: int = 0
@@ -202,6 +203,7 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "steps": (1, 100_000),
             "batch_size": (1, 100_000),
             "learning_rate": (1e-9, 100),
+            "momentum": (0, 0.999),
             "clip_norm_l2": (1e-6, 1e6),
             "hostile_max": (0, 10_000),
             "positive_weight": (1e-3, 1e6),

@@ -34,7 +34,11 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     """Round `round_id` on the base version `base`.
 
     `training_graph` is the digest of an ONNX file with inputs `parameters` float32[d], `features` float32[n, f],
-    `labels` float32[n], `learning_rate` float32[] and outputs `updated` float32[d], `loss` float32[].
+    `labels` float32[n], `learning_rate` float32[] and outputs `updated` float32[d], `loss` float32[] (before the step).
+    With `momentum` above 0 it has the inputs `velocity` float32[d], `momentum` float32[] and the output
+    `updated_velocity` float32[d] as well: v' = momentum v + gradient, w' = w - learning_rate v'. A device keeps its
+    velocity from one round of the model to the next; the first begins with zeros. A device that does not know
+    `momentum` cannot run that graph, and sits the round out.
     A device runs `steps` mini-batches of `batch_size`, clips the difference to `clip_norm_l2`, encodes it with
     `fraction_bits` and shares it in Z_2^32. At most `contributions_max` are taken (0: the most that a round may take);
     `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`). The opened
@@ -68,3 +72,4 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     noise_multiplier: float = 0.0
     memory: str = ""
     memory_round: str = ""
+    momentum: float = 0.0

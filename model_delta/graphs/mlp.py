@@ -59,13 +59,16 @@ def mlp_model(weights: Sequence[tuple[Floats, Floats]], mean: Floats, scale: Flo
     return canonical(model_of(graph))
 
 
-def mlp_training_graph(sizes: Sequence[int], mean: Floats, scale: Floats, positive_weight: float) -> bytes:
-    """One step of stochastic gradient descent on an `mlp_model` of layer `sizes` (F, ..., 1), as a graph.
+def mlp_training_graph(
+    sizes: Sequence[int], mean: Floats, scale: Floats, positive_weight: float, *, momentum: bool = False
+) -> bytes:
+    """One step of stochastic gradient descent on an `mlp_model` of layer `sizes` (F, ..., 1), as a graph; inputs and
+    outputs are those of `RoundTask.training_graph`, with or without `momentum`.
 
-    Inputs `parameters` float32[d], `features` float32[n, F], `labels` float32[n], `learning_rate` float32[]; outputs
-    `updated` float32[d], `loss` float32[]. The flat vector is layer0.weight (row-major [in, out]), layer0.bias,
-    layer1.weight, ... The loss is the batch mean of  -positive_weight y log p - (1 - y) log(1 - p),  computed from the
-    logit; it is the loss before the step. The backward pass is written out by hand. Raises Malformed.
+    The flat vector is layer0.weight (row-major [in, out]), layer0.bias, layer1.weight, ... The loss is the batch mean
+    of  -positive_weight y log p - (1 - y) log(1 - p),  computed from the logit; it is the loss before the step. The
+    backward pass is written out by hand. Momentum is Polyak's heavy ball without dampening (as in torch.optim.SGD):
+    v' = momentum v + gradient, w' = w - learning_rate v'. Raises Malformed.
     """
     from onnx import TensorProto, helper
 
@@ -80,11 +83,11 @@ def mlp_training_graph(sizes: Sequence[int], mean: Floats, scale: Floats, positi
     tensors: dict[str, npt.NDArray[Any]] = {
         **_normalisation(mean, scale),
         "lengths": np.array(lengths, np.int64),
-        "positive_weight": np.array(positive_weight, np.float32),
         "zero": np.array(0, np.float32),
-        "one": np.array(1, np.float32),
+        "signs": np.array([[-1], [1]], np.float32),
+        "label_weight": np.array([[positive_weight], [-1]], np.float32),
+        "class_weight": np.array([[0], [1]], np.float32),
         "first_axis": np.array([0], np.int64),
-        "column": np.array([-1, 1], np.int64),
         "flat": np.array([-1], np.int64),
     }
     nodes = []
@@ -109,26 +112,22 @@ def mlp_training_graph(sizes: Sequence[int], mean: Floats, scale: Floats, positi
             add("Relu", [f"z{i}"], f"a{i + 1}")
     logit = f"z{layers - 1}"
 
-    # Loss: mean of  p y softplus(-z) + (1 - y) softplus(z),  p the positive weight.
-    add("Reshape", ["labels", "column"], "y")
-    add("Sub", ["one", "y"], "not_y")
-    add("Mul", ["y", "positive_weight"], "weighted_y")
-    add("Neg", [logit], "negative_logit")
-    add("Softplus", ["negative_logit"], "loss_if_positive")
-    add("Softplus", [logit], "loss_if_negative")
-    add("Mul", ["weighted_y", "loss_if_positive"], "loss_of_positives")
-    add("Mul", ["not_y", "loss_if_negative"], "loss_of_negatives")
-    add("Add", ["loss_of_positives", "loss_of_negatives"], "losses")
-    add("ReduceMean", ["losses"], "loss", keepdims=0)
+    # Loss: sum over both classes, the positive one first, and the rows of  w softplus(s z),  with s = -1 and 1, and
+    # w = p y / n and (1 - y) / n, p the positive weight. Classes are rows, so that labels need no change of shape.
+    add("Shape", ["labels"], "shape")
+    add("Cast", ["shape"], "rows", to=TensorProto.FLOAT)
+    add("Mul", ["labels", "label_weight"], "weighted_labels")
+    add("Add", ["weighted_labels", "class_weight"], "sums_of_weights")
+    add("Div", ["sums_of_weights", "rows"], "weights")
+    add("Gemm", ["signs", logit], "signed", transB=1)
+    add("Softplus", ["signed"], "surprise")
+    add("Mul", ["weights", "surprise"], "losses")
+    add("ReduceSum", ["losses"], "loss", keepdims=0)
 
-    # Backward: dloss/dz = ((1 - y + p y) sigmoid(z) - p y) / n;  dW = a^T dz, db = sum dz, da = dz W^T where z > 0.
-    add("Sigmoid", [logit], "probability")
-    add("Add", ["not_y", "weighted_y"], "row_weight")
-    add("Mul", ["row_weight", "probability"], "pull")
-    add("Sub", ["pull", "weighted_y"], "difference")
-    add("Shape", ["y"], "y_shape", start=0, end=1)
-    add("Cast", ["y_shape"], "rows", to=TensorProto.FLOAT)
-    add("Div", ["difference", "rows"], f"dz{layers - 1}")
+    # Backward: dloss/dz = sum of s w sigmoid(s z);  dW = a^T dz, db = sum dz, da = dz W^T where z > 0.
+    add("Sigmoid", ["signed"], "error")
+    add("Mul", ["weights", "error"], "pull")
+    add("Gemm", ["pull", "signs"], f"dz{layers - 1}", transA=1)
     gradients: list[str] = []
     for i in reversed(range(layers)):
         add("Gemm", [f"a{i}", f"dz{i}"], f"dw{i}", transA=1)
@@ -136,14 +135,21 @@ def mlp_training_graph(sizes: Sequence[int], mean: Floats, scale: Floats, positi
         gradients = [add("Reshape", [f"dw{i}", "flat"], f"dw{i}_flat"), f"db{i}", *gradients]
         if i > 0:
             add("Gemm", [f"dz{i}", f"w{i}"], f"da{i}", transB=1)
-            add("Greater", [f"z{i - 1}", "zero"], f"active{i - 1}")
+            add("Greater", [f"a{i}", "zero"], f"active{i - 1}")
             add("Cast", [f"active{i - 1}"], f"mask{i - 1}", to=TensorProto.FLOAT)
             add("Mul", [f"da{i}", f"mask{i - 1}"], f"dz{i - 1}")
-    add("Concat", gradients, "gradient", axis=0)
-    add("Mul", ["gradient", "learning_rate"], "step")
+    direction = add("Concat", gradients, "gradient", axis=0)
+    if momentum:
+        add("Mul", ["velocity", "momentum"], "kept")
+        direction = add("Add", ["kept", "gradient"], "updated_velocity")
+    add("Mul", [direction, "learning_rate"], "step")
     add("Sub", ["parameters", "step"], "updated")
 
     length = sum(lengths)
+    more_inputs = [
+        helper.make_tensor_value_info("velocity", TensorProto.FLOAT, [length]),
+        helper.make_tensor_value_info("momentum", TensorProto.FLOAT, []),
+    ]
     graph = helper.make_graph(
         nodes,
         "training_step",
@@ -152,9 +158,11 @@ def mlp_training_graph(sizes: Sequence[int], mean: Floats, scale: Floats, positi
             helper.make_tensor_value_info(FEATURES, TensorProto.FLOAT, ["n", sizes[0]]),
             helper.make_tensor_value_info("labels", TensorProto.FLOAT, ["n"]),
             helper.make_tensor_value_info("learning_rate", TensorProto.FLOAT, []),
+            *(more_inputs if momentum else ()),
         ],
         [
             helper.make_tensor_value_info("updated", TensorProto.FLOAT, [length]),
+            *([helper.make_tensor_value_info("updated_velocity", TensorProto.FLOAT, [length])] if momentum else ()),
             helper.make_tensor_value_info("loss", TensorProto.FLOAT, []),
         ],
         initializers(tensors),

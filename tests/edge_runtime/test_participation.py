@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,12 +15,15 @@ from edge_runtime.device import Device
 from edge_runtime.onnx_model import run_graph
 from edge_runtime.training import base_vector, clip, train
 from edge_runtime.update import State
+from model_delta.digest import digest_of
 from model_delta.errors import Malformed, Unavailable
 from model_delta.graphs.int8 import quantize_weights
 from model_delta.graphs.mlp import mlp_model
 from model_delta.release import Release
 from model_delta.task import RoundTask
 from tests.edge_runtime.world import Life, World, eventually, local_data, mlp_weights
+
+NOTHING = np.zeros(0, np.float32)
 
 
 async def on_first_version(world: World, folder: Path) -> Release:
@@ -157,7 +161,7 @@ def test_training_lowers_the_loss_and_is_reproducible(tmp_path: Path) -> None:
     features, labels = local_data()
 
     def once(seed: int) -> training.LocalUpdate:
-        return train(file, task, graph, features, labels, np.random.default_rng(seed), run_graph)
+        return train(file, task, graph, features, labels, NOTHING, np.random.default_rng(seed), run_graph)
 
     first, again, other = once(1), once(1), once(2)
     assert first.loss_after < 0.8 * first.loss_before
@@ -173,11 +177,121 @@ def test_training_without_data_or_with_a_foreign_base_says_so(tmp_path: Path) ->
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     rng = np.random.default_rng(1)
     with pytest.raises(Unavailable, match="round round-1: no local payments"):
-        train(file, task, graph, *none, rng, run_graph)
+        train(file, task, graph, *none, NOTHING, rng, run_graph)
     with pytest.raises(Malformed, match="base version has no stored tensor"):
         base_vector(b"not a model", task)
     with pytest.raises(Malformed, match="features do not go with 5 labels"):
-        train(file, task, graph, np.zeros((4, 4), np.float32), np.ones(5, np.float32), rng, run_graph)
+        train(file, task, graph, np.zeros((4, 4), np.float32), np.ones(5, np.float32), NOTHING, rng, run_graph)
+
+
+def test_momentum_is_kept_over_the_steps_of_a_round_and_given_to_the_next(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    task, file = task_on(world, world.model(seed=1), steps=3, clip_norm_l2=1e6, momentum=0.9)
+    graph = world.store[("artifact", task.training_graph)]
+    features, labels = local_data()
+    features, labels = features[:16], labels[:16]  # one batch is all there is, whatever is drawn
+    task = msgspec.structs.replace(task, batch_size=16)
+
+    def trained(velocity: np.ndarray) -> training.LocalUpdate:
+        return train(file, task, graph, features, labels, velocity, np.random.default_rng(1), run_graph)
+
+    def gradient(parameters: np.ndarray) -> np.ndarray:
+        inputs = {
+            "parameters": parameters,
+            "velocity": np.zeros(task.length, np.float32),
+            "features": features,
+            "labels": labels,
+            "learning_rate": np.array(0, np.float32),
+            "momentum": np.array(0, np.float32),
+        }
+        return np.asarray(run_graph(graph, inputs)["updated_velocity"], np.float64)
+
+    base = base_vector(file, task)
+    first = trained(NOTHING)
+    second = trained(first.velocity)
+    for begun, found in ((np.zeros(task.length), first), (first.velocity.astype(np.float64), second)):
+        w, v = base.astype(np.float64), begun
+        for _ in range(task.steps):
+            v = 0.9 * v + gradient(w.astype(np.float32))
+            w = w - task.learning_rate * v
+        np.testing.assert_allclose(found.update, w - base, atol=2e-6)
+        np.testing.assert_allclose(found.velocity, v, atol=2e-5)
+    assert np.linalg.norm(second.update) > 1.2 * np.linalg.norm(first.update)
+    for wrong in (first.velocity[1:], np.full_like(first.velocity, np.nan)):
+        with pytest.raises(Malformed, match="expected a finite velocity of"):
+            trained(wrong)
+
+
+def test_the_velocity_is_on_disk_with_the_contribution_and_goes_into_the_next_round(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        world.receipts = False
+        first = await on_first_version(world, tmp_path / "device")
+        given: list[np.ndarray] = []
+
+        def watched(*arguments: Any) -> training.LocalUpdate:
+            given.append(arguments[5].copy())
+            return train(*arguments)
+
+        def life() -> Life:
+            device = world.device("pos-0001", tmp_path / "device")
+            participation(device)._train = watched
+            return Life(device)
+
+        task = world.round(first, momentum=0.9)
+        async with life():
+            await eventually(lambda: bool(world.contributions))
+        async with life() as device:  # the power was off before a receipt came: nothing is trained again
+            await eventually(lambda: len(world.contributions) >= 2)
+            kept = np.frombuffer(participation(device).record.velocity, "<f4")
+            world.receipts = True
+            await eventually(lambda: participation(device).record.ended == "accepted")
+            assert len(kept) == task.length
+            assert np.any(kept)
+            assert participation(device).record.velocity == kept.tobytes(), "a receipt leaves it alone"
+            world.now += 1
+            world.round(first, momentum=0.9, round_id="round-2")
+            await eventually(lambda: participation(device).record.ended == "accepted" and len(given) == 2)
+            world.now += 1
+            world.store[("artifact", digest_of(b"no graph"))] = b"no graph"
+            world.round(first, momentum=0.9, round_id="round-3", training_graph=digest_of(b"no graph"))
+            await eventually(lambda: participation(device).record.ended.startswith("sat out"))
+            assert participation(device).record.velocity == b"", "a round sat out begins anew"
+        assert [len(velocity) for velocity in given] == [0, task.length, task.length]
+        np.testing.assert_array_equal(given[1], kept)
+
+    asyncio.run(story())
+
+
+def test_a_velocity_of_other_tensors_is_not_used(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = await on_first_version(world, tmp_path / "device")
+        task = world.round(first, momentum=0.9)
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: participation(device).record.ended == "accepted")
+            part = participation(device)
+            assert part.record.layout
+            part._write(msgspec.structs.replace(part.record, layout="of another model"))
+            before = part.record.velocity
+            world.now += 1
+            world.round(first, momentum=0.9, round_id="round-2", steps=task.steps)
+            await eventually(lambda: part.record.round_id == "round-2" and part.record.ended == "accepted")
+            assert len(part.record.velocity) == len(before)
+            assert part.record.layout != "of another model"
+
+    asyncio.run(story())
+
+
+def test_a_device_that_does_not_know_momentum_cannot_run_its_graph(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    task, file = task_on(world, world.model(seed=1), momentum=0.9)
+    graph = world.store[("artifact", task.training_graph)]
+    before = msgspec.structs.replace(task, momentum=0.0)  # what a reader of an earlier release sees
+    with pytest.raises(Malformed, match="velocity"):
+        train(file, before, graph, *local_data(), NOTHING, np.random.default_rng(1), run_graph)
 
 
 def test_clipping_keeps_the_direction() -> None:

@@ -260,7 +260,8 @@ class World:
 
     def round(self, base: Release, sizes: tuple[int, ...] = (4, 16, 1), **options: Any) -> RoundTask:
         """Announce a round on `base`."""
-        graph = mlp_training_graph(sizes, np.zeros(4, np.float32), np.ones(4, np.float32), 2.0)
+        momentum = options.get("momentum", 0.0) > 0
+        graph = mlp_training_graph(sizes, np.zeros(4, np.float32), np.ones(4, np.float32), 2.0, momentum=momentum)
         self.store[("artifact", digest_of(graph))] = graph
         parameters, length = parameters_of(base.manifest, sizes)
         task = RoundTask(

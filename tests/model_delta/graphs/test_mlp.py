@@ -80,6 +80,59 @@ def test_one_step_follows_the_numerical_gradient() -> None:
     assert found["loss"] == pytest.approx(loss_by_hand(exact, features, labels, positive), abs=1e-5)
 
 
+def step_by_hand(
+    parameters: np.ndarray, velocity: np.ndarray, features: np.ndarray, labels: np.ndarray, rate: float, m: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A step of SGD with momentum in float64, backwards through the layers; positive weight 5."""
+    mean, scale = normalisation()
+    weights, start = [], 0
+    for inputs, outputs in pairwise(SIZES):
+        weights.append(parameters[start : start + inputs * outputs].reshape(inputs, outputs).astype(np.float64))
+        start += inputs * outputs
+        weights.append(parameters[start : start + outputs].astype(np.float64))
+        start += outputs
+    activations = [(features.astype(np.float64) - mean) / scale]
+    for w, b in zip(weights[:-2:2], weights[1:-2:2], strict=True):
+        activations.append(np.maximum(activations[-1] @ w + b, 0))
+    p = 1 / (1 + np.exp(-(activations[-1] @ weights[-2] + weights[-1])[:, 0]))
+    back = ((1 - labels) * p - 5 * labels * (1 - p))[:, None] / len(labels)
+    gradients: list[np.ndarray] = []
+    for layer in reversed(range(len(activations))):
+        gradients = [(activations[layer].T @ back).ravel(), back.sum(axis=0), *gradients]
+        back = (back @ weights[2 * layer].T) * (activations[layer] > 0)
+    velocity = m * velocity + np.concatenate(gradients)
+    return parameters - rate * velocity, velocity
+
+
+@pytest.mark.parametrize("labels", [np.float32([0, 1] * 16), np.linspace(0, 1, 32, dtype=np.float32)])
+def test_momentum_is_the_heavy_ball(labels: np.ndarray) -> None:
+    session = session_of(mlp_training_graph(SIZES, *normalisation(), 5.0, momentum=True))
+    parameters, velocity = flat(layers(2)), np.zeros(len(flat(layers(2))), np.float32)
+    exact, exact_velocity = parameters.astype(np.float64), velocity.astype(np.float64)
+    for step in range(3):
+        features = rows(32, step)
+        inputs = {
+            "parameters": parameters,
+            "velocity": velocity,
+            "features": features,
+            "labels": labels,
+            "learning_rate": np.array(0.05, np.float32),
+            "momentum": np.array(0.9, np.float32),
+        }
+        parameters, velocity, loss = session.run(["updated", "updated_velocity", "loss"], inputs)
+        before = exact
+        exact, exact_velocity = step_by_hand(exact, exact_velocity, features, labels, 0.05, 0.9)
+        np.testing.assert_allclose(parameters, exact, atol=1e-6)
+        np.testing.assert_allclose(velocity, exact_velocity, atol=3e-6)
+        assert loss == pytest.approx(loss_by_hand(before, features, labels, 5.0), abs=1e-5)
+
+
+def test_without_momentum_the_graph_asks_for_nothing_more() -> None:
+    session = session_of(mlp_training_graph(SIZES, *normalisation(), 5.0))
+    assert {one.name for one in session.get_inputs()} == {"parameters", "features", "labels", "learning_rate"}
+    assert {one.name for one in session.get_outputs()} == {"updated", "loss"}
+
+
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_the_rate_scales_the_step_and_any_batch_fits(count: int) -> None:
     session = session_of(mlp_training_graph(SIZES, *normalisation(), 2.0))
