@@ -1,8 +1,8 @@
 """From the aggregators' openings to the mean update, and from a mean update to new weights.
 
 Each share of the weighted sum arrives from two aggregators and must be the same; the norm of its sketch must be the one
-that the opened Gram matrix foretells. The plain mean of plain updates stands beside it as the yardstick: what an
-undefended round would have produced.
+that the opened Gram matrix foretells, or that was opened alone where the matrix was not. The plain mean of plain
+updates stands beside it as the yardstick: what an undefended round would have produced.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_coordinator.rules.reveals import DISTANCES
 from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.fixed_point import decode
 from fl_coordinator.shares.measuring import Coefficients
@@ -53,7 +54,7 @@ def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> A
     """Verify three aggregators' replies (see `Aggregator.run_round`) and add up the shares of the sum.
 
     Raises Untrusted, naming the aggregator (or the two of which one is wrong), for a signature that does not hold, for
-    decisions or shares that differ, and for a sum whose norm is not the one in the Gram matrix.
+    decisions or shares that differ, and for a sum whose norm is not the one that was opened with the choice.
     """
     if len(replies) != PARTIES:
         raise Malformed(f"round {task.round_id!r}: expected {PARTIES} openings, found {len(replies)}")
@@ -74,9 +75,10 @@ def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> A
         return Aggregate(decision, None)
     total = _sum_of_shares(shares, names, task)
     # With noise on the sum nothing foretells its norm; that each share arrives twice has to do.
-    if task.noise_multiplier == 0 and _norm_squared(total, decision, task) != _foretold(decision):
+    if task.noise_multiplier == 0 and 2 * _norm_squared(total, decision, task) % 2**64 != _foretold_doubled(decision):
+        foretold = "Gram matrix" if decision.reveal == DISTANCES else "decision"
         raise Untrusted(
-            f"round {task.round_id!r}: the opened sum has another norm than the Gram matrix foretells; one of "
+            f"round {task.round_id!r}: the opened sum has another norm than the {foretold} foretells; one of "
             f"{', '.join(names)} deviated"
         )
     return Aggregate(decision, (decode(total, task.fraction_bits) / decision.divisor).astype(np.float32))
@@ -143,8 +145,10 @@ def _norm_squared(total: Words, decision: Decision, task: RoundTask) -> int:
     return int(np.sum(sketch.view(np.uint64) * sketch.view(np.uint64), dtype=np.uint64))
 
 
-def _foretold(decision: Decision) -> int:
-    """The same from weights and Gram matrix: sketches are linear."""
+def _foretold_doubled(decision: Decision) -> int:
+    """Twice the same, from weights and Gram matrix (sketches are linear), or as the aggregators opened it."""
+    if decision.reveal != DISTANCES:
+        return decision.doubled_norm
     weights = np.array([decision.devices[index].weight for index in decision.measured], dtype=np.uint64)
     gram = read_gram(decision).view(np.uint64)
-    return int(np.sum(gram * weights[:, None] * weights[None, :], dtype=np.uint64))
+    return 2 * int(np.sum(gram * weights[:, None] * weights[None, :], dtype=np.uint64)) % 2**64

@@ -22,7 +22,7 @@ from fl_coordinator.remembered_rounds import newest_memory
 from fl_coordinator.rollout_driver import RolloutDriver
 from fl_coordinator.rounds import Round, RoundSpec, State, newest_of
 from fl_coordinator.rules.policy import remembers
-from fl_coordinator.shares.bounds import CONTRIBUTIONS_MAX, fitted, require_announceable
+from fl_coordinator.shares.bounds import fitted, most, require_announceable
 from fl_coordinator.shares.remembering import RoundMemory, memory_name
 from fl_coordinator.spending import require_affordable
 from model_delta.digest import digest_of
@@ -111,9 +111,10 @@ class Announcing:
             aggregators=aggregators,
             issued=issued,
             deadline=int(now + spec.deadline_s),
-            contributions_max=spec.contributions_max or min(CONTRIBUTIONS_MAX, max(spec.quorum, 2 * enrolled)),
+            contributions_max=spec.contributions_max or min(most(spec.reveal), max(spec.quorum, 2 * enrolled)),
             policy=spec.policy,
             reveal=spec.reveal,
+            eps_l2=spec.eps_l2,
             noise_multiplier=spec.privacy.noise_multiplier if spec.privacy is not None else 0.0,
             memory=memory_name(memory) if memory is not None else "",
             memory_round=memory.round_id if memory is not None else "",

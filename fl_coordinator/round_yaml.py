@@ -21,6 +21,7 @@ _NUMBERS: dict[str, tuple[str, float, float, bool]] = {
     "quorum": ("quorum", 2, 100_000, True),
     "contributions_max": ("contributions_max", 2, 100_000, True),
     "clip": ("clip_norm_l2", 1e-6, 1e6, False),
+    "eps": ("eps_l2", 1e-6, 1e6, False),
     "f": ("hostile_max", 0, 10_000, True),
     "m_min": ("selected_min", 2, 100_000, True),
 }
@@ -60,6 +61,8 @@ def read_round(text: str, file: str = "round.yaml") -> tuple[RoundSpec, str]:
     for key, allowed in (("reveal", REVEALS), ("policy", POLICIES)):
         if key in fields:
             values[key], told[key] = fields[key].one_of(allowed), fields[key]
+    if "reveal" in told:
+        told.setdefault("policy", told["reveal"])
     if "privacy" in fields:
         values["privacy"], told["privacy"] = _privacy(fields["privacy"]), fields["privacy"]
     if "gates" in fields:

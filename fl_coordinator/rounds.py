@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from fl_coordinator.promotion import Limits
+from fl_coordinator.rules import reveals
 from model_delta.errors import Malformed
 from model_delta.task import RoundTask
 
@@ -124,8 +125,8 @@ def step(state: State, event: Event) -> tuple[State, Command]:
         raise Malformed(f"round: {event.name} cannot happen in state {state.name}") from None
 
 
-POLICIES = ("krum", "robust", "history")
-REVEALS = ("distances", "graph", "selection")
+REVEALS = tuple(reveals.POLICIES)
+POLICIES = tuple(dict.fromkeys(policy for known in reveals.POLICIES.values() for policy in known))
 DEVICE_CLASS = "device_class"
 """The trait that makes attestation groups unless a spec names a label of the enrolment."""
 
@@ -156,8 +157,10 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     base); with fewer than `quorum` it fails. Asked twice under the same `name` it is one round, so that a request whose
     answer was lost can be repeated.
 
-    `policy` decides who is chosen, `reveal` what is opened for that. `gates` replaces the coordinator's own limits.
-    With `autopilot` a published candidate starts its canary by itself: by the YAML `rollout`, or the model's last."""
+    `policy` decides who is chosen, `reveal` what is opened for that, and, where that is a graph, `eps_l2` how far apart
+    two updates may be that count as close (0: found on shares, from the distances of the round). `gates` replaces the
+    coordinator's own limits. With `autopilot` a published candidate starts its canary by itself: by the YAML `rollout`,
+    or the model's last."""
 
     model: str
     name: str = ""
@@ -176,6 +179,7 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     positive_weight: float = 6.0
     policy: str = "robust"
     reveal: str = "distances"
+    eps_l2: float = 0.0
     privacy: Privacy | None = None
     gates: Limits | None = None
     quota: Quota = Quota()
@@ -230,7 +234,21 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"expected at least {self._selected_min + dropped} (policy {self.policy} leaves out {dropped} of them, "
                 f"selected_min {self._selected_min}), found {self.contributions_max}"
             )
-        return self._problem_of_privacy() or self._problem_of_quota()
+        return self._problem_of_reveal() or self._problem_of_privacy() or self._problem_of_quota()
+
+    def _problem_of_reveal(self) -> tuple[str, str] | None:
+        problem = reveals.problem(self.reveal, self.policy)
+        if problem is not None:
+            return problem
+        if self.reveal == reveals.SELECTION and max(self.quorum, self.contributions_max) > reveals.SELECTION_MAX:
+            field = "quorum" if self.quorum > reveals.SELECTION_MAX else "contributions_max"
+            found = getattr(self, field)
+            return field, f"expected at most {reveals.SELECTION_MAX} with `reveal: {reveals.SELECTION}`, found {found}"
+        if self.eps_l2 and self.reveal != reveals.GRAPH:
+            return "eps_l2", f"expected `reveal: {reveals.GRAPH}` with it, found {self.reveal}"
+        if self.eps_l2 and not 0 < self.eps_l2 < 2 * self.clip_norm_l2:
+            return "eps_l2", f"expected less than twice the clip norm {self.clip_norm_l2:g}, found {self.eps_l2:g}"
+        return None
 
     def _problem_of_privacy(self) -> tuple[str, str] | None:
         wanted = self.privacy

@@ -13,7 +13,9 @@ from parts that were committed to under that root, the weights and verdicts from
 from the shares, the norm that the matrix foretells for it, the mean's digest, and the epsilons. A round whose policy
 remembers earlier ones is replayed with their transcripts (`replay_chain`), back to the first of them. It cannot show
 that the Gram matrix is of the contributions that were frozen: those are deleted, and only the three aggregators
-together ever held them.
+together ever held them. Of a round that revealed a graph it recomputes clusters and weights from the bits; of one that
+revealed nothing but the selection the choice itself cannot be recomputed: what is left is that three aggregators signed
+it, that its size is the rule's, and that the sum is of those chosen.
 
 Compatibility promise: see `model_delta.encoding`; packed transcripts are kept in the ledger and in files.
 """
@@ -33,8 +35,9 @@ from fl_coordinator.aggregation import Aggregate, Opening, combine_openings
 from fl_coordinator.memory_chain import after
 from fl_coordinator.privacy import Spend, epsilon
 from fl_coordinator.rules.policy import remembers
+from fl_coordinator.rules.reveals import DISTANCES
 from fl_coordinator.shares.freezing import joint_coin, read_statement, require_opening
-from fl_coordinator.shares.party import Decision, failed_checks, judge, read_gram
+from fl_coordinator.shares.party import Decision, failed_checks, judge, judge_hidden, read_gram
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, require_announced
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta import merkle
@@ -97,6 +100,7 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     issued: int = 0
     root: str = ""
     policy: str = ""
+    reveal: str = ""
     mean: str = ""
     aggregators: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
@@ -311,6 +315,7 @@ def _of_task(task: RoundTask) -> dict[str, Any]:
         "model": task.model,
         "base": task.base,
         "policy": task.policy,
+        "reveal": task.reveal,
         "aggregators": tuple(key.name for key in task.aggregators),
         "memory_round": task.memory_round,
         "issued": task.issued,
@@ -387,21 +392,26 @@ def _weights(decision: Decision, task: RoundTask, memory: RoundMemory | None) ->
     """The rules again, from the opened matrix and what the policy remembers alone."""
     if memory is None:
         return "cannot be computed without the memory that the round begins with"
+    if decision.reveal != task.reveal:
+        return f"reveals {decision.reveal[:48]!r}, announced was {task.reveal!r}"
     if not decision.measured:
         return "" if decision.refusal and not decision.selected else "nothing was measured, and something selected"
     names = [decision.devices[index].device_id for index in decision.measured]
-    judged = judge(task, read_gram(decision), names, failed_checks(decision), memory.memory)
+    if task.reveal == DISTANCES:
+        choice = judge(task, read_gram(decision), names, failed_checks(decision), memory.memory).choice
+    else:
+        choice = judge_hidden(task, decision, failed_checks(decision))
     weights = [decision.devices[index].weight for index in decision.measured]
-    if judged.choice.integers.tolist() != weights or judged.choice.divisor != decision.divisor:
-        place = next((at for at, (a, b) in enumerate(zip(judged.choice.integers, weights, strict=True)) if a != b), -1)
-        who = f"{names[place]} has weight {weights[place]}, the rules give {judged.choice.integers[place]}"
-        return who if place >= 0 else f"the divisor is {decision.divisor}, the rules give {judged.choice.divisor}"
+    if choice.integers.tolist() != weights or choice.divisor != decision.divisor:
+        place = next((at for at, (a, b) in enumerate(zip(choice.integers, weights, strict=True)) if a != b), -1)
+        who = f"{names[place]} has weight {weights[place]}, the rules give {choice.integers[place]}"
+        return who if place >= 0 else f"the divisor is {decision.divisor}, the rules give {choice.divisor}"
     after(memory, task, decision)
-    if judged.choice.refusal != decision.refusal:
-        return f"refusal {decision.refusal!r}, the rules say {judged.choice.refusal!r}"
-    for place, reason in judged.choice.refused.items():
+    if choice.refusal != decision.refusal:
+        return f"refusal {decision.refusal!r}, the rules say {choice.refusal!r}"
+    for place, reason in choice.refused.items():
         told = decision.devices[decision.measured[place]].reason
-        if not judged.choice.refusal and told != reason:
+        if not choice.refusal and told != reason:
             return f"{names[place]} was refused because {told!r}, the rules say {reason!r}"
     return ""
 

@@ -41,7 +41,8 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     `momentum` cannot run that graph, and sits the round out.
     A device runs `steps` mini-batches of `batch_size`, clips the difference to `clip_norm_l2`, encodes it with
     `fraction_bits` and shares it in Z_2^32. At most `contributions_max` are taken (0: the most that a round may take);
-    `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`). The opened
+    `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`, `graph`,
+    `selection`), `eps_l2` the distance up to which two updates are close in a graph (0: found on shares). The opened
     sum carries noise of `noise_multiplier` times the clip norm times the largest weight (0: none). A policy that
     remembers begins with `memory`, which round `memory_round` left: the digest of a packed `RoundMemory`, "" for none.
     `deadline` and `issued` are Unix seconds.
@@ -73,3 +74,4 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     memory: str = ""
     memory_round: str = ""
     momentum: float = 0.0
+    eps_l2: float = 0.0

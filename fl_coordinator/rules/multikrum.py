@@ -37,10 +37,14 @@ def contributions_min(hostile_max: int) -> int:
     return 2 * hostile_max + 3
 
 
+def neighbours_of(count: int, hostile_max: int) -> int:
+    """How many distances a score adds up: n - f - 2, but at least one, if there is one."""
+    return min(max(1, count - hostile_max - 2), max(0, count - 1))
+
+
 def scores(gram: Gram, hostile_max: int) -> tuple[int, ...]:
     """Sum of squared distances to the n - f - 2 nearest others (at least one, if there is one), exact."""
-    count = len(gram)
-    neighbours = min(max(1, count - hostile_max - 2), max(0, count - 1))
+    neighbours = neighbours_of(len(gram), hostile_max)
     # Column 0 is the update itself (distance 0, or a copy of it at the same distance).
     nearest = np.sort(squared_distances(gram), axis=1)[:, 1 : 1 + neighbours]
     return tuple(sum(row) for row in nearest.tolist())

@@ -26,7 +26,13 @@ def clusters(gram: Gram, metric: str = "euclidean") -> NDArray[np.int64]:
     distances = _distances(gram, metric)
     count = len(gram)
     radius = RADIUS_MEDIANS * median(distances[np.triu_indices(count, 1)])
-    near = distances <= radius
+    return density(distances <= radius)
+
+
+def density(near: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Cluster numbers int64[n] of devices of which bits bool[n, n], symmetric and true for a device itself, say who is
+    within the radius of whom."""
+    count = len(near)
     core = near.sum(axis=1) >= max(2, count // 4)
     label = np.full(count, -1, dtype=np.int64)
     found = 0

@@ -9,6 +9,8 @@ consequences:
     history  counts copies as one voice, clips at the median norm, and drops the f highest spectral scores over the
              remembered rounds (`history`), in which updates up to three medians long keep their length, so that loud
              ones stand out; every copy beyond the first uses up one of the f, down to a quarter of f.
+    multikrum  Multi-Krum and nothing else. Equal weights. It can be computed without opening distances too; `unseen`
+             has what decides where they stay hidden, and `reveals` which policy goes with what is opened.
 
 A weight is an integer of WEIGHT_BITS bits at most, because sums are opened in a ring; the mean is the weighted sum over
 `divisor`. The functions are pure, and equal bit for bit on every machine (see `geometry`).
@@ -101,6 +103,12 @@ def krum(gram: Gram, hostile_max: int) -> Weighing:
     return Weighing(integers, int(integers.sum()), reasons)
 
 
+def plain_multikrum(gram: Gram, hostile_max: int) -> Weighing:
+    """Multi-Krum alone (`multikrum.select`). Raises Malformed for n < 2 f + 3."""
+    verdict = multikrum.select(gram, hostile_max)
+    return Weighing(verdict.weights, int(verdict.weights.sum()), verdict.rejected)
+
+
 def robust(gram: Gram, hostile_max: int) -> Weighing:
     """Clip at the median norm, then DnC: drop the 1.5 f highest spectral scores, equal weight times the clip factor."""
     scores = spectral.scores(clipped(gram))
@@ -141,14 +149,17 @@ POLICIES: Mapping[str, Callable[[Gram, Gram, int], Weighing]] = {
     "krum": lambda gram, _mean, hostile_max: krum(gram, hostile_max),
     "robust": lambda gram, _mean, hostile_max: robust(gram, hostile_max),
     "history": remembering,
+    "multikrum": lambda gram, _mean, hostile_max: plain_multikrum(gram, hostile_max),
 }
+EQUAL = ("krum", "multikrum", "cluster")
+"""Policies whose weights are 0 or 1."""
 DEFAULT = "robust"
 REMEMBERING = frozenset({"history"})
 
 
 def weight_bits(policy: str) -> int:
     """How many bits a weight of `policy` adds to an opened sum: 0 when weights are 0 or 1."""
-    return 0 if policy == "krum" else WEIGHT_BITS
+    return 0 if policy in EQUAL else WEIGHT_BITS
 
 
 def remembers(policy: str) -> bool:
@@ -158,8 +169,9 @@ def remembers(policy: str) -> bool:
 
 def contributions_min(policy: str, hostile_max: int) -> int:
     """The fewest devices for which `policy` can choose. Raises Malformed for an unknown policy."""
-    if policy not in POLICIES:
-        raise Malformed(f"policy: expected one of {', '.join(POLICIES)}, found {policy!r}")
+    known = {*POLICIES, *EQUAL}
+    if policy not in known:
+        raise Malformed(f"policy: expected one of {', '.join(sorted(known))}, found {policy!r}")
     return multikrum.contributions_min(hostile_max)
 
 

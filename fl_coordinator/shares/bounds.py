@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fl_coordinator.privacy import HONEST_MIN, headroom_units, part_std_units
+from fl_coordinator.rules import reveals
 from fl_coordinator.rules.policy import contributions_min, remembers, weight_bits
 from fl_coordinator.shares.fixed_point import norm_max
 from fl_coordinator.shares.sharing import PARTIES
@@ -55,6 +56,12 @@ class Bounds:
         return self.scale * self.norm * self.norm * (2 if self.copies else 1)
 
     @property
+    def doubled_distance_max(self) -> int:
+        """Twice the largest squared distance of two updates whose squared norms are at most `squared_max`. With an
+        exponent that can be checked it is below 2^48, so that 1,024 of them add up to less than 2^58."""
+        return 8 * self.squared_max
+
+    @property
     def norm_accepted(self) -> int:
         """The length of what is not refused: N, or the root of 2 times N, rounded up, where it is estimated."""
         return math.isqrt(2 * self.norm * self.norm) + 1 if self.copies else self.norm
@@ -85,8 +92,7 @@ def require_announceable(task: RoundTask) -> None:
         raise Malformed(
             f"{what}: expected at most {CONTRIBUTIONS_MAX} contributions, found {task.contributions_max} announced"
         )
-    if task.reveal != "distances":
-        raise Malformed(f"{what}: reveal: expected distances, found {task.reveal!r}, which these aggregators cannot do")
+    _require_revealable(task, what)
     if task.memory and not remembers(task.policy):
         raise Malformed(f"{what}: policy: expected one that remembers rounds, found {task.policy!r} with a memory")
     contributions_min(task.policy, task.hostile_max)
@@ -108,6 +114,22 @@ def require_announceable(task: RoundTask) -> None:
         )
 
 
+def _require_revealable(task: RoundTask, what: str) -> None:
+    problem = reveals.problem(task.reveal, task.policy)
+    if problem:
+        raise Malformed(f"{what}: {problem[0]}: {problem[1]}")
+    if task.contributions_max > most(task.reveal):
+        raise Malformed(
+            f"{what}: expected at most {most(task.reveal)} contributions with `reveal: {task.reveal}`, found "
+            f"{task.contributions_max} announced"
+        )
+    if task.eps_l2 and (task.reveal != reveals.GRAPH or not 0 < task.eps_l2 < 2 * task.clip_norm_l2):
+        raise Malformed(
+            f"{what}: eps_l2: expected 0, or with `reveal: graph` a distance below twice the clip norm "
+            f"{task.clip_norm_l2:g}, found {task.eps_l2}"
+        )
+
+
 def noise_std(task: RoundTask) -> float:
     """Standard deviation, in fixed-point units, of each aggregator's part of the noise; 0.0 for a round without.
 
@@ -120,7 +142,12 @@ def noise_std(task: RoundTask) -> float:
 
 def contributions_max(task: RoundTask) -> int:
     """How many contributions the round's numbers were chosen for."""
-    return task.contributions_max or CONTRIBUTIONS_MAX
+    return task.contributions_max or most(task.reveal)
+
+
+def most(reveal: str) -> int:
+    """The most contributions of any round that reveals so much."""
+    return reveals.SELECTION_MAX if reveal == reveals.SELECTION else CONTRIBUTIONS_MAX
 
 
 def fitted(task: RoundTask) -> RoundTask:

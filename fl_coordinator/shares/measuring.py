@@ -56,13 +56,13 @@ class Coefficients:
     def __init__(self, coin: bytes, length: int, bounds: Bounds) -> None:
         self._length = length
         self._copies = bounds.copies
-        self._seed = _key(coin, "projections")
+        self._seed = coin_key(coin, "projections")
         if self._copies:
             blocks = -(-length // BUCKETS)
-            random = np.frombuffer(expand_bytes(_key(coin, "signs"), -(-length // 8)), dtype=np.uint8)
+            random = np.frombuffer(expand_bytes(coin_key(coin, "signs"), -(-length // 8)), dtype=np.uint8)
             bits = np.unpackbits(random, bitorder="little")[:length].astype(np.uint32)
             self._signs = (bits << np.uint32(1)) - np.uint32(1)
-            turns = expand(_key(coin, "rotations"), self._copies * blocks).reshape(self._copies, blocks)
+            turns = expand(coin_key(coin, "rotations"), self._copies * blocks).reshape(self._copies, blocks)
             self._offsets = (turns % np.uint32(BUCKETS)).astype(np.int64)
             self._added = (turns >> np.uint32(31)).astype(np.bool_)
         self.width = self._copies * BUCKETS if self._copies else length
@@ -153,5 +153,6 @@ def _reduced(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums - 2.0**32 * np.rint(sums * 2.0**-32)
 
 
-def _key(coin: bytes, purpose: str) -> bytes:
+def coin_key(coin: bytes, purpose: str) -> bytes:
+    """32 public bytes of a round for one purpose, from its coin."""
     return HKDF(hashes.SHA256(), SEED_BYTES, None, pack(["atoll coin", purpose])).derive(coin)

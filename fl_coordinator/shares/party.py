@@ -10,11 +10,12 @@ Three parties run this over the same frozen, ordered list of contributions, one 
     measured   64 projections and a sketch (see `measuring`) of the first share, sent to the other holder of it
     split ...  range check of the projections (see `range_check`), one bit per device opened
     lift ...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
-    gram       shares of the sketches' Gram matrix, opened to all three
+    gram       shares of the sketches' Gram matrix, opened to all three; or only one bit a pair, or the chosen set, in a
+               round that reveals less (see `revealing`)
     agree      hash of the decision; sent only after the decision was written down
     noise      in a round with privacy: each party's own noise on the sum, in shares (see `_noisy`)
 
-and the policy in `rules` chooses, from the matrix alone. Only then does a party return its two shares of the weighted
+and the policy in `rules` chooses, from that alone. Only then does a party return its two shares of the weighted
 sum over the chosen. Because each writes the decision down before it says `agree`, and opens only after both peers said
 so, either all three remember the decision or nobody has opened anything: a new attempt after a crash can therefore go
 on from the remembered decision, or start afresh, and never opens two different sets of one round (which would give
@@ -43,9 +44,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fl_coordinator.privacy import noise
-from fl_coordinator.rules import selection
+from fl_coordinator.rules import reveals, selection
 from fl_coordinator.rules.history import Memory
-from fl_coordinator.rules.policy import Verdicts, remembers
+from fl_coordinator.rules.policy import Choice, Verdicts, remembers
 from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, noise_std, require_announceable
 from fl_coordinator.shares.contribution import Holding
 from fl_coordinator.shares.fixed_point import Rng
@@ -61,6 +62,7 @@ from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, moved, require_announced
+from fl_coordinator.shares.revealing import Revealed, judge_kept, reveal, spread
 from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
 from fl_coordinator.shares.streams import (
     SEED_BYTES,
@@ -90,7 +92,8 @@ class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one contribution. `weight` is its integer weight in the sum, `reason` "" for the selected. `norm`
     is the update's l2 norm in model units; -1 when the contribution did not get as far as the Gram matrix. `valid` is
     the bit that the range check opened: 1 inside, 0 outside, -1 when it was refused before. The rest are the verdicts
-    of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none."""
+    of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none. None is what the
+    round did not reveal."""
 
     device_id: str
     contribution: str
@@ -98,14 +101,14 @@ class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     weight: int = 0
     valid: int = -1
-    norm: float = -1.0
-    norm_sigma: float = 0.0
-    distance_sigma: float = 0.0
-    krum_score: float = -1.0
-    cluster: int = -1
-    cosine_cluster: int = -1
-    spectral: float = 0.0
-    copies: int = 1
+    norm: float | None = -1.0
+    norm_sigma: float | None = 0.0
+    distance_sigma: float | None = 0.0
+    krum_score: float | None = -1.0
+    cluster: int | None = -1
+    cosine_cluster: int | None = -1
+    spectral: float | None = 0.0
+    copies: int | None = 1
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,8 +116,10 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     `gram` holds the upper triangle, row by row, of the Gram matrix of the devices `measured` (indices into `devices`),
     int64 little endian: `scale` times their inner products in units of 2^(-2 fraction_bits), estimated by sketches when
-    `scale` is above 1. The mean is the sum of weight times update over `divisor`. `refusal` says why nothing was opened
-    ("" if the sum over `selected` was).
+    `scale` is above 1. Where `reveal` is not `distances` it is empty; then `kept` are those of the measured within the
+    clip norm, `near` the bits of their pairs (of `graph`), and `doubled_norm` twice the squared norm of the sum of the
+    chosen sketches modulo 2^64, 0 in a round with noise (see `revealing.Revealed`). The mean is the sum of weight times
+    update over `divisor`. `refusal` says why nothing was opened ("" if the sum over `selected` was).
 
     `task` is the digest of the announcement's payload; `frozen` holds the statements that the three signed before the
     coin, `parts` what each then opened, see `freezing`; `memory` names the memory that the policy leaves, see
@@ -141,6 +146,14 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     frozen: tuple[bytes, ...] = ()
     parts: tuple[bytes, ...] = ()
     memory: str = ""
+    reveal: str = reveals.DISTANCES
+    kept: tuple[int, ...] = ()
+    near: bytes = b""
+    doubled_norm: int = 0
+
+
+VERDICTS = ("norm", "norm_sigma", "distance_sigma", "krum_score", "cosine_cluster", "spectral", "copies")
+"""Fields of a DeviceVerdict that follow from a Gram matrix alone."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +341,12 @@ class AggregationParty:
         if len(usable) < task.selected_min:
             refusal = f"{len(usable)} usable contributions, a sum of fewer than {task.selected_min} is not opened"
             return self._record(coined, refused, bits, (), np.zeros((0, 0), dtype=np.int64), None, refusal)
+        if task.reveal != reveals.DISTANCES:
+            hidden = yield from reveal(session, task, coined.coin, sketches, len(bits) - len(usable))
+            judged = selection.Judged(hidden.choice, ())
+            nothing = np.zeros((0, 0), dtype=np.int64)
+            record = self._record(coined, refused, bits, usable, nothing, judged, hidden.choice.refusal)
+            return told_of(record, hidden)
         gram = yield from self._open_gram(session, sketches)
         names, hostile = [self._holding.device_ids[index] for index in usable], len(bits) - len(usable)
         judged = judge(task, gram, names, hostile, self._memory.memory)
@@ -409,7 +428,7 @@ class AggregationParty:
                     selected=weight > 0,
                     reason="" if weight else judged.choice.refused.get(place, refusal),
                     weight=weight,
-                    norm=math.sqrt(int(gram[place, place])) / unit,
+                    norm=math.sqrt(int(gram[place, place])) / unit if gram.size else None,
                     **(_verdict_fields(verdicts[place], unit) if place in verdicts else {}),
                 )
         return Decision(
@@ -425,7 +444,7 @@ class AggregationParty:
             devices=tuple(devices),
             measured=tuple(measured),
             scale=scale,
-            gram=gram[np.triu_indices(len(measured))].astype("<i8").tobytes(),
+            gram=gram[np.triu_indices(len(gram))].astype("<i8").tobytes(),
             selected=tuple(index for index, device in enumerate(devices) if device.selected),
             divisor=judged.choice.divisor if judged is not None else 0,
             refusal=refusal,
@@ -433,6 +452,7 @@ class AggregationParty:
             frozen=coined.frozen,
             parts=coined.parts,
             memory=memory_after(self._memory, task, judged),
+            reveal=task.reveal,
         )
 
     def _session(self, hellos: Sequence[_Hello]) -> Session:
@@ -567,6 +587,34 @@ def failed_checks(decision: Decision) -> int:
     if decision.format < 3:
         return sum(device.reason.startswith("range check") for device in decision.devices)
     return sum(device.valid == 0 for device in decision.devices)
+
+
+def judge_hidden(task: RoundTask, decision: Decision, hostile_found: int) -> Choice:
+    """What the round's policy says of a decision that reveals less than distances: of a graph all, of a selection that
+    it is as large as it should be. Raises Malformed for a decision that contradicts itself."""
+    measured, kept = list(decision.measured), list(decision.kept)
+    if sorted(set(kept)) != kept or not set(kept) <= set(measured):
+        raise Malformed("decision: those within the clip norm are no ascending part of the measured")
+    hostile = max(0, task.hostile_max - hostile_found - (len(measured) - len(kept)))
+    choice = judge_kept(task, hostile, len(kept), decision.near, [kept.index(index) for index in decision.selected])
+    return spread(choice, [measured.index(index) for index in kept], len(measured), task.clip_norm_l2)
+
+
+def told_of(decision: Decision, hidden: Revealed) -> Decision:
+    """The decision of a round that revealed less, with what it did reveal, and nothing that looks like a verdict."""
+    places = {decision.measured[place]: at for at, place in enumerate(hidden.kept)}
+    devices = list(decision.devices)
+    for index in decision.measured:
+        at = places.get(index)
+        cluster = hidden.clusters[at] if at is not None and hidden.clusters else None
+        devices[index] = msgspec.structs.replace(devices[index], **dict.fromkeys(VERDICTS), cluster=cluster)
+    return msgspec.structs.replace(
+        decision,
+        devices=tuple(devices),
+        kept=tuple(places),
+        near=hidden.near,
+        doubled_norm=hidden.doubled_norm,
+    )
 
 
 def read_gram(decision: Decision) -> NDArray[np.int64]:

@@ -128,7 +128,7 @@ def test_too_few_too_heavy_and_unknown_open_nothing() -> None:
     assert not few.integers.any()
     assert not small.integers.any()
     assert not heavy.integers.any()
-    with pytest.raises(Malformed, match="expected one of krum, robust, history, found 'mean'"):
+    with pytest.raises(Malformed, match=r"expected one of .*krum.*, found 'mean'"):
         chosen("mean", vectors)
 
 

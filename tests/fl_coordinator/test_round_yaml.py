@@ -41,7 +41,7 @@ def test_what_is_left_out_has_the_defaults_of_a_round() -> None:
 
 
 def test_policies_are_those_that_the_rules_know() -> None:
-    assert tuple(policy.POLICIES) == POLICIES
+    assert {*policy.POLICIES, "cluster"} == set(POLICIES)
     assert RoundSpec(model="fraud").policy == policy.DEFAULT
 
 
@@ -64,8 +64,17 @@ def test_a_deadline_is_a_duration(text: str, seconds: float) -> None:
         ("  contributions_max: 5", 6, "spec.contributions_max: expected at least the quorum 8"),
         ("  deadline: soon", 6, "write it like 60s, 10m, 2h or 1d"),
         ("  deadline: 31d", 6, "spec.deadline: expected 1 to 2.592e\\+06"),
-        ("  policy: median", 6, "spec.policy: expected krum or robust or history, found 'median'"),
+        (
+            "  policy: median",
+            6,
+            "spec.policy: expected krum or robust or history or multikrum or cluster, found 'median'",
+        ),
         ("  reveal: nothing", 6, "spec.reveal: expected distances or graph or selection"),
+        ("  reveal: graph", 6, "spec.reveal: expected policy cluster with `reveal: graph`, found 'robust'"),
+        ("  reveal: selection\n  policy: cluster", 7, "spec.policy: expected policy multikrum with `reveal: sel"),
+        ("  reveal: selection\n  policy: multikrum\n  quorum: 129", 8, "spec.quorum: expected at most 128 with"),
+        ("  policy: robust\n  eps: 2", 7, "spec.eps: expected `reveal: graph` with it"),
+        ("  policy: cluster\n  reveal: graph\n  eps: 9", 8, "spec.eps: expected less than twice the clip norm 4"),
         ("  base: latest", 6, "spec.base: expected a manifest digest of 64 hex digits"),
         ("  training: {epochs: 3}", 6, "found the key 'epochs'"),
         ("  privacy: {epsilon: 8, delta: 0.00001}", 6, "spec.privacy: expected the key 'noise_multiplier'"),
