@@ -2,6 +2,9 @@
 
 The data folder's `updates.json` (0600) names the topic, and how to log in at its brokers; without it the log is
 embedded. Offsets in the ledger belong to one log, so it changes only while no round is open.
+
+Aggregators read the same log: a topic directly, the embedded one through the coordinator. An aggregator's own folder
+may have an `updates.json` too, with a login of its own, which needs no more than to read the topic.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from fl_coordinator.updates_log import SegmentLog
 from model_delta.errors import Malformed
 
 EMBEDDED = "embedded"
+_FILE = "updates.json"
 
 
 class UpdatesPlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,13 +55,16 @@ def require_place(url: str) -> None:
 
 def place_of(data: DataFolder) -> UpdatesPlace:
     """What the data folder says. Raises ConfigurationError."""
-    path = _path(data)
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=UpdatesPlace)
-    except FileNotFoundError:
-        return UpdatesPlace()
-    except (msgspec.DecodeError, OSError) as error:
-        raise ConfigurationError(f"{path}: expected url and properties as JSON: {error}") from None
+    return _read(_path(data))
+
+
+def aggregator_place(data: DataFolder, name: str, url: str = "") -> UpdatesPlace:
+    """Where the aggregator `name` reads: at `url` if there is one, else where its own folder says, else where the
+    platform's does. Raises ConfigurationError."""
+    own = data.child("aggregators", name) / _FILE
+    found = _read(own if own.exists() else _path(data))
+    require_place(url)
+    return UpdatesPlace(url=url, properties=found.properties) if url else found
 
 
 def open_log(place: UpdatesPlace, folder: Path, ledger: Ledger, *, patience_s: float = 10.0) -> UpdatesLog:
@@ -83,5 +90,14 @@ def open_log(place: UpdatesPlace, folder: Path, ledger: Ledger, *, patience_s: f
     return log
 
 
+def _read(path: Path) -> UpdatesPlace:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=UpdatesPlace)
+    except FileNotFoundError:
+        return UpdatesPlace()
+    except (msgspec.DecodeError, OSError) as error:
+        raise ConfigurationError(f"{path}: expected url and properties as JSON: {error}") from None
+
+
 def _path(data: DataFolder) -> Path:
-    return data.path / "updates.json"
+    return data.path / _FILE

@@ -19,6 +19,7 @@ targets are those of the large ones.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import statistics
@@ -35,8 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.claims import Claim, at_most, at_most_share, run
+from fl_coordinator.copies import Copies
 from fl_coordinator.shares.bounds import bounds_of
-from fl_coordinator.shares.contribution import Holding, hold
+from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome, Protocol
 from fl_coordinator.shares.sharing import Exchange
@@ -105,28 +107,21 @@ def _updates(count: int, length: int, hostile: int, seed: int) -> Iterator[Float
 
 def _party_seconds(world: SecureRound, updates: Iterator[Floats], runs: int) -> tuple[float, Decision]:
     """CPU seconds of the slowest party, the median of some runs, and what was decided."""
-    with (
-        tempfile.TemporaryFile(buffering=0) as sent,
-        tempfile.TemporaryFile(buffering=0) as one,
-        tempfile.TemporaryFile(buffering=0) as two,
-    ):
-        sizes = []
+    task = world.task
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+        copies = [Copies(Path(folder, str(index))) for index in range(3)]
+        digests = []
         for place, update in enumerate(updates):
-            data = world.contribution(f"pos-{place:04d}", update)
-            sizes.append(len(data))
-            left = memoryview(data)
-            while left:
-                left = left[sent.write(left) :]
-
-        def arrived() -> Iterator[bytes]:
-            start = 0
-            for size in sizes:
-                yield os.pread(sent.fileno(), size, start)
-                start += size
-
+            entry = keep(world.contribution(f"pos-{place:04d}", update), size_max(task))
+            digests.append(entry.digest)
+            for index, own in enumerate(copies):
+                own.keep({task.round_id: [entry.needed_by(index)]})
         holdings = [
-            hold(arrived(), world.task, index, world.sealing[index], world.ca_pem, frozenset(), NOW, spool)
-            for index, spool in enumerate((None, one, two))
+            hold(
+                opened.enter_context(own.opened(task.round_id, digests)),
+                *(task, index, world.sealing[index], world.ca_pem, frozenset(), NOW),
+            )
+            for index, own in enumerate(copies)
         ]
         taken = []
         for attempt in range(1, runs + 1):

@@ -7,8 +7,10 @@
     POST /v1/releases/{digest}/shred              GET /v1/keys       POST /v1/keys/rotate   body: JSON forget
     POST /v1/rollouts?target=&file=   body: YAML  GET /v1/rollouts   /v1/rollouts/{name}   POST .../{name}/abort
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
-    GET  /v1/rounds/{id}/contributions            each: length (4 bytes, big-endian), then its bytes; the frozen order
+    GET  /v1/rounds/{id}/announcement             signed, of a round that has not ended
+    GET  /v1/rounds/{id}/contributions/{digest}   one of the frozen contributions
     GET  /v1/rounds/{id}/transcript               canonical CBOR; see `transcript`
+    GET  /v1/log?from=&wait=                      the updates log from an offset on, long poll; see `updates_log`
     POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
     GET  /v1/revoked
     GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}   POST /v1/store/clean   body: JSON dry_run

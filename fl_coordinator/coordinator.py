@@ -51,6 +51,7 @@ from fl_coordinator.round_driver import RoundDriver
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.tables.records import AggregatorRecord, ReleaseRecord
+from fl_coordinator.updates_log import LogPart
 from model_delta import topics
 from model_delta.errors import AtollError, Malformed
 from model_delta.keys.keyring import Keyring
@@ -339,10 +340,14 @@ class Coordinator:
         """The packed `MemoryProof` of what a round begins with. Blocking. Raises NotFound."""
         return proof_for(self.ledger, self.round(round_id).task)
 
-    def frozen_offsets(self, round_id: str) -> list[int]:
-        """Where a round's contributions are in the log, in the frozen order; see `RoundDriver`. Blocking."""
-        return self._rounds.frozen_offsets(round_id)
+    def announcement(self, round_id: str) -> bytes:
+        """The signed announcement of a round that has not ended; see `RoundDriver`. Blocking."""
+        return self._rounds.announcement(round_id)
 
-    def contribution_at(self, offset: int) -> bytes:
-        """One contribution from the log; see `RoundDriver`. Blocking."""
-        return self._rounds.contribution_at(offset)
+    def frozen_contribution(self, round_id: str, digest: str) -> bytes:
+        """One contribution of a frozen round; see `RoundDriver`. Blocking."""
+        return self._rounds.frozen_contribution(round_id, digest)
+
+    async def log_from(self, offset: int, wait_s: float) -> LogPart:
+        """What the updates log holds from an offset on; see `Intake.log_from`."""
+        return await self._intake.log_from(offset, wait_s)

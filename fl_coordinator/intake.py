@@ -34,6 +34,7 @@ from fl_coordinator.shares.contribution import (
     verify,
 )
 from fl_coordinator.tables.records import AdmittedContribution
+from fl_coordinator.updates_log import LogPart
 from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -69,6 +70,7 @@ class Intake:
         )
         self.admitting = asyncio.Lock()
         self.admitted = asyncio.Condition()
+        self._batches = 0
         self._ledger = ledger
         self._log = log
         self._keyring = keyring
@@ -84,10 +86,28 @@ class Intake:
         async with self.admitting:
             receipts = await asyncio.to_thread(self._admit, batch)
         async with self.admitted:
+            self._batches += 1
             self.admitted.notify_all()
         for device_id, receipt in receipts:
             with contextlib.suppress(Unavailable):
                 await self._link.publish(topics.down(device_id, "receipt"), pack(receipt))
+
+    async def log_from(self, offset: int, wait_s: float) -> LogPart:
+        """What the log holds from `offset` on; when that is nothing, after the next batch or `wait_s` seconds.
+
+        Raises Unavailable, and Malformed for damage or an offset inside a record."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while True:
+            batches = self._batches
+            part = await asyncio.to_thread(self._log.read_from, offset)
+            if part.records:
+                return part
+            try:
+                async with asyncio.timeout_at(deadline), self.admitted:
+                    while self._batches == batches:
+                        await self.admitted.wait()
+            except TimeoutError:
+                return part
 
     def _admit(self, batch: Sequence[tuple[str, bytes]]) -> list[tuple[str, topics.ContributionReceipt]]:
         """Verify, ask every question, append with one flush, record; only then are there receipts.
@@ -167,7 +187,7 @@ class Intake:
             lately = self._ledger.contributions_of(device_id, now - DAY_S, newest.round_id) if quota.per_device else 0
             claimed = msgspec.structs.replace(
                 claimed,
-                mismatch=mismatch(verified, newest.task),
+                mismatch=mismatch(verified.claim, len(verified.masked), newest.task),
                 group=record.trait(quota.group),
                 lately=lately,
             )

@@ -6,6 +6,9 @@ counts once it is on all in-sync replicas (`acks=all`) and the producer is idemp
 a lost answer is stored once. A coordinator that starts again goes on at the end of the topic: what a crash left there
 unnamed, the ledger does not know, and nobody counts; a record that the ledger does know is never appended again.
 
+An aggregator reads the topic by itself (`TopicReader`), at its own pace, and needs no more than the right to read it.
+It joins no consumer group: how far it has come is written down beside what it read, not at the brokers.
+
 Records are contributions: signed by devices and encrypted for the aggregators. Whoever runs the broker learns who sent
 how much and when, and can withhold, but neither read nor change one unnoticed (the ledger holds every digest).
 """
@@ -23,11 +26,12 @@ from urllib.parse import urlsplit
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
-from fl_coordinator.updates_log import RECORD_BYTES_MAX
+from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart
 from model_delta.errors import Malformed, NotFound, Unavailable
 
 PATIENCE_S = 10.0
 _SLACK_BYTES = 2**20
+_PREFETCHED_S = 0.05
 _PROPERTIES = ("security.protocol", "sasl.", "ssl.", "client.id")
 _NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
 
@@ -44,40 +48,145 @@ def place_of(url: str) -> tuple[str, str]:
     return parts.netloc, topic
 
 
+class TopicReader:
+    """Reads the one partition of a topic by offset. Safe to call from several threads, one at a time."""
+
+    def __init__(
+        self, url: str, properties: Mapping[str, str] | None = None, *, patience_s: float = PATIENCE_S
+    ) -> None:
+        """Nothing is asked of the brokers yet. `properties` are librdkafka's for authentication and TLS; every call
+        ends within about `patience_s`. Raises Malformed for a URL or a property that will not do."""
+        self._url = url
+        brokers, self._topic = place_of(url)
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+        self._consumer = Consumer(
+            {
+                **_settings(brokers, properties or {}, patience_s),
+                "group.id": "atoll-updates-log",  # required, and never joined: positions are in the ledger
+                "enable.auto.commit": False,
+                "auto.offset.reset": "error",
+                "fetch.message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
+                "receive.message.max.bytes": 4 * RECORD_BYTES_MAX,
+                "queued.max.messages.kbytes": 65_536,
+                "fetch.wait.max.ms": 50,
+                "check.crcs": True,
+            },
+            logger=_log,
+        )
+        self._low, self._end = 0, 0
+        self._next = -1
+
+    def bounds(self) -> tuple[int, int]:
+        """The first offset that is kept, and the one that the next record gets. Raises Unavailable."""
+        with self._lock:
+            return self._ask_bounds()
+
+    def read(self, offset: int) -> bytes:
+        """The record at `offset`. Raises NotFound outside of what the topic holds, Unavailable without an answer."""
+        with self._lock:
+            if not self._low <= offset < self._end:
+                self._ask_bounds()
+            if not self._low <= offset < self._end:
+                raise NotFound(
+                    f"updates log {self._url}: no record at offset {offset}, it holds {self._low} to {self._end}"
+                )
+            self._turn_to(offset)
+            found = self._poll(time.monotonic() + self._patience_s)
+            if found is None:
+                raise Unavailable(
+                    f"updates log {self._url}: offset {offset} did not come within {self._patience_s:g} s"
+                )
+            if found[0] != offset:
+                raise NotFound(f"updates log {self._url}: no record at offset {offset}, the next is another")
+            self._next = offset + 1
+            return found[1]
+
+    def read_from(self, offset: int, bytes_max: int = PART_BYTES, wait_s: float = 0.0) -> LogPart:
+        """What is there from `offset` on: one record at least if there is one or one comes within `wait_s`; `bytes_max`
+        is exceeded by the last record at most. Raises Unavailable."""
+        with self._lock:
+            if not self._low <= offset < self._end:
+                self._ask_bounds()
+            start = offset if self._low <= offset <= self._end else self._low
+            self._turn_to(start)
+            records: list[tuple[int, bytes]] = []
+            at, left = start, bytes_max
+            deadline = time.monotonic() + (self._patience_s if at < self._end else wait_s)
+            try:
+                while left > 0 and (found := self._poll(deadline)) is not None:
+                    records.append(found)
+                    at, left = found[0] + 1, left - len(found[1])
+                    deadline = time.monotonic() + (_PREFETCHED_S if at < self._end else 0.0)
+            except NotFound:  # removed since the bounds were asked: the next call begins behind it
+                if not records:
+                    return LogPart(self._low, (), self._low)
+            self._next = at
+            return LogPart(start, tuple(records), at)
+
+    def close(self) -> None:
+        """Leave the brokers."""
+        with contextlib.suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+
+    def _turn_to(self, offset: int) -> None:
+        if self._next != offset:
+            with _told(self._url):
+                self._consumer.assign([TopicPartition(self._topic, 0, offset)])
+        self._next = -1
+
+    def _poll(self, deadline: float) -> tuple[int, bytes] | None:
+        """The next record with its offset, or None at the deadline (monotonic seconds), after one look at least.
+
+        Raises NotFound when it was removed."""
+        while True:
+            left = deadline - time.monotonic()
+            with _told(self._url):
+                message = self._consumer.poll(max(left, 0.0))
+            if message is not None:
+                error, offset = message.error(), message.offset()
+                if error is None and offset is not None:
+                    return offset, bytes(message.value() or b"")
+                if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
+                    self._ask_bounds()
+                    raise NotFound(f"updates log {self._url}: the record was removed; it begins at {self._low}")
+                # Passing troubles are librdkafka's to cure; what lasts ends at the deadline.
+            if left <= 0:
+                return None
+
+    def _ask_bounds(self) -> tuple[int, int]:
+        with _told(self._url):
+            found = self._consumer.get_watermark_offsets(
+                TopicPartition(self._topic, 0), timeout=self._patience_s, cached=False
+            )
+        if found is None:
+            raise Unavailable(f"updates log {self._url}: no answer within {self._patience_s:g} s")
+        low, end = found
+        self._low, self._end = max(low, 0), max(end, 0)
+        return self._low, self._end
+
+
 class KafkaLog:
     """The updates log in one topic, for one process that appends. Safe to call from several threads."""
 
     def __init__(
         self, url: str, properties: Mapping[str, str] | None = None, *, patience_s: float = PATIENCE_S
     ) -> None:
-        """Reach the brokers, and create the topic when there is none. `properties` are librdkafka's for authentication
-        and TLS; every call ends within about `patience_s`.
+        """Reach the brokers, and create the topic when there is none; arguments as for `TopicReader`.
 
         Raises Unavailable when no broker answers, Malformed for a URL, a property or a topic that will not do.
         """
         self._url = url
         brokers, self._topic = place_of(url)
-        for name in properties or {}:
-            if not name.startswith(_PROPERTIES):
-                raise Malformed(f"updates log: property {name!r}: expected one of {', '.join(_PROPERTIES)}")
         self._patience_s = patience_s
-        self._settings: dict[str, Any] = {
-            **(properties or {}),
-            "bootstrap.servers": brokers,
-            "message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
-            "reconnect.backoff.ms": 50,
-            "reconnect.backoff.max.ms": 500,
-            "socket.connection.setup.timeout.ms": max(1000, int(patience_s * 1000)),
-            "log_level": 0,  # it tells of every broken connection; ours to tell is what failed in the end
-        }
+        self._settings = _settings(brokers, properties or {}, patience_s)
         self._lock = threading.Lock()
         self._admin = AdminClient(self._settings, logger=_log)
         self._require_topic()
         self._producer = self._new_producer()
-        self._consumer = self._new_consumer()
-        self._next = -1
+        self._reader = TopicReader(url, properties, patience_s=patience_s)
         try:
-            self._low, self._end = self._bounds()
+            self._reader.bounds()
         except Unavailable:
             self.close()
             raise
@@ -85,9 +194,7 @@ class KafkaLog:
     @property
     def end(self) -> int:
         """The offset that the next record gets. Raises Unavailable."""
-        with self._lock:
-            self._low, self._end = self._bounds()
-            return self._end
+        return self._reader.bounds()[1]
 
     def append(self, records: Sequence[bytes]) -> list[int]:
         """Hand `records` to the brokers, and return once all replicas have them; their offsets.
@@ -121,69 +228,32 @@ class KafkaLog:
             if errors or len(offsets) < len(records):
                 self._replace_producer()
                 raise Unavailable(f"updates log {self._url}: {errors[0] if errors else 'no acknowledgement'}")
-            self._end = max(self._end, *(offset + 1 for offset in offsets.values())) if offsets else self._end
             return [offsets[place] for place in range(len(records))]
 
     def read(self, offset: int) -> bytes:
         """The record at `offset`. Raises NotFound outside of what the topic holds, Unavailable without an answer."""
-        with self._lock:
-            if not self._low <= offset < self._end:
-                self._low, self._end = self._bounds()
-            if not self._low <= offset < self._end:
-                raise NotFound(
-                    f"updates log {self._url}: no record at offset {offset}, it holds {self._low} to {self._end}"
-                )
-            if self._next != offset:
-                with _told(self._url):
-                    self._consumer.assign([TopicPartition(self._topic, 0, offset)])
-            self._next = -1
-            deadline = time.monotonic() + self._patience_s
-            while (left := deadline - time.monotonic()) > 0:
-                with _told(self._url):
-                    message = self._consumer.poll(left)
-                if message is None:
-                    continue
-                error, value = message.error(), message.value()
-                if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
-                    self._low, self._end = self._bounds()
-                    raise NotFound(f"updates log {self._url}: the record at offset {offset} was removed")
-                if error is not None:  # passing troubles are librdkafka's to cure; what lasts ends at the deadline
-                    continue
-                if message.offset() != offset:
-                    raise NotFound(f"updates log {self._url}: no record at offset {offset}, the next is another")
-                self._next = offset + 1
-                return bytes(value or b"")
-            raise Unavailable(f"updates log {self._url}: offset {offset} did not come within {self._patience_s:g} s")
+        return self._reader.read(offset)
+
+    def read_from(self, offset: int, bytes_max: int = PART_BYTES) -> LogPart:
+        """What is there from `offset` on; see `TopicReader.read_from`. Raises Unavailable."""
+        return self._reader.read_from(offset, bytes_max)
 
     def remove_before(self, offset: int) -> int:
         """Have the brokers delete the records below `offset`; how many. Raises Unavailable."""
         with self._lock:
-            self._low, self._end = self._bounds()
-            before = self._low
-            wanted = min(offset, self._end)
+            before, end = self._reader.bounds()
+            wanted = min(offset, end)
             if wanted > before:
                 partition = TopicPartition(self._topic, 0, wanted)
                 asked = self._admin.delete_records([partition], request_timeout=self._patience_s)
                 with _told(self._url):
                     asked[partition].result()
-                self._low = wanted
             return max(0, wanted - before)
 
     def close(self) -> None:
         """Leave the brokers; everything appended is already durable."""
-        with contextlib.suppress(KafkaException, RuntimeError):
-            self._consumer.close()
+        self._reader.close()
         self._producer.purge()
-
-    def _bounds(self) -> tuple[int, int]:
-        with _told(self._url):
-            found = self._consumer.get_watermark_offsets(
-                TopicPartition(self._topic, 0), timeout=self._patience_s, cached=False
-            )
-        if found is None:
-            raise Unavailable(f"updates log {self._url}: no answer within {self._patience_s:g} s")
-        low, end = found
-        return max(low, 0), max(end, 0)
 
     def _new_producer(self) -> Producer:
         return Producer(
@@ -203,22 +273,6 @@ class KafkaLog:
         """A message that was given up must not be sent later on; an idempotent producer may also be beyond repair."""
         self._producer.purge()
         self._producer = self._new_producer()
-
-    def _new_consumer(self) -> Consumer:
-        return Consumer(
-            {
-                **self._settings,
-                "group.id": "atoll-updates-log",  # required, and never joined: positions are in the ledger
-                "enable.auto.commit": False,
-                "auto.offset.reset": "error",
-                "fetch.message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
-                "receive.message.max.bytes": 4 * RECORD_BYTES_MAX,
-                "queued.max.messages.kbytes": 65_536,
-                "fetch.wait.max.ms": 50,
-                "check.crcs": True,
-            },
-            logger=_log,
-        )
 
     def _require_topic(self) -> None:
         """The topic as it must be: one partition, nothing deleted by age or size or merged by key."""
@@ -266,6 +320,22 @@ _TOPIC: Mapping[str, str] = {
     "retention.bytes": "-1",
     "max.message.bytes": str(RECORD_BYTES_MAX + _SLACK_BYTES),
 }
+
+
+def _settings(brokers: str, properties: Mapping[str, str], patience_s: float) -> dict[str, Any]:
+    """What every client of the brokers has in common. Raises Malformed."""
+    for name in properties:
+        if not name.startswith(_PROPERTIES):
+            raise Malformed(f"updates log: property {name!r}: expected one of {', '.join(_PROPERTIES)}")
+    return {
+        **properties,
+        "bootstrap.servers": brokers,
+        "message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
+        "reconnect.backoff.ms": 50,
+        "reconnect.backoff.max.ms": 500,
+        "socket.connection.setup.timeout.ms": max(1000, int(patience_s * 1000)),
+        "log_level": 0,  # it tells of every broken connection; ours to tell is what failed in the end
+    }
 
 
 @contextlib.contextmanager

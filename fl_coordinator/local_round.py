@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_coordinator.aggregation import OPENING_TYPE, Aggregate, Opening, combine_openings
 from fl_coordinator.channel import Channel
-from fl_coordinator.shares.contribution import hold
+from fl_coordinator.shares.contribution import hold, keep, size_max
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import FROZEN_TYPE, Frozen
 from fl_coordinator.shares.party import AggregationParty, Keep, Outcome
@@ -73,10 +73,11 @@ class LocalAggregators:
         """
         if task.aggregators != self.keys:
             raise Malformed(f"round {task.round_id!r}: was announced with other aggregators than {self._names}")
-        root = merkle_root([bytes.fromhex(digest_of(data)) for data in contributions])
+        kept = [keep(data, size_max(task)) for data in contributions]
+        root = merkle_root([bytes.fromhex(entry.digest) for entry in kept])
         parties = []
         for index, sealing in enumerate(self._sealing):
-            holding = hold(contributions, task, index, sealing, ca_pem, revoked, now)
+            holding = hold(kept, task, index, sealing, ca_pem, revoked, now)
             secrets = self._pair_secrets(index, task, attempt, root)
             parties.append(
                 AggregationParty(

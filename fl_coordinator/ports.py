@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from fl_coordinator.updates_log import LogPart
+
 Clock = Callable[[], float]
 """Unix seconds."""
 
@@ -49,6 +51,9 @@ class UpdatesLog(Protocol):
 
     def read(self, offset: int) -> bytes:
         """The record at an offset."""
+
+    def read_from(self, offset: int) -> LogPart:
+        """What is there from an offset on, some megabytes at a time; see `LogPart`."""
 
     @property
     def end(self) -> int:

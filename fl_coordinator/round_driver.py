@@ -28,7 +28,7 @@ from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Command, Event, Round, RoundSpec, State, step
 from model_delta import merkle
 from model_delta.encoding import unpack
-from model_delta.errors import AtollError, Unavailable
+from model_delta.errors import AtollError, NotFound, Unavailable
 from model_delta.keys.keyring import Keyring
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope
@@ -106,18 +106,23 @@ class RoundDriver:
         """A round as it stands. Raises NotFound."""
         return recorded_round(self._ledger, round_id)
 
-    def frozen_offsets(self, round_id: str) -> list[int]:
-        """Where the contributions of a round are in the log, in the frozen order. Blocking. NotFound, and Unavailable
-        before the freeze."""
+    def frozen_contribution(self, round_id: str, digest: str) -> bytes:
+        """One contribution of a frozen round from the log. Blocking. Raises NotFound when it is not in the frozen list,
+        or of a round that has ended, Unavailable before the freeze."""
         found = self.round(round_id)
         if not found.root:
             raise Unavailable(f"round {round_id}: not frozen yet, it is {found.state}")
-        offsets = {entry.digest: entry.log_offset for entry in self._ledger.contributions(round_id)}
-        return [offsets[digest] for digest in found.frozen]
+        for entry in self._ledger.contributions(round_id):
+            if entry.digest == digest and digest in found.frozen:
+                return self._log.read(entry.log_offset)
+        raise NotFound(f"round {round_id}: no contribution {digest[:16]}… was frozen")
 
-    def contribution_at(self, offset: int) -> bytes:
-        """One contribution from the log. Blocking. NotFound, also for one of a round whose end is long ago."""
-        return self._log.read(offset)
+    def announcement(self, round_id: str) -> bytes:
+        """The packed signed announcement of a round that has not ended. Blocking. Raises NotFound."""
+        found = self.round(round_id)
+        if not found.live:
+            raise NotFound(f"round {round_id}: has ended, it is {found.state}")
+        return found.announcement
 
     async def _drive(self, round_id: str) -> None:
         """Walk one round to its end. When its state cannot be written down, the walk starts over from what is there."""

@@ -8,6 +8,9 @@
 An offset is a byte position in the whole log and never changes. A power cut can leave a torn last frame; it was never
 acknowledged, so opening the log cuts it off. Damage anywhere else is not repaired but said. `ports.UpdatesLog` is what
 the coordinator needs of any log; `kafka_log` is the other one.
+
+Who follows a log asks for what is there from an offset on, gets a `LogPart`, and asks next for its `next`. One thread
+appends; any number may read meanwhile, and see records only once they are durable.
 """
 
 from __future__ import annotations
@@ -22,10 +25,54 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 
 RECORD_BYTES_MAX = 64 * 2**20
+PART_BYTES = 8 * 2**20
+"""How much a follower takes at a time; a single record may be longer."""
 _HEADER = struct.Struct(">II")
+_PART = struct.Struct(">QQ")
+_RECORD = struct.Struct(">QI")
+
+
+class LogPart(msgspec.Struct, frozen=True):
+    """Consecutive records of a log from the offset `start`, each with its own; `next` is the offset to ask for next.
+
+    `start` is the offset that was asked for, or the first one kept when the log does not hold that (any more)."""
+
+    start: int
+    records: tuple[tuple[int, bytes], ...]
+    next: int
+
+
+def packed_part(part: LogPart) -> bytes:
+    """A part as it travels: start and next (8 bytes each, big-endian), then each record's offset (8), length (4) and
+    bytes."""
+    pieces = [_PART.pack(part.start, part.next)]
+    for offset, record in part.records:
+        pieces += [_RECORD.pack(offset, len(record)), record]
+    return b"".join(pieces)
+
+
+def unpacked_part(data: bytes) -> LogPart:
+    """The part in `data`. Raises Malformed for bytes that are cut off, or offsets that do not grow."""
+    if len(data) < _PART.size:
+        raise Malformed(f"part of an updates log: expected at least {_PART.size} bytes, found {len(data)}")
+    start, after = _PART.unpack_from(data)
+    records: list[tuple[int, bytes]] = []
+    at, least = _PART.size, start
+    while at < len(data):
+        offset, length = _RECORD.unpack_from(data, at) if at + _RECORD.size <= len(data) else (least, len(data))
+        at += _RECORD.size + length
+        if at > len(data) or offset < least:
+            raise Malformed(f"part of an updates log: expected whole records in order, found a broken one at {offset}")
+        records.append((offset, data[at - length : at]))
+        least = offset + 1
+    if not least <= after < 2**63:
+        raise Malformed(f"part of an updates log: expected an end from {least} on, found {after}")
+    return LogPart(start, tuple(records), after)
 
 
 class SegmentLog:
@@ -51,20 +98,19 @@ class SegmentLog:
         """Write `records` with one flush to the disk; their offsets. Raises StorageFull with none written."""
         if self._end - self._start >= self._segment_bytes:
             self._roll()
-        before = self._end
+        end = self._end
         offsets = []
         try:
             for record in records:
                 if len(record) > RECORD_BYTES_MAX:
                     raise Malformed(f"updates log: expected at most {RECORD_BYTES_MAX} bytes, found {len(record)}")
-                offsets.append(self._end)
+                offsets.append(end)
                 self._file.write(_HEADER.pack(len(record), zlib.crc32(record)) + record)
-                self._end += _HEADER.size + len(record)
+                end += _HEADER.size + len(record)
             self._file.flush()
             os.fsync(self._file.fileno())
         except (OSError, Malformed) as error:
-            self._end = before
-            self._forget(before - self._start)
+            self._forget(self._end - self._start)
             if isinstance(error, Malformed):
                 raise
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -72,6 +118,7 @@ class SegmentLog:
                     f"updates log {self._folder}: no room left; free some space, nothing was added"
                 ) from None
             raise Unavailable(f"updates log {self._folder}: {error.strerror}") from None
+        self._end = end
         return offsets
 
     def read(self, offset: int) -> bytes:
@@ -85,6 +132,36 @@ class SegmentLog:
         if record is None:
             raise Malformed(f"updates log {self._path(start)}: the record at offset {offset} is damaged")
         return record
+
+    def read_from(self, offset: int, bytes_max: int = PART_BYTES) -> LogPart:
+        """What is there from `offset` on: one record at least if there is one, and no more than `bytes_max` otherwise.
+
+        Raises Malformed for damage, or an offset inside a record.
+        """
+        end, starts = self._end, self._starts()
+        if not starts[0] <= offset <= end:
+            offset = starts[0]
+        records: list[tuple[int, bytes]] = []
+        at, left = offset, bytes_max
+        while at < end and left > 0:
+            start = max(start for start in starts if start <= at)
+            until = min((following for following in starts if following > start), default=end)
+            try:
+                file = self._path(start).open("rb")
+            except FileNotFoundError:  # removed since it was listed: what is kept begins behind it
+                return self.read_from(offset, bytes_max)
+            with file:
+                file.seek(at - start)
+                while at < until and left > 0:
+                    record = _read_frame(file)
+                    if record is None:
+                        raise Malformed(f"updates log {self._path(start)}: the record at offset {at} is damaged")
+                    left -= len(record)
+                    if left < 0 and records:
+                        break
+                    records.append((at, record))
+                    at += _HEADER.size + len(record)
+        return LogPart(offset, tuple(records), at)
 
     def remove_before(self, offset: int) -> int:
         """Delete whole files that hold only records below `offset`; how many."""

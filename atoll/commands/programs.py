@@ -39,13 +39,16 @@ def coordinator_run(store: StoreOption = "", data: DataOption = DEFAULT_DATA, js
 @aggregator.command("run")
 def aggregator_run(
     name: Annotated[str, typer.Option(help="a0, a1 or a2.")] = "a0",
+    updates_log: Annotated[
+        str, typer.Option(help="Where to read contributions: embedded, or kafka://host:port/topic; default: as set up.")
+    ] = "",
     data: DataOption = DEFAULT_DATA,
     json: LinesOption = False,
 ) -> None:
     """Run one aggregator of the platform in the data folder."""
     from atoll.aggregator import run_aggregator
 
-    run_aggregator(data, name, as_json=json)
+    run_aggregator(data, name, updates_log=updates_log, as_json=json)
 
 
 @broker.command("run")

@@ -75,6 +75,13 @@ def number_in(text: str, what: str, low: float, high: float) -> float:
     return value
 
 
+def whole_number_in(text: str, what: str) -> int:
+    """A query parameter as a whole number from 0 up to 18 digits. Raises Malformed."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise Malformed(f"query parameter {what}: expected a whole number of up to 18 digits, found {text[:32]!r}")
+    return int(text)
+
+
 def encoded(value: Any) -> Response:
     """Any value of ours as a JSON answer."""
     return Response(msgspec.json.encode(value), media_type="application/json")

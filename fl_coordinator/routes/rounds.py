@@ -1,24 +1,23 @@
-"""Federated rounds over HTTP, and what an aggregator fetches of one."""
+"""Federated rounds over HTTP, and what aggregators read: the updates log, announcements, frozen contributions."""
 
 from __future__ import annotations
 
 import asyncio
-import struct
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.routes.access import Access
-from fl_coordinator.routes.requests import BODY_BYTES_MAX, body_of, encoded
+from fl_coordinator.routes.requests import BODY_BYTES_MAX, body_of, encoded, number_in, whole_number_in
+from fl_coordinator.updates_log import packed_part
 from model_delta.errors import Malformed, NotFound
 
-_FRAME = struct.Struct(">I")
+LOG_WAIT_S_MAX = 20.0
 
 
 class RoundRoutes:
@@ -36,9 +35,11 @@ class RoundRoutes:
             Route("/v1/rounds", guard(self._open_round), methods=["POST"]),
             Route("/v1/rounds/{round_id}", guard(self._round, "aggregator")),
             Route("/v1/rounds/{round_id}/abort", guard(self._abort_round), methods=["POST"]),
-            Route("/v1/rounds/{round_id}/contributions", guard(self._contributions, "aggregator")),
+            Route("/v1/rounds/{round_id}/announcement", guard(self._announcement, "aggregator")),
+            Route("/v1/rounds/{round_id}/contributions/{digest}", guard(self._contribution, "aggregator")),
             Route("/v1/rounds/{round_id}/memory", guard(self._memory, "aggregator")),
             Route("/v1/rounds/{round_id}/transcript", guard(self._transcript, "aggregator", "gateway")),
+            Route("/v1/log", guard(self._log, "aggregator")),
         ]
 
     async def _open_round(self, request: Request) -> Response:
@@ -65,21 +66,21 @@ class RoundRoutes:
     async def _abort_round(self, request: Request) -> Response:
         return JSONResponse(_round_view(await self._coordinator.abort_round(request.path_params["round_id"])))
 
-    async def _contributions(self, request: Request) -> Response:
-        """Read from the log one by one, as fast as the aggregator takes them. What cannot be read after the first one
-        breaks the connection off, and the attempt is repeated."""
-        read = self._coordinator.contribution_at
-        offsets = await asyncio.to_thread(self._coordinator.frozen_offsets, request.path_params["round_id"])
-        first = [await asyncio.to_thread(read, offset) for offset in offsets[:1]]
+    async def _announcement(self, request: Request) -> Response:
+        found = await asyncio.to_thread(self._coordinator.announcement, request.path_params["round_id"])
+        return Response(found, media_type="application/cbor")
 
-        async def frames() -> AsyncIterator[bytes]:
-            for contribution in first:
-                yield _FRAME.pack(len(contribution)) + contribution
-            for offset in offsets[1:]:
-                contribution = await asyncio.to_thread(read, offset)
-                yield _FRAME.pack(len(contribution)) + contribution
+    async def _contribution(self, request: Request) -> Response:
+        round_id, digest = request.path_params["round_id"], request.path_params["digest"]
+        found = await asyncio.to_thread(self._coordinator.frozen_contribution, round_id, digest)
+        return Response(found, media_type="application/cbor")
 
-        return StreamingResponse(frames(), media_type="application/octet-stream")
+    async def _log(self, request: Request) -> Response:
+        """Whatever the log holds: it is sealed for the aggregators, who may read it as it comes."""
+        offset = whole_number_in(request.query_params.get("from", "0"), "from")
+        wait = number_in(request.query_params.get("wait", "0"), "wait", 0.0, 3600.0)
+        part = await self._coordinator.log_from(offset, min(wait, LOG_WAIT_S_MAX))
+        return Response(packed_part(part), media_type="application/octet-stream")
 
     async def _memory(self, request: Request) -> Response:
         """What the policy of a round remembers when it begins, for an aggregator that has no copy."""

@@ -16,10 +16,8 @@ Compatibility promise: see `model_delta.encoding`; a field that changes meaning 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -31,7 +29,7 @@ from fl_coordinator.shares.sharing import PARTIES
 from fl_coordinator.shares.streams import SEED_BYTES, WORD_BYTES, Octets, Rows, SecretRows
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, pack_octets, unpack
-from model_delta.errors import Malformed, SignatureInvalid, Unavailable, Untrusted
+from model_delta.errors import Malformed, SignatureInvalid, Untrusted
 from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import open_sealed
 from model_delta.task import AggregatorKey, RoundTask
@@ -83,6 +81,25 @@ class VerifiedContribution:
 
 
 @dataclass(frozen=True)
+class KeptContribution:
+    """A contribution that an aggregator keeps, verified or not: `digest` names the bytes that arrived, `masked` is its
+    vector of `masked_bytes`, wherever it lies, and has the digest that `claim` says. `flaw` says why its bytes can
+    never count ("" if they may); the rest is then as good as the device's word."""
+
+    digest: str
+    device_id: str
+    claim: bytes = b""
+    signature: bytes = b""
+    masked: Octets = b""
+    masked_bytes: int = 0
+    flaw: str = ""
+
+    def needed_by(self, index: int) -> KeptContribution:
+        """As the aggregator at place `index` of the round needs it: the first one makes no use of vectors."""
+        return replace(self, masked=b"") if index == 0 else self
+
+
+@dataclass(frozen=True)
 class Holding:
     """What one aggregator holds of a frozen list of n contributions: both shares of each as rows (nothing may be read
     where refused), the contributions' digests and device ids in the frozen order, and why it refused some, by index."""
@@ -117,25 +134,28 @@ def verify(data: bytes, ca_pem: bytes, revoked: Set[int], now: float) -> Verifie
     `now` is Unix seconds, `revoked` certificate serial numbers. Raises Malformed, Untrusted and SignatureInvalid.
     """
     contribution = parse(data)
-    claim = unpack(contribution.claim, Claim)
-    if claim.format != FORMAT:
-        raise Malformed(f"contribution: format {claim.format}, this reader knows {FORMAT}")
-    name, key, _ = device_keys_of(claim.certificate, ca_pem, now, frozenset(revoked))
-    if name != claim.device_id:
-        raise Untrusted(f"contribution of {claim.device_id!r}: its certificate names {name!r}")
+    claim = verify_claim(contribution.claim, contribution.signature, ca_pem, revoked, now)
+    _require_vector(contribution, claim)
+    return VerifiedContribution(digest_of(data), claim.device_id, claim, contribution.masked)
+
+
+def verify_claim(claim: bytes, signature: bytes, ca_pem: bytes, revoked: Set[int], now: float) -> Claim:
+    """The signed part alone: certificate chain, common name, signature; arguments and errors as in `verify`."""
+    found = unpack(claim, Claim)
+    if found.format != FORMAT:
+        raise Malformed(f"contribution: format {found.format}, this reader knows {FORMAT}")
+    name, key, _ = device_keys_of(found.certificate, ca_pem, now, frozenset(revoked))
+    if name != found.device_id:
+        raise Untrusted(f"contribution of {found.device_id!r}: its certificate names {name!r}")
     try:
-        message = pre_authentication_encoding(CONTRIBUTION_TYPE, contribution.claim)
-        key.verify(contribution.signature, message, ec.ECDSA(hashes.SHA256()))
+        key.verify(signature, pre_authentication_encoding(CONTRIBUTION_TYPE, claim), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         raise SignatureInvalid(f"contribution of {name!r}: the signature is not by the certificate's key") from None
-    if digest_of(contribution.masked) != claim.masked:
-        raise Untrusted(f"contribution of {name!r}: the masked vector is not the one that was signed")
-    return VerifiedContribution(digest_of(data), name, claim, contribution.masked)
+    return found
 
 
-def mismatch(verified: VerifiedContribution, task: RoundTask) -> str:
-    """Why a verified contribution does not belong to `task`, in words; "" if it does."""
-    claim = verified.claim
+def mismatch(claim: Claim, masked_bytes: int, task: RoundTask) -> str:
+    """Why a verified contribution, its vector of `masked_bytes`, does not belong to `task`, in words; "" if it does."""
     wanted = {
         "tenant": (task.tenant, claim.tenant),
         "model": (task.model, claim.model),
@@ -145,7 +165,7 @@ def mismatch(verified: VerifiedContribution, task: RoundTask) -> str:
         "fraction bits": (task.fraction_bits, claim.fraction_bits),
         "aggregator keys": (sealing_keys(task.aggregators), claim.sealing_keys),
         "number of sealed pairs": (PARTIES, len(claim.sealed)),
-        "bytes of masked vector": (WORD_BYTES * task.length, len(verified.masked)),
+        "bytes of masked vector": (WORD_BYTES * task.length, masked_bytes),
     }
     for what, (expected, found) in wanted.items():
         if expected != found:
@@ -153,60 +173,66 @@ def mismatch(verified: VerifiedContribution, task: RoundTask) -> str:
     return ""
 
 
-def open_secrets(
-    verified: VerifiedContribution, task: RoundTask, index: int, private: X25519PrivateKey
-) -> tuple[bytes, bytes]:
+def open_secrets(claim: Claim, task: RoundTask, index: int, private: X25519PrivateKey) -> tuple[bytes, bytes]:
     """The secrets of aggregator `index`'s two shares, 32 bytes each. The claim must match the task.
 
     Raises Untrusted when the seal does not open.
     """
-    opened = open_sealed(private, verified.claim.sealed[index], sealing_info(task, verified.device_id, index))
+    opened = open_sealed(private, claim.sealed[index], sealing_info(task, claim.device_id, index))
     if len(opened) != 2 * SEED_BYTES:
         raise Untrusted(f"sealed pair: expected {2 * SEED_BYTES} bytes, found {len(opened)}")
     return opened[:SEED_BYTES], opened[SEED_BYTES:]
 
 
+def keep(data: bytes, bytes_max: int) -> KeptContribution:
+    """What is kept of a contribution's bytes, in memory; only their length and the vector's digest are checked.
+    Signature, certificate and round are judged by `hold`, at whose time they must hold."""
+    digest = digest_of(data)
+    try:
+        contribution = parse(data, bytes_max)
+        claim = unpack(contribution.claim, Claim)
+        _require_vector(contribution, claim)
+    except (Malformed, Untrusted) as error:
+        return KeptContribution(digest, _claimed_device(data), flaw=str(error))
+    masked = contribution.masked
+    return KeptContribution(
+        digest, claim.device_id, contribution.claim, contribution.signature, memoryview(masked), len(masked)
+    )
+
+
 def hold(
-    contributions: Iterable[bytes],
+    contributions: Iterable[KeptContribution],
     task: RoundTask,
     index: int,
     private: X25519PrivateKey,
     ca_pem: bytes,
     revoked: Set[int],
     now: float,
-    spool: BinaryIO | None = None,
 ) -> Holding:
     """Verify every contribution of the frozen list and open aggregator `index`'s secrets; a bad one is only refused.
 
-    Of two contributions of one device the first counts. `now` is Unix seconds. Raises Unavailable when a disk is
-    full. Masked vectors go to `spool` (an
-    unbuffered file, open for reading and writing, which must outlive the result) if there is one, and stay in memory
-    otherwise; the first aggregator needs none of them.
+    Of two contributions of one device the first counts. `now` is Unix seconds. Vectors stay where they are and are
+    read when the result is; the first aggregator needs none of them.
     """
-    kept: list[_Kept] = []
+    kept: list[_Opened] = []
     refusals: dict[int, str] = {}
     seen: set[str] = set()
-    for place, data in enumerate(contributions):
-        digest = digest_of(data)
+    for place, entry in enumerate(contributions):
         try:
-            if len(data) > size_max(task):
-                raise Malformed(f"contribution: expected at most {size_max(task)} bytes, found {len(data)}")
-            verified = verify(data, ca_pem, revoked, now)
-            reason = mismatch(verified, task)
-            if verified.device_id in seen:
+            if entry.flaw:
+                raise Malformed(entry.flaw)
+            claim = verify_claim(entry.claim, entry.signature, ca_pem, revoked, now)
+            reason = mismatch(claim, entry.masked_bytes, task)
+            if claim.device_id in seen:
                 reason = "a second contribution of this device"
             if reason:
                 raise Untrusted(reason)
-            secrets = open_secrets(verified, task, index, private)
-            seen.add(verified.device_id)
+            secrets = open_secrets(claim, task, index, private)
+            seen.add(claim.device_id)
+            kept.append(_Opened(entry.digest, claim.device_id, secrets, claim.masked, entry.masked))
         except (Malformed, Untrusted) as error:
             refusals[place] = str(error)
-            kept.append(_Kept(digest, _claimed_device(data)))
-            continue
-        masked: Octets = b""
-        if index > 0:
-            masked = memoryview(verified.masked) if spool is None else _Span.append(spool, verified.masked)
-        kept.append(_Kept(digest, verified.device_id, secrets, verified.claim.masked, masked))
+            kept.append(_Opened(entry.digest, entry.device_id))
     shares: list[Rows] = []
     for number in range(2):
         own = [entry.secrets[number] for entry in kept]
@@ -230,7 +256,7 @@ def sealing_keys(aggregators: tuple[AggregatorKey, ...]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Opened:
     """What is needed of one contribution later on."""
 
     digest: str
@@ -240,31 +266,9 @@ class _Kept:
     masked: Octets = b""
 
 
-@dataclass(frozen=True)
-class _Span:
-    """`size` bytes of a file from `start`."""
-
-    file: int
-    start: int
-    size: int
-
-    @classmethod
-    def append(cls, spool: BinaryIO, data: bytes) -> _Span:
-        start = spool.seek(0, os.SEEK_END)
-        left = memoryview(data)
-        try:
-            while left:
-                left = left[spool.write(left) :]
-        except OSError as error:
-            raise Unavailable(f"contributions cannot be kept for the round: {error.strerror}") from None
-        return cls(spool.fileno(), start, len(data))
-
-    def __getitem__(self, part: slice) -> bytes:
-        start, stop, _ = part.indices(self.size)
-        data = os.pread(self.file, stop - start, self.start + start)
-        if len(data) != stop - start:
-            raise Unavailable(f"spooled contribution: expected {stop - start} bytes, found {len(data)}")
-        return data
+def _require_vector(contribution: Contribution, claim: Claim) -> None:
+    if digest_of(contribution.masked) != claim.masked:
+        raise Untrusted(f"contribution of {claim.device_id!r}: the masked vector is not the one that was signed")
 
 
 def _claimed_device(data: bytes) -> str:

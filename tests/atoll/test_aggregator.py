@@ -1,45 +1,80 @@
-"""How an aggregator fetches the frozen contributions: one after the other, and nothing that is cut off."""
+"""What an aggregator reads of the coordinator: the log in parts, announcements, single contributions; all bounded."""
 
 from __future__ import annotations
 
 import asyncio
-import struct
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import httpx
 import pytest
 
-from atoll.aggregator import _fetch_contributions
-from model_delta.errors import Malformed, Unavailable
+from atoll import aggregator_reading
+from atoll.aggregator_reading import CoordinatorClient, CoordinatorLog
+from fl_coordinator.updates_log import LogPart, packed_part
+from model_delta.errors import Malformed, NotFound, Unavailable
 
-Fetch = Callable[[httpx.Response], list[bytes]]
-
-
-@pytest.fixture
-def fetched(tmp_path: Path) -> Fetch:
-    async def story(answer: httpx.Response) -> list[bytes]:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(lambda request: answer)) as client:
-            return list(await _fetch_contributions(client, "http://coordinator", "fraud-7", tmp_path))
-
-    return lambda answer: asyncio.run(story(answer))
+T = TypeVar("T")
+Ask = Callable[[CoordinatorClient], Awaitable[T]]
 
 
-def framed(contributions: Sequence[bytes]) -> bytes:
-    return b"".join(struct.pack(">I", len(data)) + data for data in contributions)
+def asked(answer: Callable[[httpx.Request], httpx.Response], ask: Ask[T]) -> T:
+    async def story() -> T:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            return await ask(CoordinatorClient(client, "http://coordinator"))
+
+    return asyncio.run(story())
 
 
-@pytest.mark.parametrize("contributions", [[], [b"one"], [b"", b"x" * 100_000, b"three"]])
-def test_contributions_arrive_as_they_were_frozen(fetched: Fetch, contributions: list[bytes]) -> None:
-    assert fetched(httpx.Response(200, content=framed(contributions))) == contributions
+@pytest.mark.parametrize(
+    "part", [LogPart(0, (), 0), LogPart(40, ((40, b"one"), (51, b""), (60, b"x" * 100_000)), 100_100)]
+)
+def test_a_part_of_the_log_arrives_as_it_was_sent(part: LogPart) -> None:
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(f"{request.url.path}?{request.url.query.decode()}")
+        return httpx.Response(200, content=packed_part(part))
+
+    assert asked(answer, lambda client: CoordinatorLog(client).read_from(40)) == part
+    assert seen == ["/v1/log?from=40&wait=10"]
 
 
-@pytest.mark.parametrize("cut", [1, 3, 6, 12])
-def test_an_answer_that_is_cut_off_is_refused(fetched: Fetch, cut: int) -> None:
-    with pytest.raises(Malformed, match="contributions of round fraud-7: expected"):
-        fetched(httpx.Response(200, content=framed([b"first one", b"second one"])[:-cut]))
+@pytest.mark.parametrize("cut", [1, 3, 11, 12, 20, 29])
+def test_a_part_that_is_cut_off_is_refused(cut: int) -> None:
+    data = packed_part(LogPart(0, ((0, b"first"), (5, b"second")), 11))[:-cut]
+    with pytest.raises(Malformed, match="part of an updates log"):
+        asked(lambda request: httpx.Response(200, content=data), lambda client: client.log_from(0, 0.0))
 
 
-def test_a_coordinator_that_has_none_is_named(fetched: Fetch) -> None:
-    with pytest.raises(Unavailable, match="the coordinator answered 404: no such round"):
-        fetched(httpx.Response(404, text="no such round"))
+def test_offsets_that_go_back_or_past_every_number_are_refused() -> None:
+    for part in (LogPart(9, ((9, b"a"), (9, b"b")), 20), LogPart(9, ((8, b"a"),), 20), LogPart(0, (), 2**63)):
+        data = packed_part(part)
+        with pytest.raises(Malformed, match="part of an updates log"):
+            asked(lambda request, data=data: httpx.Response(200, content=data), lambda client: client.log_from(0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(404, NotFound), (503, Unavailable), (400, Malformed)]
+)
+def test_what_the_coordinator_says_instead_is_told(status: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"of round fraud-7: the coordinator answered {status}: no such round"):
+        asked(
+            lambda request: httpx.Response(status, text="no such round"),
+            lambda client: client.contribution("fraud-7", "0" * 64),
+        )
+
+
+def test_an_answer_without_end_is_cut_off() -> None:
+    class Endless(httpx.AsyncByteStream):
+        sent = 0
+
+        async def __aiter__(self):  # type: ignore[no-untyped-def]
+            while True:
+                self.sent += 2**20
+                yield bytes(2**20)
+
+    stream = Endless()
+    with pytest.raises(Malformed, match="announcement of round fraud-7: expected at most"):
+        asked(lambda request: httpx.Response(200, stream=stream), lambda client: client.announcement("fraud-7"))
+    assert stream.sent <= aggregator_reading.ANNOUNCEMENT_BYTES_MAX + 2**21

@@ -27,8 +27,10 @@ from fl_coordinator.shares.contribution import (
     Contribution,
     Holding,
     hold,
+    keep,
     parse,
     sealing_info,
+    size_max,
 )
 from fl_coordinator.shares.fixed_point import clip, encode
 from fl_coordinator.shares.freezing import FROZEN_TYPE, Frozen
@@ -161,7 +163,8 @@ class SecureRound:
         return seal_envelope(sign(FROZEN_TYPE, pack(said), [self.signing[index]]))
 
     def hold(self, contributions: Sequence[bytes], index: int) -> Holding:
-        return hold(contributions, self.task, index, self.sealing[index], self.ca_pem, frozenset(), NOW)
+        kept = [keep(data, size_max(self.task)) for data in contributions]
+        return hold(kept, self.task, index, self.sealing[index], self.ca_pem, frozenset(), NOW)
 
     def party(
         self,

@@ -168,7 +168,8 @@ class Platform:
 
     def frozen_contributions(self, round_id: str) -> list[bytes]:
         """A round's contributions in the frozen order, as aggregators get them."""
-        return [self.coordinator.contribution_at(at) for at in self.coordinator.frozen_offsets(round_id)]
+        frozen = self.coordinator.round(round_id).frozen
+        return [self.coordinator.frozen_contribution(round_id, digest) for digest in frozen]
 
     def reopen(self) -> None:
         """What a start after a crash sees."""

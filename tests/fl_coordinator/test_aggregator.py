@@ -14,8 +14,9 @@ import pytest
 
 from device_sim.faults import plain_average
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, apply_mean, combine_openings
-from fl_coordinator.aggregator import KEPT_S, Aggregator
+from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.channel import Channel, ChannelMessage
+from fl_coordinator.round_command import KEPT_S
 from fl_coordinator.shares.party import Decision
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -41,6 +42,7 @@ class Platform:
         self.trace: list[tuple[str, str, str, bytes]] = []
         self.data: list[bytes] = []
         self.deliveries: dict[str, list[bytes]] = {}
+        self.fetched: list[tuple[str, int]] = []
         self.aggregators: dict[str, Aggregator] = {}
         self.world = SecureRound(length=LENGTH, **changes)
         for name in NAMES:
@@ -51,9 +53,11 @@ class Platform:
     def start(self, name: str) -> None:
         """(Re)start an aggregator's process on its folder."""
 
-        async def fetch(round_id: str) -> Sequence[bytes]:
+        async def fetch(round_id: str, digest: str) -> bytes:
             assert round_id == self.world.task.round_id
-            return self.deliveries.get(name, self.data)
+            place = [digest_of(data) for data in self.data].index(digest)
+            self.fetched.append((name, place))
+            return self.deliveries.get(name, self.data)[place]
 
         async def send(peer: str, step: str, data: bytes) -> None:
             if (name, step) == self.last_step and name not in self.dead:
@@ -66,13 +70,15 @@ class Platform:
             if (name, peer, step) not in self.lost:
                 self.aggregators[peer].deliver(name, step, data)
 
+        if name in self.aggregators:
+            self.aggregators[name].close()
         self.aggregators[name] = Aggregator(
             name,
             self.path / name,
             anchors=self.world.anchors,
             ca_pem=self.world.ca_pem,
             revoked=lambda: frozenset(),
-            fetch_contributions=fetch,
+            fetch=fetch,
             send=send,
             clock=lambda: self.now,
             step_timeout_s=self.step_timeout_s,
@@ -274,12 +280,12 @@ def test_a_round_with_noise_opened_again_after_a_crash_carries_the_same_noise(tm
     ]
 
 
-def test_masked_vectors_wait_in_files_without_a_name(tmp_path: Path) -> None:
+def test_only_the_aggregators_who_need_masked_vectors_keep_them(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     platform.contribute(updates())
     platform.run()
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
-    assert {path.parent.name for path in files} == {"key", "round", "reply"}
+    sizes = {name: [path.stat().st_size for path in (tmp_path / name).glob("copies/*.vectors")] for name in NAMES}
+    assert sizes == {"north": [0], "centre": [8 * 4 * LENGTH], "south": [8 * 4 * LENGTH]}
 
 
 def test_a_lost_folder_ends_a_round_that_was_opened(tmp_path: Path) -> None:
@@ -340,7 +346,7 @@ def test_messages_are_unreadable_and_no_message_of_an_attempt_opens_in_another(t
     message = unpack(data, ChannelMessage)
     assert (message.sender, message.receiver, message.step) == (sender, receiver, step)
     key = platform.aggregators[sender].key.sealing
-    private = platform.aggregators[receiver]._sealing
+    private = platform.aggregators[receiver]._state.sealing
     place = platform.world.task.round_id, 1, platform.command()["root"]
     assert len(Channel(private, key, receiver, sender, *place).open(message)) == 8 * 36
     for other in ((place[0], 2, place[2]), (place[0], 1, "0" * 64), ("fraud-8", 1, place[2])):
@@ -473,7 +479,7 @@ def resigned(platform: Platform, reply: dict[str, Any], **changes: Any) -> dict[
         second=digest_of(reply["second"]),
         decision=changes.get("decision", opening.decision),
     )
-    key = platform.aggregators[reply["aggregator"]]._signing
+    key = platform.aggregators[reply["aggregator"]]._state.signing
     return {**reply, "opening": seal_envelope(sign(OPENING_TYPE, pack(opening), [key]))}
 
 

@@ -262,7 +262,7 @@ def test_an_older_version_report_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_second_coordinator_is_told_who_holds_the_ledger(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "ledger.sqlite")
-    with pytest.raises(Unavailable, match="another coordinator"):
+    with pytest.raises(Unavailable, match="another process"):
         Ledger(tmp_path / "ledger.sqlite")
     first.close()
     Ledger(tmp_path / "ledger.sqlite").close()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from fl_coordinator.kafka_log import KafkaLog, place_of
 from fl_coordinator.ports import UpdatesLog
-from fl_coordinator.updates_log import RECORD_BYTES_MAX, SegmentLog
+from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, Unavailable
 from tests.fakes.kafka_server import Broker, running
 
@@ -139,6 +140,71 @@ def test_threads_may_read_while_one_appends(opened: Open) -> None:
         thread.join()
     assert [found[offset] for offset in offsets] == [str(number).encode() for number in range(20)]
     assert log.read(more[0]) == b"more"
+
+
+def followed(log: UpdatesLog, offset: int = 0) -> list[tuple[int, bytes]]:
+    """Everything from `offset` to the end, part by part, as a follower reads it."""
+    found: list[tuple[int, bytes]] = []
+    while (part := log.read_from(offset)).records:
+        assert part.start == offset
+        assert part.next > part.records[-1][0] >= offset
+        found += part.records
+        offset = part.next
+    assert part.next == offset
+    return found
+
+
+def test_a_follower_reads_every_record_once_in_order_from_wherever_it_was(opened: Open) -> None:
+    log = opened()
+    assert log.read_from(0) == LogPart(0, (), 0)
+    records = [bytes([number]) * 1500 for number in range(12)]
+    offsets = [offset for record in records for offset in log.append([record])]
+    expected = list(zip(offsets, records, strict=True))
+    assert followed(log) == expected
+    assert followed(log, offsets[5]) == expected[5:]
+    end = log.end
+    assert followed(log, end) == []
+    later = log.append([b"later", b""])
+    assert followed(log, end) == list(zip(later, [b"later", b""], strict=True))
+    assert followed(opened(), offsets[11]) == [expected[11], *zip(later, [b"later", b""], strict=True)]
+
+
+def test_a_part_is_bounded_and_a_long_record_comes_alone(opened: Open) -> None:
+    log = opened()
+    log.append([os.urandom(PART_BYTES // 2 + 1) for _ in range(3)])
+    sizes, offset = [], 0
+    while (part := log.read_from(offset)).records:
+        sizes.append(len(part.records))
+        offset = part.next
+    assert sum(sizes) == 3
+    assert max(sizes) <= 2
+
+
+def test_a_follower_of_what_is_gone_or_never_was_is_told_where_the_log_begins(opened: Open) -> None:
+    log = opened()
+    offsets = [log.append([bytes([number]) * 3000])[0] for number in range(6)]
+    log.remove_before(offsets[4])
+    first = log.read_from(offsets[0]).start
+    assert offsets[0] < first <= offsets[4]
+    assert dict(followed(log, first))[offsets[5]] == b"\x05" * 3000
+    beyond = log.read_from(10**12)
+    assert beyond.start == first
+    assert [offset for offset, _ in beyond.records][-1] == offsets[5]
+
+
+def test_a_follower_never_sees_half_of_what_is_being_appended(opened: Open) -> None:
+    log = opened()
+    batches = [[f"{number}-{part}".encode() * 200 for part in range(3)] for number in range(40)]
+    writer = threading.Thread(target=lambda: [log.append(batch) for batch in batches])
+    writer.start()
+    found: list[bytes] = []
+    offset, end = 0, time.monotonic() + 30.0
+    while len(found) < 120 and time.monotonic() < end:
+        part = log.read_from(offset)
+        found += [record for _, record in part.records]
+        offset = part.next
+    writer.join()
+    assert found == [record for batch in batches for record in batch]
 
 
 WRITER = """

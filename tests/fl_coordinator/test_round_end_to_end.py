@@ -1,6 +1,6 @@
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Aggregators:
                 anchors=platform.keyring.anchors(),
                 ca_pem=platform.keyring.ca_pem(),
                 revoked=platform.keyring.revoked,
-                fetch_contributions=self._fetch,
+                fetch=self._fetch,
                 send=self._sender(name),
                 fetch_memory=self._fetch_memory,
                 clock=platform.clock,
@@ -61,8 +61,8 @@ class Aggregators:
         for name, member in self.members.items():
             platform.coordinator.register_aggregator(AggregatorRecord(member.key, f"http://{name}"))
 
-    async def _fetch(self, round_id: str) -> Sequence[bytes]:
-        return await asyncio.to_thread(self.platform.frozen_contributions, round_id)
+    async def _fetch(self, round_id: str, digest: str) -> bytes:
+        return await asyncio.to_thread(self.platform.coordinator.frozen_contribution, round_id, digest)
 
     async def _fetch_memory(self, round_id: str) -> bytes:
         self.memories_asked += 1
@@ -298,6 +298,8 @@ def test_contributions_of_ended_rounds_are_let_go_and_those_of_a_live_one_stay(t
         await until(lambda: files() <= 2)
         with pytest.raises(NotFound):
             platform.frozen_contributions(opened.round_id)
+        with pytest.raises(NotFound, match="has ended, it is PUBLISHED"):
+            coordinator.announcement(opened.round_id)
         assert coordinator.round(opened.round_id).state == "PUBLISHED"
         result = platform.ledger.round_result(opened.round_id)
         assert result is not None

@@ -17,11 +17,13 @@ from fl_coordinator.promotion import Evaluation, Limits
 from fl_coordinator.rounds import Privacy, Quota, Round, RoundSpec, State
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
 from fl_coordinator.transcript import replay
+from fl_coordinator.updates_log import unpacked_part
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
-from model_delta.trust.signing import pre_authentication_encoding
+from model_delta.task import RoundTask
+from model_delta.trust.signing import open_envelope, pre_authentication_encoding
 from tests.fl_coordinator.platform_in_memory import Device, Platform, fraud_model, until
 from tests.fl_coordinator.test_control import Call, calling
 from tests.fl_coordinator.test_coordinator import CANARY, adopt_first
@@ -342,7 +344,7 @@ def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> No
     asyncio.run(story())
 
 
-def test_aggregators_read_the_frozen_contributions_from_the_log_one_by_one(tmp_path: Path) -> None:
+def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = fleet(platform)
     Aggregators(platform)
@@ -350,18 +352,27 @@ def test_aggregators_read_the_frozen_contributions_from_the_log_one_by_one(tmp_p
     async def story(call: Call) -> None:
         await adopt_first(platform, devices)
         opened = await platform.coordinator.open_round(SPEC)
-        early = await call("GET", f"/v1/rounds/{opened.round_id}/contributions", "aggregator")
+        path = f"/v1/rounds/{opened.round_id}"
+        announced = await call("GET", f"{path}/announcement", "aggregator")
+        assert unpack(open_envelope(announced.content).payload, RoundTask).round_id == opened.round_id
+        early = await call("GET", f"{path}/contributions/{'0' * 64}", "aggregator")
         assert (early.status_code, "not frozen yet" in early.text) == (503, True)
+        waiting = asyncio.create_task(call("GET", "/v1/log?from=0&wait=20", "aggregator"))
         await contribute_all(devices, opened.round_id)
+        part = unpacked_part((await asyncio.wait_for(waiting, 10.0)).content)
+        records = list(part.records)
+        while part.records:
+            part = unpacked_part((await call("GET", f"/v1/log?from={part.next}&wait=0", "aggregator")).content)
+            records += part.records
         await until(lambda: platform.coordinator.round(opened.round_id).root)
-        answer = await call("GET", f"/v1/rounds/{opened.round_id}/contributions", "aggregator")
-        frames, left = [], answer.content
-        while left:
-            size = int.from_bytes(left[:4], "big")
-            frames.append(left[4 : 4 + size])
-            left = left[4 + size :]
-        assert [digest_of(frame) for frame in frames] == list(platform.coordinator.round(opened.round_id).frozen)
-        nothing = await call("GET", "/v1/rounds/fraud-0/contributions", "aggregator")
-        assert nothing.status_code == 404
+        frozen = platform.coordinator.round(opened.round_id).frozen
+        assert tuple(digest_of(record) for _, record in records) == frozen
+        for digest, (_, record) in zip(frozen, records, strict=True):
+            found = await call("GET", f"{path}/contributions/{digest}", "aggregator")
+            assert found.content == record
+        for nothing in (f"{path}/contributions/{'0' * 64}", "/v1/rounds/fraud-0/announcement"):
+            assert (await call("GET", nothing, "aggregator")).status_code == 404
+        for bad in ("-1", "1.5", "x", "9" * 19):
+            assert (await call("GET", f"/v1/log?from={bad}", "aggregator")).status_code == 400
 
     calling(platform, story)

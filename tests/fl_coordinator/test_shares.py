@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable
 
 import msgspec
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_coordinator.shares.bounds import BUCKETS, COPIES, EXPONENT_MAX, bounds_of, fitted, require_announceable
-from fl_coordinator.shares.contribution import Claim, hold, open_secrets, parse, verify
+from fl_coordinator.shares.contribution import Claim, open_secrets, parse, verify
 from fl_coordinator.shares.fixed_point import clip, decode, encode, encode_blocks, norm_max
 from fl_coordinator.shares.lifting import SMALL_BITS, lift
 from fl_coordinator.shares.measuring import Coefficients
@@ -380,17 +379,12 @@ def test_the_three_aggregators_get_the_shares_of_the_update() -> None:
     data = world.raw("pos-0001", encoded)
     verified = verify(data, world.ca_pem, set(), NOW)
     assert verified.claim.length == 20
-    with tempfile.TemporaryFile(buffering=0) as spool:
-        for kept in (None, spool):
-            holdings = [
-                hold([data], world.task, index, world.sealing[index], world.ca_pem, set(), NOW, kept)
-                for index in range(3)
-            ]
-            for index in range(3):
-                following = holdings[(index + 1) % 3]
-                assert np.array_equal(whole(holdings[index].second, 1), whole(following.first, 1))
-                assert holdings[index].second.origin(0) == following.first.origin(0)
-            assert np.array_equal(sum(whole(holding.first, 1) for holding in holdings)[0], encoded)
+    holdings = [world.hold([data], index) for index in range(3)]
+    for index in range(3):
+        following = holdings[(index + 1) % 3]
+        assert np.array_equal(whole(holdings[index].second, 1), whole(following.first, 1))
+        assert holdings[index].second.origin(0) == following.first.origin(0)
+    assert np.array_equal(sum(whole(holding.first, 1) for holding in holdings)[0], encoded)
 
 
 def test_an_upload_is_one_float32_vector_and_little_more() -> None:
@@ -402,7 +396,7 @@ def test_no_aggregator_opens_the_pair_of_another() -> None:
     world = SecureRound(length=20)
     verified = verify(world.contribution("pos-0001", np.ones(20)), world.ca_pem, set(), NOW)
     with pytest.raises(Untrusted, match="does not open"):
-        open_secrets(verified, world.task, 0, world.sealing[1])
+        open_secrets(verified.claim, world.task, 0, world.sealing[1])
 
 
 def test_the_client_refuses_another_length() -> None:

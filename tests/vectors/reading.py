@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fl_coordinator.shares.contribution import hold, mismatch, verify
+from fl_coordinator.shares.contribution import hold, keep, mismatch, size_max, verify
 from fl_coordinator.shares.fixed_point import decode
 from model_delta.baseline import decode_verified
 from model_delta.digest import digest_of
@@ -122,13 +122,16 @@ def _joined(frames: list[str]) -> bytes:
 def _contribution(data: bytes, now: float, ca_pem: bytes) -> Mapping[str, Any]:
     task, _ = accept_task(bytes_of("round.cbor"), MODEL, anchors(), SEEN, NOW)
     verified = verify(data, ca_pem, frozenset(), now)
-    reason = mismatch(verified, task)
+    reason = mismatch(verified.claim, len(verified.masked), task)
     if reason:
         raise Untrusted(reason)
     private = [
         X25519PrivateKey.from_private_bytes(bytes.fromhex(key)) for key in json.loads(bytes_of("aggregators.json"))
     ]
-    holdings = [hold([data], task, index, key, ca_pem, frozenset(), now) for index, key in enumerate(private)]
+    holdings = [
+        hold([keep(data, size_max(task))], task, index, key, ca_pem, frozenset(), now)
+        for index, key in enumerate(private)
+    ]
     first, second = (
         [next(rows.blocks([0]))[1][0].copy() for rows in shares]
         for shares in zip(*((holding.first, holding.second) for holding in holdings), strict=True)

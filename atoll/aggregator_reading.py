@@ -1,0 +1,111 @@
+"""How an aggregator reaches what it reads: the updates log, announcements of rounds, single frozen contributions.
+
+All comes from the coordinator over HTTP with the aggregators' token, but for a log in Kafka, which it reads itself.
+What arrives is bounded while it arrives, and believed only after the aggregator has verified it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+
+from atoll.updates import EMBEDDED, UpdatesPlace
+from fl_coordinator.following import LogSource
+from fl_coordinator.threads import in_thread
+from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, unpacked_part
+from model_delta.errors import Malformed, NotFound, Unavailable
+
+LOG_WAIT_S = 10.0
+TOPIC_WAIT_S = 0.5
+ANSWER_S = 10.0
+ANNOUNCEMENT_BYTES_MAX = 16 * 2**20
+MEMORY_BYTES_MAX = 128 * 2**20
+_FRAMES_BYTES = 2**20
+
+
+class CoordinatorClient:
+    """The coordinator at `url`, asked by an aggregator; `client` carries its token."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client = client
+        self._url = url
+
+    async def announcement(self, round_id: str) -> bytes:
+        """The packed signed announcement of a round that has not ended. Raises NotFound, Unavailable, Malformed."""
+        return await self._get(
+            f"/v1/rounds/{round_id}/announcement", f"announcement of round {round_id}", ANNOUNCEMENT_BYTES_MAX
+        )
+
+    async def contribution(self, round_id: str, digest: str) -> bytes:
+        """One frozen contribution. Raises NotFound, Unavailable, Malformed."""
+        what = f"contribution {digest[:16]}… of round {round_id}"
+        return await self._get(f"/v1/rounds/{round_id}/contributions/{digest}", what, RECORD_BYTES_MAX)
+
+    async def memory(self, round_id: str) -> bytes:
+        """What the policy of a round remembers when it begins, with its proof. Raises Unavailable, Malformed."""
+        return await self._get(f"/v1/rounds/{round_id}/memory", f"memory of round {round_id}", MEMORY_BYTES_MAX)
+
+    async def log_from(self, offset: int, wait_s: float) -> LogPart:
+        """What the coordinator's log holds from `offset` on; see `LogPart`. Raises Unavailable, Malformed."""
+        most = PART_BYTES + RECORD_BYTES_MAX + _FRAMES_BYTES
+        data = await self._get(f"/v1/log?from={offset}&wait={wait_s:g}", "updates log", most, wait_s)
+        return await asyncio.to_thread(unpacked_part, data)
+
+    async def _get(self, path: str, what: str, bytes_max: int, wait_s: float = 0.0) -> bytes:
+        data = bytearray()
+        try:
+            async with self._client.stream("GET", self._url + path, timeout=wait_s + ANSWER_S) as response:
+                async for chunk in response.aiter_bytes():
+                    data += chunk
+                    if len(data) > bytes_max:
+                        raise Malformed(f"{what}: expected at most {bytes_max} bytes from the coordinator, found more")
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{what}: the coordinator did not answer: {type(error).__name__}") from None
+        if response.status_code == 200:
+            return bytes(data)
+        kind = {404: NotFound, 400: Malformed}.get(response.status_code, Unavailable)
+        text = bytes(data[:200]).decode(errors="replace")
+        raise kind(f"{what}: the coordinator answered {response.status_code}: {text}")
+
+
+class CoordinatorLog:
+    """The coordinator's log, whatever it is kept in, by long poll."""
+
+    name = EMBEDDED
+
+    def __init__(self, coordinator: CoordinatorClient) -> None:
+        self._coordinator = coordinator
+
+    async def read_from(self, offset: int) -> LogPart:
+        """See `LogSource`."""
+        return await self._coordinator.log_from(offset, LOG_WAIT_S)
+
+
+class TopicLog:
+    """A topic of Kafka. `read` is a reader's `read_from`."""
+
+    def __init__(self, url: str, read: Callable[[int, int, float], LogPart]) -> None:
+        self.name = url
+        self._read = read
+
+    async def read_from(self, offset: int) -> LogPart:
+        """See `LogSource`."""
+        return await in_thread(self._read, offset, PART_BYTES, TOPIC_WAIT_S)
+
+
+@contextlib.asynccontextmanager
+async def open_source(place: UpdatesPlace, coordinator: CoordinatorClient) -> AsyncIterator[LogSource]:
+    """The log at `place`, to be followed. Raises Malformed for a property that will not do."""
+    if place.url == EMBEDDED:
+        yield CoordinatorLog(coordinator)
+        return
+    from fl_coordinator.kafka_log import TopicReader  # comes with the extra `kafka`
+
+    reader = TopicReader(place.url, place.properties)
+    try:
+        yield TopicLog(place.url, reader.read_from)
+    finally:
+        await asyncio.to_thread(reader.close)

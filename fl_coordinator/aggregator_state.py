@@ -1,0 +1,108 @@
+"""What an aggregator must not forget, in its folder: its keys, what it decided in each round, what it answered.
+
+Two key pairs (0600): X25519, to which devices and the other aggregators seal, and Ed25519, with which it signs what it
+opened. Everything is written whole or not at all (`model_delta.store`).
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fl_coordinator.round_command import KEPT_S, RoundCommand
+from fl_coordinator.shares.fixed_point import Rng
+from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack, unpack_plain
+from model_delta.errors import NotFound, Untrusted
+from model_delta.store import DirectoryStore
+from model_delta.task import RoundTask
+
+
+class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """What must survive a crash: the frozen list's root, the last attempt begun, the decision (`final` once all three
+    agreed on it)."""
+
+    round_id: str
+    root: str
+    deadline: int
+    attempt: int = 0
+    decision: bytes = b""
+    final: bool = False
+    format: int = 1
+
+
+class _Keys(msgspec.Struct, frozen=True):
+    sealing: bytes
+    signing: bytes
+    format: int = 1
+
+
+class AggregatorState:
+    """The state of the aggregator `name` in `folder`, which no other process may use."""
+
+    def __init__(self, name: str, folder: Path, rng: Rng) -> None:
+        """Keys are created on first start. Raises Untrusted when the key file can be read by others."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._name = name
+        self._folder = folder
+        self.store = DirectoryStore(folder)
+        self.sealing, self.signing = self._open_keys(rng)
+
+    def begin(self, command: RoundCommand, task: RoundTask) -> RoundProgress:
+        """What is remembered of the round; its list is fixed here, by the first command. Raises Untrusted for another
+        list than the first one."""
+        try:
+            progress = unpack(self.store.get("round", _file_name(command.round_id)), RoundProgress)
+        except NotFound:
+            progress = RoundProgress(round_id=command.round_id, root=command.root, deadline=task.deadline)
+            self.remember(progress)
+        if progress.root != command.root:
+            raise Untrusted(
+                f"round {command.round_id!r}: frozen with root {progress.root[:16]}…, found {command.root[:16]}… now; "
+                "opening two sets of one round would give updates away"
+            )
+        return progress
+
+    def remember(self, progress: RoundProgress) -> None:
+        """Write it down."""
+        self.store.put("round", _file_name(progress.round_id), pack(progress))
+
+    def given_reply(self, round_id: str) -> dict[str, Any] | None:
+        """The answer that was given before, if there is one."""
+        try:
+            reply: dict[str, Any] = unpack_plain(self.store.get("reply", _file_name(round_id)))
+        except NotFound:
+            return None
+        return reply
+
+    def give(self, round_id: str, reply: dict[str, Any]) -> None:
+        """Write the answer down, before it is given."""
+        self.store.put("reply", _file_name(round_id), pack(reply))
+
+    def forget_old_rounds(self, now: float) -> None:
+        """Rounds that would be refused by their age anyway need no memory."""
+        for name in self.store.names("round"):
+            if unpack(self.store.get("round", name), RoundProgress).deadline + 2 * KEPT_S < now:
+                self.store.remove("reply", name)
+                self.store.remove("round", name)
+
+    def _open_keys(self, rng: Rng) -> tuple[X25519PrivateKey, Ed25519PrivateKey]:
+        path = self._folder / "key" / "aggregator"
+        try:
+            keys = unpack(self.store.get("key", "aggregator"), _Keys)
+        except NotFound:
+            keys = _Keys(rng(32), rng(32))
+            self.store.put("key", "aggregator", pack(keys))
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise Untrusted(f"keys of {self._name}: expected mode 0600 on {path}, found {mode:04o}; chmod 600 it")
+        return X25519PrivateKey.from_private_bytes(keys.sealing), Ed25519PrivateKey.from_private_bytes(keys.signing)
+
+
+def _file_name(round_id: str) -> str:
+    return digest_of(round_id.encode())
