@@ -54,9 +54,7 @@ def test_offsets_that_go_back_or_past_every_number_are_refused() -> None:
             asked(lambda request, data=data: httpx.Response(200, content=data), lambda client: client.log_from(0, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"), [(404, NotFound), (503, Unavailable), (400, Malformed)]
-)
+@pytest.mark.parametrize(("status", "kind"), [(404, NotFound), (503, Unavailable), (400, Malformed)])
 def test_what_the_coordinator_says_instead_is_told(status: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=f"of round fraud-7: the coordinator answered {status}: no such round"):
         asked(

@@ -1,0 +1,1 @@
+"""What a new user starts from: a rollout, a round, and a model to publish."""
