@@ -26,6 +26,7 @@ import msgspec
 
 from atoll.output import columns, show
 from atoll.settings import ConfigurationError
+from model_delta.durable import sync_folder
 from model_delta.errors import DigestMismatch, Malformed
 from model_delta.patch import container
 from model_delta.patch.access import BytesAccess, FileAccess
@@ -223,11 +224,7 @@ def _written_aside(target: Path) -> Iterator[BinaryIO]:
             output.flush()
             os.fsync(output.fileno())
         aside.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(target.parent)
     except OSError as error:
         if error.filename is None or error.filename == str(aside):  # a write does not know the file's name
             raise OSError(error.errno, error.strerror, str(target)) from None

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import msgspec
 
+from model_delta.durable import replace_whole
 from model_delta.errors import AtollError, StorageFull
 
 FORMAT = 1
@@ -210,16 +211,9 @@ class DataFolder:
 
 def write_private(path: Path, data: bytes) -> None:
     """Replace the file at `path` atomically, readable by its owner alone. Raises StorageFull."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        replace_whole(path, data, aside=path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageFull(f"{path}: cannot write: {error.strerror}; free some space and try again") from None
 
 

@@ -31,6 +31,7 @@ import msgspec
 
 from edge_runtime.update import State
 from model_delta.digest import require_digest, require_match
+from model_delta.durable import replace_whole, sync_file, sync_folder
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, DigestMismatch, Malformed, NotFound, StorageFull
 from model_delta.manifest import Manifest, manifest_digest, parse_manifest
@@ -198,7 +199,7 @@ class Slots:
             sync_file(part)
         self.clear_slot(slot)
         part.rename(folder / "model.bin")
-        sync_directory(folder)
+        sync_folder(folder)
         replace_file(folder / "manifest.envelope", envelope)
         _remove_parts(folder)
 
@@ -217,7 +218,7 @@ class Slots:
         folder = self._folder(slot)
         for name in ("manifest.envelope", "model.bin"):
             (folder / name).unlink(missing_ok=True)
-        sync_directory(folder)
+        sync_folder(folder)
 
     def installed(self, slot: SlotName | None) -> InstalledVersion | None:
         """What stands in `slot`, or None if it is empty or unreadable. The file itself is not read."""
@@ -284,7 +285,7 @@ class Slots:
         if found == part:
             sync_file(part)
             part.rename(whole)
-            sync_directory(self._incoming)
+            sync_folder(self._incoming)
         return PathAccess(whole)
 
     def has(self, digest: str) -> bool:
@@ -325,42 +326,8 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace `path` by `data` so that a power cut leaves the old or the new content; with `durable` off it is only
     certain that the death of this process does (and it costs no disk wait). Raises StorageFull with the old content in
     place."""
-    temporary = path.with_name(path.name + ".new")
     with storage_errors(path):
-        try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(handle, view) :]
-                if durable:
-                    os.fsync(handle)
-            finally:
-                os.close(handle)
-            temporary.rename(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        if durable:
-            sync_directory(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Make what was written to a file durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and deletions in a directory durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        replace_whole(path, data, aside=path.with_name(path.name + ".new"), durable=durable)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from typing import Protocol
 import msgspec
 
 from model_delta.digest import digest_of
+from model_delta.durable import sync_folder
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 
 BLOB = "blob"
@@ -92,12 +93,12 @@ class DirectoryStore:
         try:
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
-                _flush_folder(self._path)
+                sync_folder(self._path)
             with self._removals(fcntl.LOCK_SH):
                 written = any(self._write(target, data) for _ in range(_ATTEMPTS))
             if not written:
                 raise Unavailable(f"store {self._path}: {kind} {name[:16]}: swept away while it was written; try again")
-            _flush_folder(target.parent)
+            sync_folder(target.parent)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise StorageFull(
@@ -250,11 +251,3 @@ def require_range(kind: str, name: str, offset: int, length: int) -> None:
     """Raises Malformed for a negative offset or length."""
     if offset < 0 or length < 0:
         raise Malformed(f"{kind} {name[:16]}: expected a range, found offset {offset} and length {length}")
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

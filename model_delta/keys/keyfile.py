@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from model_delta.durable import sync_folder
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
 
@@ -150,8 +151,4 @@ def _write(path: Path, contents: KeyFile, *, replace: bool) -> None:
         raise StorageFull(f"keyring {path}: {error.strerror}; nothing was changed; free some space") from None
     finally:
         aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

@@ -15,7 +15,6 @@ GRACE_S (the platform may be down, or the device away), `frozen` after that (som
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
+from model_delta.durable import replace_whole, sync_folder
 from model_delta.encoding import pack, unpack
 from model_delta.errors import (
     DigestMismatch,
@@ -334,17 +334,7 @@ def write_durably(path: Path, data: bytes) -> None:
             return
     except OSError:
         pass
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _flush(path.parent)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    replace_whole(path, data, aside=path.with_name(f".{path.name}.part"))
 
 
 def _link(link: Path, target: str) -> None:
@@ -356,15 +346,7 @@ def _link(link: Path, target: str) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)
     aside.replace(link)
-    _flush(link.parent)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(link.parent)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import ssl
-import sys
 import time
 from asyncio import sslproto
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from model_delta.durable import replace_whole
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Unavailable
 from regional_gateway.mqtt.access import Acl
@@ -238,21 +237,9 @@ def _load(path: Path, kind: type[_Snapshot]) -> _Snapshot | None:
 
 
 def _store(path: Path, record: SessionSnapshot | RetainedSnapshot) -> str:
-    """Write atomically: temporary file, fsync, rename, fsync of the folder. Returns "" or what went wrong."""
-    temporary = path.with_suffix(".new")
+    """Replace a snapshot. Returns "" or what went wrong."""
     try:
-        with temporary.open("wb") as file:
-            file.write(pack(record))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if sys.platform != "win32":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        replace_whole(path, pack(record), aside=path.with_suffix(".new"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         return f"{error.strerror or error}"
     return ""
