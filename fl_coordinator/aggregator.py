@@ -39,6 +39,7 @@ from fl_coordinator.conversation import Conversation, Send
 from fl_coordinator.copies import Copies, HeldRound
 from fl_coordinator.following import Announcement, Following, LogSource
 from fl_coordinator.kept_memories import KeptMemories
+from fl_coordinator.kept_spends import KeptSpends
 from fl_coordinator.mailbox import Bell, Mailbox
 from fl_coordinator.memory_chain import after, proven
 from fl_coordinator.round_command import RoundCommand, accepted
@@ -102,6 +103,7 @@ class Aggregator:
         self._send_bytes = send
         self._fetch_memory = fetch_memory
         self._memories = KeptMemories(self._state.store)
+        self._spends = KeptSpends(self._state.store)
         self._clock = clock
         self._rng = rng
         self._step_timeout_s = step_timeout_s
@@ -217,6 +219,7 @@ class Aggregator:
                 revoked, now = self._revoked(), self._clock()
                 sealing = self._state.sealing
                 holding = await in_thread(hold, copies, task, index, sealing, self._ca_pem, revoked, now)
+                await in_thread(self._spends.require_true, task, command.spent, holding.device_ids)
                 progress = msgspec.structs.replace(progress, attempt=command.attempt)
                 await in_thread(self._state.remember, progress)
                 outcome = await self._take_part(command, task, index, holding, progress, begun, conversation)
@@ -226,6 +229,8 @@ class Aggregator:
         finally:
             conversation.end()
         await in_thread(self._keep_memory, task, begun, outcome)
+        if outcome.opened is not None:
+            await in_thread(self._spends.opened, task, holding.device_ids)
         return await in_thread(self._sign, command, index, outcome)
 
     async def _complete(self, command: RoundCommand, task: RoundTask, index: int) -> None:

@@ -36,6 +36,7 @@ STD_UNITS_MIN = 64
 """Below so many fixed-point units, rounding would be visible in the noise's distribution."""
 
 SPENDS_MAX = 1_000_000
+EPSILON_SLACK = 1e-6
 _INTERVAL = 1e-3
 
 
@@ -45,6 +46,18 @@ class Spend(msgspec.Struct, frozen=True):
 
     noise_multiplier: float
     sampling: float = 1.0
+
+
+class Spent(msgspec.Struct, frozen=True, kw_only=True):
+    """What an opening costs, as aggregators are told before it and sign: its `spend`, those before it of the model's
+    releases and of the most burdened device in it, and the epsilons at `delta` after it."""
+
+    spend: Spend
+    before_release: tuple[Spend, ...] = ()
+    before_device: tuple[Spend, ...] = ()
+    delta: float
+    epsilon_release: float
+    epsilon_device: float
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,24 @@ def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequ
         refusal = f"this opening would bring {len(over)} of {len(of_devices)} devices (first: {over[0]}) to epsilon "
         refusal += f"{highest:.2f} {at}, the budget is {budget.epsilon_device:g}; leave them out of the next round"
     return Account(of_release, highest, refusal)
+
+
+def miscounted(spent: Spent) -> str:
+    """Which epsilon of an account does not follow from its spends, in words; "" when both do. Raises Malformed as
+    `epsilon` does."""
+    for what, before, told in (
+        ("release", spent.before_release, spent.epsilon_release),
+        ("device", spent.before_device, spent.epsilon_device),
+    ):
+        found = epsilon([*before, spent.spend], spent.delta)
+        if not math.isclose(found, told, rel_tol=EPSILON_SLACK):
+            return f"epsilon of the {what} is {found:.6g} at delta {spent.delta:g}, settled was {told:.6g}"
+    return ""
+
+
+def burden(spends: Sequence[Spend]) -> float:
+    """The sum of 1/noise^2, which tells the more burdened of two histories without an accountant."""
+    return math.fsum(spend.noise_multiplier**-2 if spend.noise_multiplier else math.inf for spend in spends)
 
 
 def noise_multiplier_for(budget: float, delta: float, rounds: int, sampling: float = 1.0) -> float:

@@ -80,8 +80,9 @@ class Announcing:
         if not base:
             raise Malformed(f"round: model {spec.model!r} has no stable version; publish one and roll it out first")
         self._require_canary(spec)
-        if spec.privacy is not None:
-            require_affordable(self._ledger, spec.model, spec.privacy)
+        budget = spec.privacy
+        if budget is not None:
+            require_affordable(self._ledger, spec.model, budget)
         manifest, source = self._publisher.manifest(base), self._publisher.source(base)
         parameters = masters.parameters_of(manifest)
         graph = masters.training_graph(source, spec.positive_weight, spec.momentum)
@@ -115,7 +116,10 @@ class Announcing:
             policy=spec.policy,
             reveal=spec.reveal,
             eps_l2=spec.eps_l2,
-            noise_multiplier=spec.privacy.noise_multiplier if spec.privacy is not None else 0.0,
+            noise_multiplier=budget.noise_multiplier if budget is not None else 0.0,
+            epsilon=budget.epsilon if budget is not None else 0.0,
+            epsilon_device=(budget.epsilon_device or budget.epsilon) if budget is not None else 0.0,
+            delta=budget.delta if budget is not None else 0.0,
             memory=memory_name(memory) if memory is not None else "",
             memory_round=memory.round_id if memory is not None else "",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fl_coordinator.privacy import Spent
 from fl_coordinator.shares.bounds import contributions_max, require_announceable
 from model_delta.digest import require_digest
 from model_delta.encoding import unpack
@@ -25,7 +26,8 @@ KEPT_S = 30 * 86_400
 class RoundCommand(msgspec.Struct, frozen=True, kw_only=True):
     """What the coordinator asks: `task` is the packed signed announcement, `contributions` the frozen digests in order,
     `root` the Merkle root over the digests' 32 raw bytes, `attempt` counts from 1 and never repeats. `deadline_s` is
-    how long the attempt may take, because later nobody waits for it; 0: as long as its steps do."""
+    how long the attempt may take, because later nobody waits for it; 0: as long as its steps do. `spent` is the account
+    of an opening with noise."""
 
     round_id: str
     attempt: int
@@ -33,6 +35,7 @@ class RoundCommand(msgspec.Struct, frozen=True, kw_only=True):
     contributions: tuple[str, ...]
     root: str
     deadline_s: float = 0.0
+    spent: Spent | None = None
 
 
 def announced_round(

@@ -68,6 +68,8 @@ class Opening:
             "root": found.root,
             "deadline_s": found.spec.aggregation_s,
         }
+        if paid is not None and found.spec.privacy is not None:
+            payload["spent"] = msgspec.to_builtins(paid.told(found.spec.privacy.delta))
         names = [key.name for key in found.task.aggregators]
         try:
             replies = await self._bridge.command(payload, names, found.spec.aggregation_s)

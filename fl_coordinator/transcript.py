@@ -23,7 +23,6 @@ Compatibility promise: see `model_delta.encoding`; packed transcripts are kept i
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 
 from fl_coordinator.aggregation import Aggregate, Opening, combine_openings
 from fl_coordinator.memory_chain import after
-from fl_coordinator.privacy import Spend, epsilon
+from fl_coordinator.privacy import Spend, Spent, miscounted
 from fl_coordinator.rules.policy import remembers
 from fl_coordinator.rules.reveals import DISTANCES
 from fl_coordinator.shares.freezing import joint_coin, read_statement, require_opening
@@ -51,7 +50,6 @@ from model_delta.trust.updater import TrustAnchors, role_keys
 SETTLEMENT_TYPE = "round-settlement"
 FORMAT = 1
 BYTES_MAX = 2 << 30
-_EPSILON_SLACK = 1e-6
 
 
 class Settlement(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,7 +240,7 @@ def _replayed(data: bytes, anchors: TrustAnchors, memory: RoundMemory | None) ->
         epsilon_device=settlement.epsilon_device,
         delta=settlement.delta,
     )
-    found = looked("epsilon", _problem(lambda: _epsilons(settlement)))
+    found = looked("epsilon", _problem(lambda: _epsilons(settlement, decision)))
     left = after(memory, task, decision) if found.holds and memory is not None else None
     return found, left if remembers(task.policy) else None
 
@@ -442,17 +440,22 @@ def _settlement(settled: Settlement, decision: Decision, task: RoundTask, aggreg
     return ""
 
 
-def _epsilons(settled: Settlement) -> str:
+def _epsilons(settled: Settlement, decision: Decision) -> str:
+    """The epsilons again, and whether the aggregators signed the same account."""
     if settled.spend is None:
         return "" if settled.epsilon_release == settled.epsilon_device == 0 else "epsilons without a spend"
-    for what, before, told in (
-        ("release", settled.before_release, settled.epsilon_release),
-        ("device", settled.before_device, settled.epsilon_device),
-    ):
-        found = epsilon([*before, settled.spend], settled.delta)
-        if not math.isclose(found, told, rel_tol=_EPSILON_SLACK):
-            return f"epsilon of the {what} is {found:.6g} at delta {settled.delta:g}, settled was {told:.6g}"
-    return ""
+    spent = Spent(
+        spend=settled.spend,
+        before_release=settled.before_release,
+        before_device=settled.before_device,
+        delta=settled.delta,
+        epsilon_release=settled.epsilon_release,
+        epsilon_device=settled.epsilon_device,
+    )
+    problem = miscounted(spent)
+    if not problem and decision.format >= 3 and decision.spent != spent:
+        return "the account is not the one that the aggregators signed"
+    return problem
 
 
 def pack_transcript(transcript: Transcript) -> bytes:

@@ -43,7 +43,8 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     `fraction_bits` and shares it in Z_2^32. At most `contributions_max` are taken (0: the most that a round may take);
     `policy` says which verdicts choose among them, `reveal` what the aggregators open for it (`distances`, `graph`,
     `selection`), `eps_l2` the distance up to which two updates are close in a graph (0: found on shares). The opened
-    sum carries noise of `noise_multiplier` times the clip norm times the largest weight (0: none). A policy that
+    sum carries noise of `noise_multiplier` times the clip norm times the largest weight (0: none), within a budget of
+    `epsilon` for the model's releases and `epsilon_device` for each device, both at `delta`. A policy that
     remembers begins with `memory`, which round `memory_round` left: the digest of a packed `RoundMemory`, "" for none.
     `deadline` and `issued` are Unix seconds.
     """
@@ -71,6 +72,9 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "krum"
     reveal: str = "distances"
     noise_multiplier: float = 0.0
+    epsilon: float = 0.0
+    epsilon_device: float = 0.0
+    delta: float = 0.0
     memory: str = ""
     memory_round: str = ""
     momentum: float = 0.0

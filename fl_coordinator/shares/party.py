@@ -43,7 +43,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fl_coordinator.privacy import noise
+from fl_coordinator.privacy import Spent, noise
 from fl_coordinator.rules import reveals, selection
 from fl_coordinator.rules.history import Memory
 from fl_coordinator.rules.policy import Choice, Verdicts, remembers
@@ -123,7 +123,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     `task` is the digest of the announcement's payload; `frozen` holds the statements that the three signed before the
     coin, `parts` what each then opened, see `freezing`; `memory` names the memory that the policy leaves, see
-    `remembering`. These are there from format 3 on."""
+    `remembering`; `spent` is the account of an opening with noise. These are there from format 3 on."""
 
     format: int = 3
     tenant: str
@@ -146,6 +146,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     frozen: tuple[bytes, ...] = ()
     parts: tuple[bytes, ...] = ()
     memory: str = ""
+    spent: Spent | None = None
     reveal: str = reveals.DISTANCES
     kept: tuple[int, ...] = ()
     near: bytes = b""
@@ -208,8 +209,8 @@ class AggregationParty:
     `remembered` is the decision kept by an earlier attempt, `final` whether all three had agreed on it. `noise_secret`
     is known to nobody else and the same in every attempt. `sign` seals a `freezing.Frozen` under this aggregator's key;
     `announced` is the digest of the announcement's payload as it was signed, that of `task` packed if not given.
-    `memory` is what the policy remembers of earlier rounds. Raises Malformed for a round that must not be run,
-    Untrusted for one that was announced with another memory.
+    `memory` is what the policy remembers of earlier rounds, `spent` the account to be signed. Raises Malformed for a
+    round that must not be run, Untrusted for one that was announced with another memory.
     """
 
     def __init__(
@@ -225,6 +226,7 @@ class AggregationParty:
         sign: Callable[[Frozen], bytes],
         announced: str = "",
         memory: RoundMemory | None = None,
+        spent: Spent | None = None,
         remembered: bytes = b"",
         final: bool = False,
         noise_secret: bytes = b"",
@@ -247,6 +249,7 @@ class AggregationParty:
         self._pair_secrets = pair_secrets
         self._rng = rng
         self._sign = sign
+        self._spent = spent
         self._announced = announced or digest_of(pack(task))
         self._noise_secret = noise_secret or rng(SEED_BYTES)
         self._remembered = remembered
@@ -453,6 +456,7 @@ class AggregationParty:
             parts=coined.parts,
             memory=memory_after(self._memory, task, judged),
             reveal=task.reveal,
+            spent=self._spent,
         )
 
     def _session(self, hellos: Sequence[_Hello]) -> Session:

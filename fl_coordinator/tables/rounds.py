@@ -90,6 +90,14 @@ class Rounds(LedgerFile):
         )
         return [Spend(*row) for row in self._rows(query, (model, other_than))]
 
+    def opened_without_noise(self, model: str) -> list[str]:
+        """The rounds of a model whose sums were opened as they were, oldest first."""
+        query = (
+            "SELECT round_id FROM round_results JOIN rounds USING (round_id) WHERE model = ? AND length(mean) > 0 AND "
+            "round_id NOT IN (SELECT round_id FROM privacy_openings) ORDER BY created, rounds.rowid"
+        )
+        return [row[0] for row in self._rows(query, (model,))]
+
     def privacy_of_devices(self, device_ids: Iterable[str], other_than: str = "") -> dict[str, list[Spend]]:
         """All openings that each device was frozen into, of any model, but those of one round."""
         query = (

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.channel import Channel
+from fl_coordinator.privacy import Spent
 from fl_coordinator.shares import client
 from fl_coordinator.shares.contribution import (
     CONTRIBUTION_TYPE,
@@ -175,6 +176,7 @@ class SecureRound:
         remembered: bytes = b"",
         final: bool = False,
         memory: RoundMemory | None = None,
+        spent: Spent | None = None,
     ) -> AggregationParty:
         digests = holding.digests if holding else [digest_of(data) for data in contributions]
         frozen = root([bytes.fromhex(digest) for digest in digests])
@@ -201,6 +203,7 @@ class SecureRound:
             rng=os.urandom,
             sign=lambda said: self.sign_frozen(index, said),
             memory=memory,
+            spent=spent,
             remembered=remembered,
             final=final,
         )
@@ -211,8 +214,10 @@ class SecureRound:
         tamper: Tamper | None = None,
         attempt: int = 1,
         memory: RoundMemory | None = None,
+        spent: Spent | None = None,
     ) -> tuple[list[Outcome], list[View]]:
-        return run_parties([self.party(index, contributions, attempt, memory=memory) for index in range(3)], tamper)
+        parties = [self.party(index, contributions, attempt, memory=memory, spent=spent) for index in range(3)]
+        return run_parties(parties, tamper)
 
     def run_rows(
         self, rows: Words, tamper: Tamper | None = None, seed: int = 0, memory: RoundMemory | None = None

@@ -16,6 +16,7 @@ from device_sim.faults import plain_average
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, apply_mean, combine_openings
 from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.channel import Channel, ChannelMessage
+from fl_coordinator.privacy import Spend, Spent, epsilon
 from fl_coordinator.round_command import KEPT_S
 from fl_coordinator.shares.party import Decision
 from model_delta.digest import digest_of
@@ -41,6 +42,7 @@ class Platform:
         self.step_timeout_s = 0.6
         self.trace: list[tuple[str, str, str, bytes]] = []
         self.data: list[bytes] = []
+        self.spent: Spent | None = None
         self.deliveries: dict[str, list[bytes]] = {}
         self.fetched: list[tuple[str, int]] = []
         self.aggregators: dict[str, Aggregator] = {}
@@ -95,6 +97,7 @@ class Platform:
             "task": self.world.announcement(),
             "contributions": digests,
             "root": root([bytes.fromhex(digest) for digest in digests]),
+            "spent": msgspec.to_builtins(self.spent),
             **changes,
         }
 
@@ -262,7 +265,10 @@ def test_a_crash_between_agreeing_and_answering_repeats_the_same_decision(tmp_pa
 
 
 def test_a_round_with_noise_opened_again_after_a_crash_carries_the_same_noise(tmp_path: Path) -> None:
-    platform = Platform(tmp_path, noise_multiplier=0.5, contributions_max=16)
+    cost = epsilon([Spend(0.5)], 1e-5)
+    budget = {"epsilon": 2 * cost, "epsilon_device": 2 * cost, "delta": 1e-5}
+    platform = Platform(tmp_path, noise_multiplier=0.5, contributions_max=16, **budget)
+    platform.spent = Spent(spend=Spend(0.5), delta=1e-5, epsilon_release=cost, epsilon_device=cost)
     honest = updates()
     platform.contribute(honest)
     first = platform.run()

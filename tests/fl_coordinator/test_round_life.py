@@ -312,6 +312,26 @@ def test_a_round_whose_devices_have_spent_their_budget_does_not_open(tmp_path: P
     asyncio.run(story())
 
 
+@pytest.mark.slow
+def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+    private = asked(name="private", privacy=Privacy(epsilon=100, delta=1e-5, noise_multiplier=2.0))
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            bare = await learned(platform, devices, asked(name="bare"))
+            assert bare.state == "PUBLISHED"
+            with pytest.raises(
+                Malformed, match=rf"1 rounds of 'fraud' opened without noise \(first: {bare.round_id}\)"
+            ):
+                await coordinator.open_round(private)
+
+    asyncio.run(story())
+
+
 def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = fleet(platform, 6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
-from fl_coordinator.privacy import Spend, epsilon
+from fl_coordinator.privacy import Spend, Spent, epsilon
 from fl_coordinator.shares.party import Decision, DeviceVerdict
 from fl_coordinator.shares.sharing import to_bytes
 from fl_coordinator.transcript import (
@@ -45,7 +45,12 @@ class Written:
         rng = np.random.default_rng(3)
         updates = [rng.normal(0.1, 0.02, LENGTH) for _ in range(6)] + [np.full(LENGTH, -0.7)]
         contributions = [self.world.contribution(f"pos-{n}", update) for n, update in enumerate(updates)]
-        outcomes, _ = self.world.run(contributions)
+        spent = None
+        if noise_multiplier:
+            spend = Spend(noise_multiplier)
+            after, alone = epsilon([*SPENT, spend], DELTA), epsilon([spend], DELTA)
+            spent = Spent(spend=spend, before_release=SPENT, delta=DELTA, epsilon_release=after, epsilon_device=alone)
+        outcomes, _ = self.world.run(contributions, spent=spent)
         assert all(outcome.opened is not None for outcome in outcomes)
         self.decision = unpack(outcomes[0].decision, Decision)
         self.pairs = [
@@ -59,17 +64,9 @@ class Written:
             root=self.decision.root,
             mean=mean_digest(aggregate.mean),
         )
-        if not noise_multiplier:
-            return
-        spend = Spend(noise_multiplier)
-        self.settlement = msgspec.structs.replace(
-            self.settlement,
-            spend=spend,
-            before_release=SPENT,
-            delta=DELTA,
-            epsilon_release=epsilon([*SPENT, spend], DELTA),
-            epsilon_device=epsilon([spend], DELTA),
-        )
+        if spent is not None:
+            told = {name: getattr(spent, name) for name in Spent.__struct_fields__}
+            self.settlement = msgspec.structs.replace(self.settlement, **told)
 
     def replies(self, decision: Decision | None = None) -> list[dict[str, Any]]:
         """The three aggregators' signed answers, about whatever decision."""
@@ -135,7 +132,7 @@ def another(value: Any) -> Any:
         return bytes([value[0] ^ 1]) + value[1:] if value else b"\x01"
     if isinstance(value, tuple):
         return value[:-1] if value else ("x",)
-    assert value is None or isinstance(value, Spend)
+    assert value is None or isinstance(value, Spend | Spent)
     return None if value is not None else Spend(1.0)
 
 
@@ -297,6 +294,7 @@ def test_what_the_coordinator_signed_is_computed_again(changes: dict[str, Any], 
         ({"epsilon_release": 0.1}, "epsilon", "epsilon of the release is"),
         ({"epsilon_device": 0.1}, "epsilon", "epsilon of the device is"),
         ({"spend": Spend(30.0)}, "epsilon", "epsilon of the release is"),
+        ({"before_device": (Spend(1e4),)}, "epsilon", "not the one that the aggregators signed"),
         ({"before_release": ()}, "epsilon", "epsilon of the release is"),
         ({"spend": None}, "settlement", "settles a noise multiplier of 0, announced was 3"),
     ],

@@ -1,0 +1,98 @@
+"""What one aggregator has opened so far, and so whether it believes what the coordinator says a round will have spent.
+
+The coordinator keeps the accounts of a model's releases and of each device, and says before a round what they hold. An
+aggregator signs that account with its decision, and not blindly: the epsilons must follow from the spends and stay
+within the announced budget, and no opening that this aggregator took part in may be missing. It cannot know of openings
+without it; there are none with fewer than three aggregators. After it lost its disk it knows of none, the other two do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from fl_coordinator.privacy import Budget, Spend, Spent, account, burden, miscounted
+from model_delta.digest import digest_of
+from model_delta.encoding import pack, unpack
+from model_delta.errors import Malformed, NotFound, Untrusted
+from model_delta.store import ArtifactStore
+from model_delta.task import RoundTask
+
+KIND = "spent"
+_SLACK = 1e-9
+
+
+class _Opened(msgspec.Struct, frozen=True):
+    round_id: str
+    noise_multiplier: float
+
+
+class _Spends(msgspec.Struct, frozen=True):
+    """Openings by model, and each device's burden by openings with noise, of all models."""
+
+    models: dict[str, tuple[_Opened, ...]] = {}
+    devices: dict[str, float] = {}
+    format: int = 1
+
+
+class KeptSpends:
+    """Of one aggregator, in its own store. Blocking."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+
+    def require_true(self, task: RoundTask, spent: Spent | None, device_ids: Sequence[str]) -> None:
+        """Whether the account of a round that is about to open is right and within its budget. Raises Malformed for a
+        round with noise and no account, and when it would overspend, Untrusted for an account that leaves out or
+        miscounts something."""
+        what = f"round {task.round_id!r}: privacy"
+        if task.noise_multiplier == 0 and spent is None:
+            return
+        if spent is None or spent.spend != Spend(task.noise_multiplier) or spent.delta != task.delta:
+            raise Malformed(f"{what}: expected an account of noise {task.noise_multiplier:g} at delta {task.delta:g}")
+        kept = self._kept(task)
+        known = Counter(
+            Spend(one.noise_multiplier) for one in kept.models.get(task.model, ()) if one.round_id != task.round_id
+        )
+        left_out = known - Counter(spent.before_release)
+        if left_out:
+            raise Untrusted(
+                f"{what}: the account leaves out {left_out.total()} of {known.total()} openings of {task.model!r} that "
+                "this aggregator took part in"
+            )
+        opened = any(one.round_id == task.round_id for one in kept.models.get(task.model, ()))
+        own = 0.0 if opened else max((kept.devices.get(name, 0.0) for name in device_ids), default=0.0)
+        if own > burden(spent.before_device) * (1 + _SLACK) + _SLACK:
+            raise Untrusted(f"{what}: the account leaves out openings of its most burdened device")
+        problem = miscounted(spent)
+        if problem:
+            raise Untrusted(f"{what}: {problem}")
+        budget = Budget(task.epsilon_device, task.epsilon, task.delta)
+        found = account(budget, spent.before_release, {"the most burdened": spent.before_device}, spent.spend)
+        if found.refusal:
+            raise Malformed(f"{what}: {found.refusal}")
+
+    def opened(self, task: RoundTask, device_ids: Sequence[str]) -> None:
+        """Write down an opening, before its shares leave; done again it changes nothing."""
+        kept = self._kept(task)
+        before = kept.models.get(task.model, ())
+        if any(one.round_id == task.round_id for one in before):
+            return
+        devices = dict(kept.devices)
+        if task.noise_multiplier > 0:
+            cost = burden([Spend(task.noise_multiplier)])
+            devices |= {name: devices.get(name, 0.0) + cost for name in device_ids}
+        models = {**kept.models, task.model: (*before, _Opened(task.round_id, task.noise_multiplier))}
+        self._store.put(KIND, _file_name(task), pack(_Spends(models, devices)))
+
+    def _kept(self, task: RoundTask) -> _Spends:
+        try:
+            return unpack(self._store.get(KIND, _file_name(task)), _Spends)
+        except NotFound:
+            return _Spends()
+
+
+def _file_name(task: RoundTask) -> str:
+    return digest_of(task.tenant.encode())
