@@ -69,7 +69,7 @@ def _require_noise_so_far(ledger: Ledger, model: str, what: str) -> None:
     bare = ledger.opened_without_noise(model)
     if bare:
         raise Malformed(
-            f"{what}: {len(bare)} rounds of {model!r} opened without noise (first: {bare[0]}); no epsilon holds for "
+            f"{what}: {len(bare)} round(s) of {model!r} opened without noise (first: {bare[0]}); no epsilon holds for "
             "releases that descend from them. Leave `privacy` out, or begin under another model name"
         )
 

@@ -176,7 +176,8 @@ def test_rounds_are_listed_and_shown(run: Run, coordinator: Coordinator, tmp_pat
     for line in (
         "  not used: pos-2: norm 9.1 sigma above the median",
         "  refused at admission: 3 x late",
-        "  epsilon 1.99 of the releases, 0.7 of the most burdened device, at delta 1e-05",
+        "  epsilon 1.99 of the releases, 0.7 of the most burdened device, at delta 1e-05; it covers the "
+        "opened sums, not the opened distances nor who was chosen",
         "autopilot: rollout fraud-1 began",
         "policy    robust, reveals distances",
         "  failed: a1 is down",

@@ -264,6 +264,7 @@ def test_a_crash_between_agreeing_and_answering_repeats_the_same_decision(tmp_pa
     assert aggregate.mean is not None
 
 
+@pytest.mark.slow
 def test_a_round_with_noise_opened_again_after_a_crash_carries_the_same_noise(tmp_path: Path) -> None:
     cost = epsilon([Spend(0.5)], 1e-5)
     budget = {"epsilon": 2 * cost, "epsilon_device": 2 * cost, "delta": 1e-5}

@@ -324,9 +324,8 @@ def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_path: P
             await adopt_first(platform, devices)
             bare = await learned(platform, devices, asked(name="bare"))
             assert bare.state == "PUBLISHED"
-            with pytest.raises(
-                Malformed, match=rf"1 rounds of 'fraud' opened without noise \(first: {bare.round_id}\)"
-            ):
+            told = rf"1 round\(s\) of 'fraud' opened without noise \(first: {bare.round_id}\)"
+            with pytest.raises(Malformed, match=told):
                 await coordinator.open_round(private)
 
     asyncio.run(story())
