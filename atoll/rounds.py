@@ -6,6 +6,7 @@ anchors, which may have come another way.
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from fl_coordinator.round_yaml import read_round
 from fl_coordinator.rounds import ENDED, RoundSpec, State
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, Untrusted
+from model_delta.graphs.training import step_of
 from model_delta.trust.updater import TrustAnchors
 
 ROUND_MARGIN_S = 180.0
@@ -61,7 +63,9 @@ def _spec_of(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigurationError(
             f"--{name}: expected it in {file}, found both; say it in the file, or leave the file out"
         )
-    spec, rollout = read_round(read_text(file), str(file))
+    spec, rollout, graph = read_round(read_text(file), str(file))
+    if graph:
+        spec = msgspec.structs.replace(spec, graph=_graph(file.parent / graph))
     if rollout:
         spec = msgspec.structs.replace(spec, rollout=read_text(file.parent / rollout))
     before = RoundSpec(model="")
@@ -71,6 +75,13 @@ def _spec_of(file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name == "model" or value != getattr(before, name)
     }
+
+
+def _graph(path: Path) -> str:
+    """A training graph, looked at before it is sent. Raises Malformed."""
+    graph = read_file(path)
+    step_of(graph, str(path))
+    return base64.b64encode(graph).decode()
 
 
 def follow_round(client: ControlClient, round_id: str, seconds: float, *, quiet: bool) -> dict[str, Any]:

@@ -4,17 +4,20 @@ Devices run and train the int8 file; its rounding must not enter the next versio
 *updates* to the bytes that were published, tensor by tensor in place: everything else in the file stays as it is, byte
 for byte, and averaging cannot move a weight that nobody trained.
 
-Rounds need the layout of our own fraud model: `layer0.weight`, `layer0.bias`, ... behind `input.mean` and
-`input.scale`.
+Without a training graph of its own a round needs the layout of our fraud model: `layer0.weight`, `layer0.bias`, ...
+behind `input.mean` and `input.scale`. With one it trains the float32 tensors that the graph names, whatever the model.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from model_delta.errors import Malformed
 from model_delta.graphs.mlp import mlp_training_graph
+from model_delta.graphs.training import TrainingStep
 from model_delta.manifest import Manifest, StoredTensor
 from model_delta.segments import read_tensor, stored_tensors
 from model_delta.task import Parameter
@@ -39,6 +42,27 @@ def parameters_of(manifest: Manifest) -> tuple[Parameter, ...]:
     return tuple(parameters)
 
 
+def parameters_trained(manifest: Manifest, step: TrainingStep) -> tuple[Parameter, ...]:
+    """The tensors that a graph from elsewhere trains, as the version stores them. Raises Malformed unless it stores
+    each of them, of that shape and as float32, and takes rows as wide as the graph does."""
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    what = f"training graph for version {manifest.release} of {manifest.model}"
+    widths = {spec.shape[-1] for spec in manifest.inputs if spec.name == "features" and len(spec.shape) == 2}
+    if not widths & {step.features, -1}:
+        raise Malformed(f"{what}: expected rows of {sorted(widths)} features, found a graph for {step.features}")
+    for trained in step.tensors:
+        stored = tensors.get(trained.tensor)
+        if stored is None or (stored.dtype, tuple(stored.shape)) != ("float32", trained.shape):
+            found = "none" if stored is None else f"{stored.dtype}{list(stored.shape)}"
+            raise Malformed(
+                f"{what}: tensor {trained.tensor!r}: expected float32{list(trained.shape)} in the model's file, found "
+                f"{found}; publish the model with the trainer's names, and --quantize none"
+            )
+    if len({trained.tensor for trained in step.tensors}) != len(step.tensors):
+        raise Malformed(f"{what}: expected every tensor once, found one twice")
+    return tuple(Parameter(trained.tensor, trained.shape) for trained in step.tensors)
+
+
 def training_graph(source: bytes, positive_weight: float, momentum: float) -> bytes:
     """The ONNX graph of one training step for the model in `source`: the input's mean and scale, no weights. Without
     `momentum` it is the graph that devices of earlier releases can run too."""
@@ -49,11 +73,14 @@ def training_graph(source: bytes, positive_weight: float, momentum: float) -> by
     return mlp_training_graph(sizes, mean, scale, positive_weight, momentum=momentum > 0)
 
 
-def apply_mean(source: bytes, mean: Float32) -> bytes:
-    """The published bytes with `mean`, float32[d], added to the trainable tensors. Raises Malformed when d differs or a
-    sum is not finite."""
+def apply_mean(source: bytes, mean: Float32, trained: Sequence[str] = ()) -> bytes:
+    """The published bytes with `mean`, float32[d], added to the `trained` tensors (by default those of our own layout),
+    in that order. Raises Malformed when one is missing, d differs or a sum is not finite."""
     tensors = {tensor.name: tensor for tensor in stored_tensors(source)}
-    names = _names(tensors, "published model")
+    names = list(trained) or _names(tensors, "published model")
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise Malformed(f"published model: expected a stored tensor {missing[0]!r}, found none")
     length = sum(_count(tensors[name]) for name in names)
     if mean.shape != (length,):
         raise Malformed(f"mean update: expected {length} parameters, found {mean.shape}")

@@ -5,6 +5,7 @@ Whatever would make it fail for certain is refused here, before any device train
 
 from __future__ import annotations
 
+import base64
 import secrets
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from fl_coordinator.spending import require_affordable
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, Unavailable
+from model_delta.graphs.training import step_of
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
 from model_delta.task import TASK_TYPE, AggregatorKey, RoundTask
@@ -39,6 +41,21 @@ ROLE_ROUND = "round"
 def signed_task(keyring: Keyring, task: RoundTask) -> bytes:
     """The announcement of a round. Blocking."""
     return seal_envelope(keyring.sign(ROLE_ROUND, TASK_TYPE, pack(task)))
+
+
+def _graph_of(spec: RoundSpec) -> bytes:
+    try:
+        graph = base64.b64decode(spec.graph, validate=True)
+    except ValueError:
+        raise Malformed("round: graph: expected a training graph as base64, found something else") from None
+    step = step_of(graph, "round: training graph")
+    if step.momentum != (spec.momentum > 0):
+        expected = "with momentum" if spec.momentum > 0 else "without momentum"
+        raise Malformed(
+            f"round: training graph: expected one {expected}, as the round's momentum is {spec.momentum:g}; "
+            "set the round's to 0, or make the graph anew"
+        )
+    return graph
 
 
 class Announcing:
@@ -84,8 +101,12 @@ class Announcing:
         if budget is not None:
             require_affordable(self._ledger, spec.model, budget)
         manifest, source = self._publisher.manifest(base), self._publisher.source(base)
-        parameters = masters.parameters_of(manifest)
-        graph = masters.training_graph(source, spec.positive_weight, spec.momentum)
+        if spec.graph:
+            graph = _graph_of(spec)
+            parameters = masters.parameters_trained(manifest, step_of(graph, "round: training graph"))
+        else:
+            graph = masters.training_graph(source, spec.positive_weight, spec.momentum)
+            parameters = masters.parameters_of(manifest)
         self._store.put("artifact", digest_of(graph), graph)
         now = self._clock()
         aggregators = tuple(record.key for record in self._ledger.aggregators()[:AGGREGATORS])
@@ -127,7 +148,7 @@ class Announcing:
         require_announceable(task)
         opened = Round(
             round_id=task.round_id,
-            spec=msgspec.structs.replace(spec, base=base),
+            spec=msgspec.structs.replace(spec, base=base, graph=""),
             task=task,
             announcement=signed_task(self._keyring, task),
             state=State.ANNOUNCED.value,

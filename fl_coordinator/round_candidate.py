@@ -108,4 +108,6 @@ class Candidates:
         result = self._ledger.round_result(found.round_id)
         if result is None:
             raise NotFound(f"round {found.round_id}: its result is not in the ledger")
-        return masters.apply_mean(self._publisher.source(found.task.base), np.frombuffer(result[0], dtype="<f4"))
+        mean = np.frombuffer(result[0], dtype="<f4")
+        trained = [parameter.tensor for parameter in found.task.parameters]
+        return masters.apply_mean(self._publisher.source(found.task.base), mean, trained)

@@ -44,20 +44,23 @@ _DURATIONS = {"deadline": "deadline_s", "aggregation": "aggregation_s"}
 _OTHERS = {"base", "reveal", "policy", "training", "privacy", "gates", "quota", "autopilot", "rollout"}
 
 
-def read_round(text: str, file: str = "round.yaml") -> tuple[RoundSpec, str]:
-    """The spec that a YAML describes, and the file that its `rollout` names ("" when it names none).
+def read_round(text: str, file: str = "round.yaml") -> tuple[RoundSpec, str, str]:
+    """The spec that a YAML describes, and the files that its `rollout` and `training.graph` name ("" for none).
 
     Raises Malformed with one line that names file, line, key, expected, found and what to do.
     """
     name, place = read_object(text, file, "Round", EXAMPLE)
     fields = place.map({"model"}, optional={*_NUMBERS, *_DURATIONS, *_OTHERS})
     told: dict[str, Place] = {}
+    graph = ""
     values = _numbers(fields, _NUMBERS, told)
     for key, field in _DURATIONS.items():
         if key in fields:
             values[field], told[field] = _seconds(fields[key]), fields[key]
     if "training" in fields:
-        values |= _numbers(fields["training"].map(set(), optional=_TRAINING.keys()), _TRAINING, told)
+        training = fields["training"].map(set(), optional={*_TRAINING, "graph"})
+        values |= _numbers(training, _TRAINING, told)
+        graph = training["graph"].text("a file made by `atoll model training-graph`") if "graph" in training else ""
     for key, allowed in (("reveal", REVEALS), ("policy", POLICIES)):
         if key in fields:
             values[key], told[key] = fields[key].one_of(allowed), fields[key]
@@ -80,7 +83,7 @@ def read_round(text: str, file: str = "round.yaml") -> tuple[RoundSpec, str]:
     if problem is not None:
         at = told.get(problem[0], place)
         raise at.refused(problem[1])
-    return spec, fields["rollout"].text("a file with a rollout") if "rollout" in fields else ""
+    return spec, fields["rollout"].text("a file with a rollout") if "rollout" in fields else "", graph
 
 
 def _numbers(

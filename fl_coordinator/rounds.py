@@ -159,8 +159,9 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `policy` decides who is chosen, `reveal` what is opened for that, and, where that is a graph, `eps_l2` how far apart
     two updates may be that count as close (0: found on shares, from the distances of the round). `gates` replaces the
-    coordinator's own limits. With `autopilot` a published candidate starts its canary by itself: by the YAML `rollout`,
-    or the model's last."""
+    coordinator's own limits. `graph` is a training graph of the operator's own as base64, for a model of another
+    layout than ours; the spec that is kept has none. With `autopilot` a published candidate starts its canary by
+    itself: by the YAML `rollout`, or the model's last."""
 
     model: str
     name: str = ""
@@ -177,6 +178,7 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     hostile_max: int = 0
     selected_min: int = 0
     positive_weight: float = 6.0
+    graph: str = ""
     policy: str = "robust"
     reveal: str = "distances"
     eps_l2: float = 0.0

@@ -65,6 +65,30 @@ def model_quantize(
     )
 
 
+@model.command("training-graph")
+def model_training_graph(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:FUNCTION",
+            help="A function that gives a torch module and loss(prediction, labels), or a dict of JAX arrays and "
+            "loss(parameters, features, labels). The file is run on this machine.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where the graph goes; an old file is replaced.")],
+    features: Annotated[int, typer.Option(help="How many numbers a row has.", min=1)] = 26,
+    momentum: Annotated[bool, typer.Option(help="Steps with momentum, as rounds take them by default.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Make the training step that devices run from your own torch or JAX model, if one step of it is the trainer's.
+
+    Example: atoll model training-graph model.py:make step.onnx
+    """
+    from atoll.training_graph import make_training_graph
+
+    make_training_graph(place, out, features=features, momentum=momentum, as_json=json)
+
+
 @delta.command("make")
 def delta_make(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="The file that the other side has.")],

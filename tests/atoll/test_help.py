@@ -21,6 +21,7 @@ EXAMPLES = (
     "device revoke",
     "fleet run",
     "model quantize",
+    "model training-graph",
     "keys rotate",
     "keys shred",
     "store gc",

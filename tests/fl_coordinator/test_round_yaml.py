@@ -19,7 +19,7 @@ spec:
 
 
 def test_the_example_says_everything_and_is_read() -> None:
-    spec, rollout = read_round(EXAMPLE.read_text(), str(EXAMPLE))
+    spec, rollout, _ = read_round(EXAMPLE.read_text(), str(EXAMPLE))
     assert (spec.model, spec.name, rollout) == ("fraud", "fraud-november", "")
     assert (spec.quorum, spec.deadline_s, spec.clip_norm_l2, spec.hostile_max, spec.selected_min) == (12, 60, 4, 2, 8)
     assert (spec.policy, spec.reveal, spec.autopilot) == ("robust", "distances", False)
@@ -31,7 +31,7 @@ def test_the_example_says_everything_and_is_read() -> None:
 def test_the_example_with_all_that_is_commented_out() -> None:
     lines = EXAMPLE.read_text().replace("autopilot: false", "autopilot: true").splitlines()
     whole = "\n".join(line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in lines)
-    spec, rollout = read_round(whole, "round.yaml")
+    spec, rollout, _ = read_round(whole, "round.yaml")
     assert spec.privacy == Privacy(epsilon=8, delta=1e-5, noise_multiplier=1)
     assert (spec.autopilot, rollout) == (True, "canary.yaml")
 
