@@ -22,14 +22,15 @@ from fl_coordinator.shares.measuring import Coefficients, coin_key
 from fl_coordinator.shares.party import VERDICTS, Decision
 from fl_coordinator.shares.ranking import below, sums_where
 from fl_coordinator.shares.revealing import SAMPLE_MAX, eps_doubled, near_matrix, quantile_place, unpacked
-from fl_coordinator.shares.sharing import Pair, Session, to_bytes
+from fl_coordinator.shares.sharing import Exchange, Pair, Session, to_bytes
 from fl_coordinator.shares.streams import Words, expand_bytes
 from fl_coordinator.transcript import Settlement, mean_digest, replay, transcript_of
 from model_delta.digest import digest_of
-from model_delta.encoding import pack
+from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from model_delta.trust.signing import seal_envelope, sign
 from tests.fakes.secure_round import SecureRound, measure_words, random_sharing
+from tests.fl_coordinator.test_secure_round import simulate
 from tests.fl_coordinator.test_shares import together
 
 # --- comparisons ----------------------------------------------------------------------------------------------------
@@ -282,6 +283,83 @@ def test_what_does_not_go_together_is_not_announced(changes: dict[str, object], 
 
 def test_policies_with_distances_are_those_of_the_rules() -> None:
     assert POLICIES["distances"] == tuple(policy.POLICIES)
+
+
+# --- who sees what ---------------------------------------------------------------------------------------------------
+
+
+OPENED = ("over", "near", "chosen")
+HIDDEN = ("lift", "over-", "near-", "radius", "distances", "nearest", "lowest", "scores")
+"""Steps, by how they begin, whose messages are under masks."""
+
+ROUNDS = [("graph", 0.0), ("graph", 0.5), ("selection", 0.0)]
+
+
+def opened_bits(decision: Decision) -> dict[str, np.ndarray]:
+    """The bits that were opened of a decision, as the parties open them."""
+    kept = set(decision.kept)
+    bits = {"over": np.array([index not in kept for index in decision.measured])}
+    if decision.near:
+        bits["near"] = ~unpacked(decision.near, len(kept))
+    bits["chosen"] = np.array([index in decision.selected for index in decision.kept])
+    return bits
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(("reveal", "eps"), ROUNDS)
+def test_a_partys_view_can_be_made_from_the_opened_bits_alone(reveal: str, eps: float, index: int) -> None:
+    """The simulation argument, run: every message is random of its length, or makes the opened bits come out, or twice
+    the norm of a sum that is opened next; from these the party gets to the same decision."""
+    world = hidden_world(reveal, 30, eps_l2=eps)
+    rows = rows_of(30, 11, seed=7, far=1)
+    rows[4] *= np.uint32(100)
+    _, views, decision = world.run_rows(rows)
+    bits, lengths = opened_bits(decision), {key: len(data) for key, data in views[index].received.items()}
+    assert len(decision.kept) == 10
+    following, preceding = (index + 1) % 3, (index - 1) % 3
+
+    def answer(wanted: Exchange) -> dict[int, bytes] | None:
+        if wanted.step in bits:
+            own = (np.frombuffer(wanted.outgoing[peer], dtype=np.uint8) for peer in (following, preceding))
+            return dict.fromkeys(wanted.expected, (np.bitwise_xor(*own) ^ np.packbits(bits[wanted.step])).tobytes())
+        if wanted.step == "sum":
+            own_share, other = np.frombuffer(wanted.outgoing[following], dtype="<u8"), os.urandom(8)
+            rest = np.uint64(decision.doubled_norm) - own_share - np.frombuffer(other, dtype="<u8")
+            return {following: other, preceding: rest.tobytes()}
+        if wanted.step.startswith(HIDDEN):
+            return {peer: os.urandom(lengths[wanted.step, peer]) for peer in wanted.expected}
+        return None
+
+    again = unpack(simulate(world, index, rows, np.zeros((0, 0)), answer).decision, Decision)
+    for name in ("devices", "selected", "kept", "near", "doubled_norm", "divisor", "refusal"):
+        assert getattr(again, name) == getattr(decision, name), name
+
+
+@pytest.mark.parametrize(("reveal", "eps"), ROUNDS)
+def test_inputs_with_the_same_bits_and_sum_cannot_be_told_apart(reveal: str, eps: float) -> None:
+    """Neither by what is opened nor by any message of any party: every bit of it is even, whichever input it was."""
+    world = hidden_world(reveal, 30, eps_l2=eps)
+    rows = rows_of(30, 10, seed=8, far=2)
+    other = rows.copy()
+    shift = np.random.default_rng(9).integers(-60, 60, size=30).astype(np.int32).view(np.uint32)
+    other[5], other[6] = other[5] + shift, other[6] - shift
+    told = []
+    for given_rows in (rows, other):
+        ones: dict[tuple[int, str, int], np.ndarray] = {}
+        for seed in range(12):
+            _, views, decision = world.run_rows(given_rows, seed=seed)
+            for place, view in enumerate(views):
+                for (step, sender), data in view.received.items():
+                    if step in ("hello", "compare", "coin", "range", "agree"):
+                        continue
+                    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+                    ones[place, step, sender] = ones.get((place, step, sender), 0) + bits.astype(np.int64)
+        for key, counts in ones.items():
+            # Bits beyond the last of a plane are zeros in what is opened.
+            even = counts[: counts.size - 7] if key[1] in OPENED else counts
+            assert abs(even.sum() - 6 * even.size) < 6 * math.sqrt(3 * even.size), key
+        told.append((decision.kept, decision.near, decision.selected, decision.doubled_norm))
+    assert told[0] == told[1]
 
 
 # --- what the parts say to each other -------------------------------------------------------------------------------

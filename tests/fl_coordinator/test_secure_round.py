@@ -268,7 +268,11 @@ def test_a_contribution_that_does_not_belong_is_rejected_by_name(
 # --- who sees what --------------------------------------------------------------------------------------------------
 
 
-def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> Outcome:
+Answer = Callable[[Exchange], dict[int, bytes] | None]
+"""What the simulated peers of one party say in a step; None: what they say in every round."""
+
+
+def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray, answer: Answer | None = None) -> Outcome:
     """Run one party against peers that know only what is opened anyway: every bit 1, and the Gram matrix.
 
     No update enters: the party's own shares are random words, and each message it receives is random, or what makes the
@@ -296,7 +300,8 @@ def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray) -> O
             coefficients = Coefficients(coin, world.task.length, bounds_of(world.task))
             received = {following: measure_words(coefficients, noise[1]).joined.tobytes()}
             continue
-        received = simulated(world, wanted, secrets, following, preceding, gram, rows)
+        told = answer(wanted) if answer is not None else None
+        received = told if told is not None else simulated(world, wanted, secrets, following, preceding, gram, rows)
 
 
 def simulated(
