@@ -22,6 +22,7 @@ from atoll.platform import COORDINATOR, read_anchors
 from atoll.settings import MODEL, ConfigurationError, DataFolder, write_private
 from fl_coordinator.round_yaml import read_round
 from fl_coordinator.rounds import ENDED, RoundSpec, State
+from fl_coordinator.rules.reveals import DISTANCES, GRAPH, SELECTION
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, Untrusted
 from model_delta.graphs.training import step_of
@@ -29,6 +30,16 @@ from model_delta.trust.updater import TrustAnchors
 
 ROUND_MARGIN_S = 180.0
 POLL_S = 0.5
+_OPENED = {
+    DISTANCES: "their sum, and the distances of all that were measured",
+    GRAPH: "their sum, and which pairs are close",
+    SELECTION: "their sum, and who they are",
+}
+_REVEALED = {
+    DISTANCES: "distances",
+    GRAPH: "graph: one bit a pair; norms, distances and scores are not revealed",
+    SELECTION: "selection: who is chosen; norms, distances and scores are not revealed",
+}
 TRANSCRIPT_TIMEOUT_S = 120.0
 DEFAULTS: Mapping[str, Any] = {"model": MODEL, "quorum": 12, "hostile": 2, "deadline": 60.0, "steps": 40}
 _FIELD_OF = {"model": "model", "quorum": "quorum", "hostile": "hostile_max", "deadline": "deadline_s", "steps": "steps"}
@@ -155,6 +166,8 @@ def _replay_text(file: Path, told: Any) -> str:
     if told.chosen or told.refused:
         lines.append(f"  chosen by {told.policy}: {len(told.chosen)} devices, refused: {len(told.refused)}")
     lines += [f"    {device}: {reason}" for device, reason in told.refused.items()]
+    if told.on_trust:
+        lines.append(f"  only the three signatures say {told.on_trust}")
     if told.delta:
         lines.append(_privacy_text(told.epsilon_release, told.epsilon_device, told.delta))
     return "\n".join(lines)
@@ -170,7 +183,7 @@ def _privacy_text(release: float, device: float, delta: float) -> str:
 def _round_text(found: dict[str, Any], *, whole: bool = False) -> str:
     lines = [f"round {found['round_id']}: {found['state'].lower()}, {len(found['admitted'])} contributions"]
     if found["chosen"]:
-        lines.append(f"chosen: {len(found['chosen'])} devices; their sum is all that was opened")
+        lines.append(f"chosen: {len(found['chosen'])} devices; opened: {_OPENED[found.get('reveal', DISTANCES)]}")
     lines += [f"  not used: {device}: {reason}" for device, reason in dict(found["rejected"]).items()]
     lines += [f"  refused at admission: {count} x {reason}" for reason, count in dict(found["refused"]).items()]
     spent = found.get("figures", {}).get("privacy")
@@ -198,7 +211,7 @@ def _details(found: dict[str, Any]) -> list[str]:
     lines = [
         f"base      {found['base']}",
         f"root      {found['root'] or 'not frozen'}",
-        f"policy    {found.get('policy', '')}, reveals {found.get('reveal', '')}",
+        f"policy    {found.get('policy', '')}, reveals {_REVEALED[found.get('reveal', DISTANCES)]}",
         f"attempts  {found['attempt']}",
     ]
     lines += [f"  relay of {name}: {_relayed(told)}" for name, told in found["figures"].get("relays", {}).items()]

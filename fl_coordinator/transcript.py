@@ -34,7 +34,7 @@ from fl_coordinator.aggregation import Aggregate, Opening, combine_openings
 from fl_coordinator.memory_chain import after
 from fl_coordinator.privacy import Spend, Spent, miscounted
 from fl_coordinator.rules.policy import remembers
-from fl_coordinator.rules.reveals import DISTANCES
+from fl_coordinator.rules.reveals import DISTANCES, GRAPH, SELECTION
 from fl_coordinator.shares.freezing import joint_coin, read_statement, require_opening
 from fl_coordinator.shares.party import Decision, failed_checks, judge, judge_hidden, read_gram
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, require_announced
@@ -87,10 +87,17 @@ class Check(msgspec.Struct, frozen=True):
     problem: str
 
 
+_ON_TRUST = {
+    DISTANCES: "that the Gram matrix is of the contributions that were frozen",
+    GRAPH: "that the bits are of the contributions that were frozen",
+    SELECTION: "that these are the lowest Krum scores: no score was revealed",
+}
+
+
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
     """What a transcript turned out to be. `checks` in their order; after one that reads something, those that need it
     are left out. Devices by name; epsilons of an opening with privacy. A policy that remembers began with the memory
-    that `memory_round` left, and left `memory` (digest)."""
+    that `memory_round` left, and left `memory` (digest). `on_trust`: what no replay can compute, whatever it finds."""
 
     round_id: str = ""
     model: str = ""
@@ -99,6 +106,7 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     root: str = ""
     policy: str = ""
     reveal: str = ""
+    on_trust: str = ""
     mean: str = ""
     aggregators: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
@@ -314,6 +322,7 @@ def _of_task(task: RoundTask) -> dict[str, Any]:
         "base": task.base,
         "policy": task.policy,
         "reveal": task.reveal,
+        "on_trust": _ON_TRUST.get(task.reveal, ""),
         "aggregators": tuple(key.name for key in task.aggregators),
         "memory_round": task.memory_round,
         "issued": task.issued,

@@ -395,3 +395,30 @@ def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(tmp_pat
             assert (await call("GET", f"/v1/log?from={bad}", "aggregator")).status_code == 400
 
     calling(platform, story)
+
+
+@pytest.mark.parametrize(("reveal", "policy"), [("graph", "cluster"), ("selection", "multikrum")])
+def test_a_round_may_reveal_less_than_distances(tmp_path: Path, reveal: str, policy: str) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(asked(reveal=reveal, policy=policy))
+            await contribute_all(devices, opened.round_id, hostile=1)
+            await until(lambda: not coordinator.round(opened.round_id).live, 20)
+            ended = coordinator.round(opened.round_id)
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            assert ended.rejected.keys() == {"pos-0000"}
+            assert "not revealed" in ended.rejected["pos-0000"]
+            result = platform.ledger.round_result(ended.round_id)
+            assert result is not None
+            told = replay(result[1], platform.keyring.anchors())
+            assert told.holds, told.checks
+            assert (told.reveal, told.policy, len(told.chosen)) == (reveal, policy, len(devices) - 1)
+            with pytest.raises(Malformed, match=f"policy: expected policy {policy} with `reveal: {reveal}`"):
+                await coordinator.open_round(asked(reveal=reveal, policy="robust"))
+
+    asyncio.run(story())
