@@ -180,7 +180,7 @@ def test_rounds_are_listed_and_shown(run: Run, coordinator: Coordinator, tmp_pat
         "opened sums, not the opened distances nor who was chosen",
         "autopilot: rollout fraud-1 began",
         "policy    robust, reveals distances",
-        "chosen: 2 devices; opened: their sum, and the distances of all that were measured",
+        "chosen: 1 devices; opened: their sum, and the distances of all that were measured",
         "  failed: a1 is down",
         "  gate precision: average precision 0.6, stable 0.5, allowed loss 0.01",
     ):
