@@ -21,7 +21,7 @@ from tests.scenarios import trace
 from tests.scenarios.chaos import Demo, Kill, Outcome, demo, survive
 
 SEED = 4
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow(seconds=40), pytest.mark.timeout(300)]
 
 
 @dataclass
