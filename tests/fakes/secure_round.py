@@ -139,14 +139,15 @@ class SecureRound:
         device = self.device(name)
         return client.share_out(encoded, task or self.task, device.sign, device.certificate, name, os.urandom)
 
-    def equivocating(self, name: str, encoded: Words) -> bytes:
-        """By a device that seals one value of share 1 to the first aggregator and another to the second."""
+    def equivocating(self, name: str, encoded: Words, share: int = 1) -> bytes:
+        """By a device that seals one value of a share to one of its holders and another to the other one."""
         secrets = [os.urandom(32) for _ in range(3)]
         rest = encoded - expand(secrets[0], encoded.size) - expand(secrets[1], encoded.size)
         masked = KeyStream(secrets[2]).masked(rest).tobytes()
-        pairs = [secrets[0] + secrets[1], os.urandom(32) + secrets[2], secrets[2] + secrets[0]]
+        pairs = [[secrets[index], secrets[(index + 1) % 3]] for index in range(3)]
+        pairs[share][0] = os.urandom(32)
         sealed = tuple(
-            seal_to(key.sealing, pairs[index], sealing_info(self.task, name, index))
+            seal_to(key.sealing, b"".join(pairs[index]), sealing_info(self.task, name, index))
             for index, key in enumerate(self.task.aggregators)
         )
         claim = unpack(parse(self.raw(name, encoded)).claim, Claim)
