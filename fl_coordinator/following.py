@@ -102,6 +102,7 @@ class Following:
             try:
                 await self.tidy()
                 await self.step()
+                await asyncio.sleep(0)  # a log that always has more must not keep the loop
                 pause, said = _PAUSE_FIRST_S, ""
             except (AtollError, OSError) as error:
                 self.counts["failures"] += 1
