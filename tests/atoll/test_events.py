@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from atoll import cli
-from atoll.coordinator import prepare_flower
 from atoll.events import Events
+from atoll.flower_nodes import prepare_flower
 from atoll.platform import Layout, prepare
 from atoll.settings import DataFolder
 from tests.atoll.platform_process import free_run, lines
@@ -104,7 +104,7 @@ def test_every_program_says_when_it_is_ready_and_when_it_has_stopped(tmp_path: P
     ports = iter(range(first, first + 16))
     data = DataFolder.open(tmp_path / "data", create=True)
     endpoints = prepare(data, Layout(regions=("eu-west",), broker="embedded", learning=True), lambda what: next(ports))
-    prepare_flower(data)
+    prepare_flower(data, endpoints.gateways)
     expected = {
         "broker": {"process": "broker", "url": f"mqtts://127.0.0.1:{endpoints.broker.port}"},
         "coordinator": {"process": "coordinator", "url": endpoints.coordinator},
