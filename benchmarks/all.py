@@ -17,6 +17,14 @@ from benchmarks.claims import ROOT, Claim, table
 PAGE = ROOT / "docs" / "benchmarks.md"
 NOT_SUBJECTS = {"__init__", "all", "attacks", "claims", "cost", "encoder", "fraud_rounds", "models", "patching"}
 NOT_SUBJECTS |= {"robustness_report", "tasks"}
+PICTURES = {
+    "secure_aggregation": (
+        "growth.svg",
+        "`python -m benchmarks.secure_aggregation --growth docs/growth.svg` draws how an aggregator's time grows:\n"
+        "linear in d and in n. Quadratic in n is the matrix of distances between sketches alone, which does not grow\n"
+        "with d: it is most of what n = 512 takes at d = 10,000.",
+    ),
+}
 NOT_SUBJECTS |= {"keys", "trust_checkin"}  # `deltas` measures them too
 
 
@@ -39,11 +47,18 @@ def main(*subjects: str) -> int:
         machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
         sections.append(
             f"## {script.stem}\n\n`python -m benchmarks.{script.stem}` at commit {result['commit']}; {machine}.\n\n"
-            f"{table(claims)}\n"
+            f"{table(claims)}\n{_picture(script.stem)}"
         )
     PAGE.write_text("# Benchmarks\n\nDrawn by `make bench`; do not edit.\n\n" + "\n".join(sorted(sections)))
     print(f"wrote {PAGE.relative_to(ROOT)}" + (f"; failed: {', '.join(failed)}" if failed else ""), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _picture(subject: str) -> str:
+    if subject not in PICTURES:
+        return ""
+    name, words = PICTURES[subject]
+    return f"\n![{subject}]({name})\n\n{words}\n"
 
 
 def _kept(page: str, subjects: tuple[str, ...]) -> list[str]:

@@ -34,13 +34,24 @@ class Claim(msgspec.Struct, frozen=True):
 def at_most(name: str, value: float, unit: str, bound: float, baseline: float | None = None) -> Claim:
     """A claim that `value` does not exceed `bound`."""
     ratio = round(value / baseline, 4) if baseline else None
-    return Claim(name, round(value, 4), unit, f"<= {bound:g}", baseline, ratio, value <= bound)
+    return Claim(name, _shown(value), unit, f"<= {bound:g}", baseline, ratio, value <= bound)
+
+
+def at_least(name: str, value: float, unit: str, bound: float, baseline: float | None = None) -> Claim:
+    """A claim that `value` reaches `bound`."""
+    ratio = round(value / baseline, 4) if baseline else None
+    return Claim(name, _shown(value), unit, f">= {bound:g}", baseline, ratio, value >= bound)
 
 
 def at_most_share(name: str, value: float, unit: str, share: float, baseline: float) -> Claim:
     """A claim that `value` does not exceed `share` of what was measured beside it."""
     ratio = round(value / baseline, 4)
     return Claim(name, round(value, 4), unit, f"<= {share:g} x baseline", baseline, ratio, value <= share * baseline)
+
+
+def _shown(value: float) -> float:
+    """Four digits behind the point, or in all where that would leave none."""
+    return round(value, 4) if abs(value) >= 0.001 else float(f"{value:.3g}")
 
 
 def run(

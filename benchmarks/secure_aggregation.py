@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +52,10 @@ Floats = NDArray[np.float32]
 
 
 def measure(options: argparse.Namespace) -> Sequence[Claim]:
-    """All claims; with `--growth` also the plot."""
+    """All claims; with `--growth` none, but the plot."""
+    if options.growth:
+        _growth(Path(options.growth), options.seed)
+        return []
     claims: list[Claim] = []
     sizes = [(32, 100_000)] if options.quick else [(512, 1_000_000), (128, 1_000_000)]
     for count, length in sizes:
@@ -59,8 +64,6 @@ def measure(options: argparse.Namespace) -> Sequence[Claim]:
     claims += _soundness(COINS // 20 if options.quick else COINS, options.seed)
     claims += _leak(50_000 if options.quick else 1_000_000, options.seed)
     claims += _dropout(8 if options.quick else 32, 4_000 if options.quick else 40_000, options.seed)
-    if options.growth:
-        _growth(Path(options.growth), options.seed)
     return claims
 
 
@@ -313,37 +316,56 @@ def _growth(path: Path, seed: int) -> None:
         points: list[tuple[int, float]] = []
         for length in (10_000, 100_000, 1_000_000):
             world = _world(count, length, count // 10)
-            seconds, _ = _party_seconds(world, _updates(count, length, count // 10, seed), runs=1)
+            runs = 1 if count * length > 2e8 else 3
+            seconds, _ = _party_seconds(world, _updates(count, length, count // 10, seed), runs)
             points.append((length, seconds))
+            print(f"n={count} d={length}: {seconds:.3g} s", file=sys.stderr, flush=True)
         lines[count] = points
     path.write_text(_plot(lines))
 
 
 def _plot(lines: Mapping[int, Sequence[tuple[int, float]]]) -> str:
-    """An SVG of seconds over parameters, both by powers of ten."""
-    width, height, left, bottom = 560, 320, 60, 40
-    x = {10**power: left + (width - left - 90) * (power - 4) / 2 for power in (4, 5, 6)}
+    """An SVG of seconds over parameters, both by powers of ten; a dashed line of slope 1 goes with each line."""
+    width, height, left, right, top, bottom = 640, 400, 64, 110, 44, 44
+    powers, decades = (4, 5, 6), (-2, -1, 0, 1)
+
+    def x(length: float) -> float:
+        return left + (width - left - right) * (math.log10(length) - powers[0]) / (powers[-1] - powers[0])
 
     def y(seconds: float) -> float:
-        return 20 + (height - bottom - 20) * (1.5 - float(np.log10(seconds))) / 4.5
+        share = (math.log10(seconds) - decades[0]) / (decades[-1] - decades[0])
+        return height - bottom - (height - bottom - top) * share
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="12"><title>CPU seconds of one aggregator by size of the round</title>'
         f'<rect width="{width}" height="{height}" fill="white"/>'
+        f'<text x="{left}" y="20" font-size="14">CPU seconds of one aggregator, checks, distances and sum</text>'
     ]
-    for power in range(-3, 2):
+    for power in decades:
         at = y(10.0**power)
-        parts.append(f'<line x1="{left}" x2="{x[10**6]:.0f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
+        parts.append(f'<line x1="{left}" x2="{x(10.0 ** powers[-1]):.0f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g} s</text>')
-    for length, at in x.items():
-        parts.append(f'<text x="{at:.0f}" y="{height - 18}" text-anchor="middle">d = {length:,}</text>')
+    for power in powers:
+        at, words = x(10.0**power), f"d = {10**power:,}"
+        parts.append(f'<text x="{at:.0f}" y="{height - 18}" text-anchor="middle">{words}</text>')
     for colour, (count, points) in zip(("#1b6ca8", "#c2571a", "#3b7d3b"), lines.items(), strict=False):
-        path = "L".join(f"{x[length]:.0f} {y(seconds):.1f}" for length, seconds in points)
+        path = "L".join(f"{x(length):.1f} {y(seconds):.1f}" for length, seconds in points)
+        length, last = points[-1]
+        low = max(10.0 ** powers[0], length * 10.0 ** decades[0] / last)
+        parts.append(
+            f'<path d="M{x(low):.1f} {y(last * low / length):.1f}L{x(length):.1f} {y(last):.1f}" fill="none" '
+            f'stroke="{colour}" stroke-dasharray="2 4" opacity="0.6"/>'
+        )
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        length, seconds = points[-1]
-        words = f"n = {count}: {seconds:.2g} s"
-        parts.append(f'<text x="{x[length] + 6:.0f}" y="{y(seconds) + 4:.1f}" fill="{colour}">{words}</text>')
+        for place, seconds in points:
+            at, up = x(place), y(seconds)
+            parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="3" fill="{colour}"/>')
+            if place != length:
+                parts.append(f'<text x="{at + 6:.1f}" y="{up + 18:.1f}" fill="{colour}">{seconds:.2g} s</text>')
+        words = f"n = {count}: {last:.2g} s"
+        parts.append(f'<text x="{x(length) + 8:.0f}" y="{y(last) + 4:.1f}" fill="{colour}">{words}</text>')
+    parts.append(f'<text x="{left}" y="36" fill="#666">dotted: what is linear in d and meets the last point</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -362,6 +384,6 @@ def _cpu_s(work: Callable[[], object], runs: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="smaller rounds, for a look")
-    parser.add_argument("--growth", default="", help="also draw time over size into this SVG file")
+    parser.add_argument("--growth", default="", help="only draw time over size into this SVG file")
     parser.add_argument("--seed", type=int, default=1)
     run(__doc__.splitlines()[0] if __doc__ else "", measure, parser)
