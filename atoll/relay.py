@@ -69,7 +69,7 @@ async def relaying(
     running = asyncio.create_task(relay.run(), name="relay")
     try:
         if importlib.util.find_spec("flwr") is None:
-            log.warning("region %s announces no rounds: Flower is missing; install atoll[coordinator] here", region)
+            log.warning("region %s announces no rounds: Flower is missing; install atoll[relay] here", region)
         else:
             node.start()
         yield

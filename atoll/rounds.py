@@ -202,9 +202,9 @@ def _round_text(found: dict[str, Any], *, whole: bool = False) -> str:
 
 def _relayed(told: dict[str, Any]) -> str:
     if "failure" in told:
-        return f"did not announce it: {told['failure']}"
+        return f"did not say that it announced it: {told['failure']}; {told['contributions']} contributed"
     reached = f" to {told['devices']} devices" if told["devices"] >= 0 else ""
-    return f"announced after {told['announced_s']:.1f} s{reached}, {told.get('contributions', 0)} contributed"
+    return f"announced after {told['announced_s']:.1f} s{reached}, {told['contributions']} contributed"
 
 
 def _details(found: dict[str, Any]) -> list[str]:

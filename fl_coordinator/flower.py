@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import hmac
 import importlib
 import logging
 import os
@@ -36,13 +35,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fl_coordinator.flower_middleware import ControlToken, lighten
 from model_delta.errors import Malformed, Unavailable
 
 APP_FOLDER = Path(__file__).resolve().parent / "flower_app"
@@ -59,35 +59,11 @@ _log = logging.getLogger("atoll.flower")
 # --- the SuperLink's process -----------------------------------------------------------------------------------------
 
 
-class _ControlToken:
-    """ASGI middleware: no request passes without the token, but those that Flower authenticates by itself."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], token: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode("ascii")
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or self._passes(scope):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 401, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-
-    def _passes(self, scope: MutableMapping[str, Any]) -> bool:
-        if scope["type"] != "http":
-            return False
-        if scope["path"].startswith(("/v1/fleet/", "/v1/runtime/")):
-            return True
-        return any(
-            name == b"authorization" and hmac.compare_digest(value, self._expected) for name, value in scope["headers"]
-        )
-
-
 def run_superlink(arguments: Sequence[str]) -> None:
     """Be a SuperLink: the main program of the process that `flower_superlink` starts. Returns when it is told to end.
 
-    The same as `flower-superlink`, with a bearer token in front of the Control API, no access log, and an end when
-    the supervisor or the SuperExec is gone.
+    The same as `flower-superlink`, with a bearer token in front of the Control API, fewer layers (`flower_middleware`),
+    no access log, and an end when the supervisor or the SuperExec is gone.
     """
     token = Path(arguments[0]).read_text("ascii").strip()
     sys.argv = ["flower-superlink", *arguments[1:]]
@@ -95,7 +71,8 @@ def run_superlink(arguments: Sequence[str]) -> None:
     program = importlib.import_module("flwr.superlink.cli.flower_superlink")
     config = program._parse_superlink_lifespan_config()
     app = importlib.import_module("flwr.superlink.main").create_app(config, program.SuperLinkLifespan)
-    app.add_middleware(_ControlToken, token=token)
+    lighten(app)
+    app.add_middleware(ControlToken, token=token)
     watch = functools.partial(_end_when_alone, os.getppid(), app.state.superlink_lifespan)
     threading.Thread(target=watch, name="watch", daemon=True).start()
     program.uvicorn.run(
@@ -176,8 +153,10 @@ class Control:
                     ids[name] = self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
         return ids
 
-    def ensure_run(self, coordinator_url: str, token: Path, ca: Path | None = None, *, fresh: bool = False) -> int:
-        """Return the id of the one unfinished run of our app with this configuration, starting it if there is none.
+    def ensure_run(
+        self, coordinator_url: str, token: Path, ca: Path | None = None, *, fresh: bool = False, app: Path = APP_FOLDER
+    ) -> int:
+        """Return the id of the one unfinished run of the `app` with this configuration, starting it if there is none.
 
         Other unfinished runs are stopped; with `fresh`, so is a matching one, because its process is known to be gone.
         `token` and `ca` are paths that the ServerApp reads; the token itself never enters Flower. Raises Unavailable.
@@ -186,7 +165,7 @@ class Control:
         from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
         from flwr.supercore.fab import Fab
 
-        digest, bundle = build_app()
+        digest, bundle = build_app(app)
         wanted = {
             "coordinator-url": coordinator_url,
             "coordinator-token-file": str(token.resolve()),
@@ -214,11 +193,11 @@ class Control:
 
 
 @functools.cache
-def build_app() -> tuple[str, bytes]:
-    """Our Flower App Bundle: SHA-256 and bytes; the same for the same installed files."""
+def build_app(app: Path = APP_FOLDER) -> tuple[str, bytes]:
+    """A Flower App Bundle of the files in the folder `app`: SHA-256 and bytes; the same for the same files."""
     from flwr.cli.build import build_fab_from_disk
 
-    bundle: bytes = build_fab_from_disk(APP_FOLDER)
+    bundle: bytes = build_fab_from_disk(app)
     return hashlib.sha256(bundle).hexdigest(), bundle
 
 

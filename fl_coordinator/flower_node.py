@@ -1,6 +1,6 @@
-"""A Flower node inside an aggregator's process: takes commands from the SuperLink, returns the aggregator's answers.
+"""A Flower node inside the process of an aggregator or relay: takes commands from the SuperLink, returns answers.
 
-It is no SuperNode: it runs no bundle and starts no process. It knows one kind of message, whose payload the aggregator
+It is no SuperNode: it runs no bundle and starts no process. It knows one kind of message, whose payload the process
 must still find signed by the coordinator. It speaks the Fleet API through Flower's own protobuf client, which is
 private; `FleetHttpClient` is used rather than `http_request_response` around it, because the latter ends the whole
 process (`sys.exit`, SIGINT to itself) when the server refuses, and a node only wants to try again.
@@ -31,11 +31,14 @@ WORKS_MAX = 4
 NODE_LIFE_S = 10.0
 """Flower's shortest heartbeat interval; it counts a node as gone after twice this."""
 
+_importing = threading.Lock()
+"""Flower's modules import each other in circles; two nodes that begin at once in one process would trip over that."""
+
 _log = logging.getLogger("atoll.flower")
 
 
 class FlowerNode:
-    """One Flower node in a thread of the aggregator's process: takes commands, calls `handler`, returns its answers.
+    """One Flower node in a thread of its process: takes commands, calls `handler`, returns its answers.
 
     The coordinator registers the node's public key under a name; until then, and whenever the SuperLink is away, the
     node tries again with backoff. Each command runs in a thread, so that one which hangs does not keep the next attempt
@@ -124,6 +127,7 @@ class FlowerNode:
                 self._busy_until = time.monotonic() + BUSY_S
                 if refusal is None:
                     waiting.append((command_id, time.monotonic() + float(message.metadata.ttl), message))
+                    self._finished.wait(self._poll_s)  # most commands are done before another could come
                 else:
                     self._push(session, message, refusal)
             elif waiting:
@@ -175,9 +179,10 @@ class _FleetSession:
     """The Fleet API for one node: Flower's client, the node's key, and the node id that the SuperLink gave it."""
 
     def __init__(self, address: str, ca: Path, key: Path) -> None:
-        from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-        from flwr.supernode.fleet_http_client import FleetHttpClient
-        from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+        with _importing:
+            from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+            from flwr.supernode.fleet_http_client import FleetHttpClient
+            from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
         private = node_key(key)
         signs = NodeAuthHttpInterceptor(private, private.public_key())

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fl_coordinator.flower import Control, write_private
+from fl_coordinator.flower import APP_FOLDER, Control, write_private
 from model_delta.errors import Malformed, Unavailable
 
 _log = logging.getLogger("atoll.flower")
@@ -184,8 +184,9 @@ def end_processes(place: SuperLinkPlace) -> list[int]:
 class SuperLink:
     """Supervises one SuperLink process and the run of our app on it. Belongs to one event loop."""
 
-    def __init__(self, place: SuperLinkPlace, environment: Mapping[str, str]) -> None:
-        self._place = place
+    def __init__(self, place: SuperLinkPlace, environment: Mapping[str, str], app: Path = APP_FOLDER) -> None:
+        """`app` is the folder of the bundle to run: ours, unless its nodes are stock SuperNodes."""
+        self._place, self._app = place, app
         self._environment = superlink_environment(place, environment)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -295,7 +296,7 @@ class SuperLink:
                     control.register_nodes({name: key})
                 except Malformed as error:  # the other nodes can still work
                     _log.error("%s", error)
-            control.ensure_run(url, token, ca, fresh=fresh)
+            control.ensure_run(url, token, ca, fresh=fresh, app=self._app)
 
     async def _watch(
         self,

@@ -49,11 +49,11 @@ def through(bridge: Bridge, node: str, deadline_s: float = TELL_S) -> Tell:
 def complaints(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a person should know of a round's relays, from the record of it."""
     found = []
-    any_came = any(one.get("contributions") for one in told.values())
+    any_came = any(one["contributions"] for one in told.values())
     for name, one in told.items():
-        if "failure" in one:
+        if "failure" in one and not one["contributions"]:
             found.append(f"relay of {name} did not announce it: {one['failure']}")
-        elif any_came and one["devices"] > 0 and not one["contributions"]:
+        elif any_came and one.get("devices", 0) > 0 and not one["contributions"]:
             found.append(f"relay of {name} says that it announced it, but none of its {one['devices']} devices came")
     return found
 
@@ -100,9 +100,9 @@ class Relaying:
         return self._any(found)
 
     def record(self, found: Round) -> dict[str, dict[str, Any]]:
-        """By relay, for the round's record: `announced_s`, seconds after the round was opened, `devices` within reach
-        (-1: not known), and how many of its region's contributed, if it says that it announced the round; else
-        `failure`. What the record says already stands. Blocking."""
+        """By relay, for the round's record: `announced_s`, seconds after it was opened, and `devices` within reach
+        (-1: not known), if it says that it announced the round, else `failure`; and how many `contributions` came from
+        its region. What the record says already stands. Blocking."""
         regions = {record.device_id: record.region for record in self._ledger.devices()}
         came = Counter(regions.get(entry.device_id, "") for entry in self._ledger.contributions(found.round_id))
         told: dict[str, dict[str, Any]] = {}
@@ -115,8 +115,7 @@ class Relaying:
             before = found.figures.get("relays", {}).get(name, {})
             if "announced_s" in before:
                 told[name] = dict(before)
-            if "announced_s" in told[name]:
-                told[name]["contributions"] = came[region] if region else came.total()
+            told[name]["contributions"] = came[region] if region else came.total()
         return told
 
     def _any(self, found: Round) -> bool:

@@ -82,7 +82,13 @@ def fraud_model(seed: int = 0, hidden: int = 4) -> bytes:
 class Platform:
     """One platform in a folder. `start` may be called again after `stop` or a crash: everything is read from disk."""
 
-    def __init__(self, folder: Path, evaluate: Evaluate | None = None, segment_bytes: int = 256 * 2**20) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        evaluate: Evaluate | None = None,
+        segment_bytes: int = 256 * 2**20,
+        bridge: FlowerBridge | None = None,
+    ) -> None:
         self.folder = folder
         self.clock = Clock()
         self.broker = FakeBroker()
@@ -95,7 +101,7 @@ class Platform:
         )
         self.keyring = opened(keys, self.clock)
         self.store = DirectoryStore(folder / "store")
-        self.bridge = FlowerBridge()
+        self.bridge = bridge or FlowerBridge()
         self.devices: dict[str, Device] = {}
         self.open()
 

@@ -32,12 +32,14 @@ from starlette.routing import Route
 
 from fl_coordinator import flower
 from fl_coordinator.flower_bridge import CommandFailed, FlowerBridge
-from fl_coordinator.flower_node import FlowerNode
+from fl_coordinator.flower_node import FlowerNode, Handler
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, processes_of
+from fl_coordinator.transcript import decision_in
 from model_delta.errors import Malformed, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request
 from model_delta.keys.keyring import EmbeddedKeyring
 from tests.fakes.ports import free_port
+from tests.fl_coordinator.flower_round import ROUND, FlowerRound
 
 NAMES = ("aggregator-1", "aggregator-2", "aggregator-3")
 TOKEN = "a-token-of-this-test"
@@ -242,13 +244,14 @@ def test_commands_get_through_whatever_dies(tmp_path: Path, environment: dict[st
             await a_killed_superexec_is_replaced(platform, bridge)
             await a_killed_aggregator_gets_its_command_again(platform, bridge)
             await a_death_in_the_middle_of_an_answer_costs_seconds(platform, bridge)
+            await a_whole_round_survives_and_is_the_same_in_one_process(platform, bridge)
 
     asyncio.run(scenario())
     assert processes_of(platform.place) == {}
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", platform.place.port), 1.0)
     new = {path.name for path in set(tmp_path.iterdir()) - before if path.suffix != ".node"}
-    assert new == {"flower", "started", "aggregator-4.key"}
+    assert new == {"flower", "started", "aggregator-4.key", "round"}
     everything = b"".join(path.read_bytes() for path in (tmp_path / "flower").glob("superlink.*"))
     assert TOKEN.encode() not in everything
 
@@ -366,6 +369,49 @@ async def a_death_in_the_middle_of_an_answer_costs_seconds(platform: Platform, b
             if one is not None and one.returncode is None:
                 one.kill()
                 await one.wait()
+
+
+async def a_whole_round_survives_and_is_the_same_in_one_process(platform: Platform, bridge: FlowerBridge) -> None:
+    """A coordinator, three aggregators and two relays over this Flower. One relay dies with the announcement in its
+    hands, the SuperLink before the contributions are there; and the mean is, byte for byte, what one process makes."""
+
+    def node(name: str, handler: Handler) -> FlowerNode:
+        key = platform.folder / "round" / f"{name}.key"
+        platform.keys[name] = flower.node_public_key(key)
+        return FlowerNode(name, platform.place.address, platform.place.ca, key, handler, 0.1, 0.2)
+
+    async with FlowerRound(platform.folder / "round", bridge, node) as networked:
+        devices = await networked.ready()
+        dying = networked.dies_with_its_first_command("ap-south")
+        opened = await networked.coordinator.open_round(ROUND)
+        await asyncio.wait_for(dying.wait(), 60.0)
+        await asyncio.to_thread(networked.nodes["relay-ap-south"].stop)
+        networked.start_relay("ap-south")
+        async with asyncio.timeout(60.0):
+            while not networked.announced_everywhere(opened.round_id):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await platform.kill("superlink")
+        contributions = await networked.contribute(devices)
+        async with asyncio.timeout(120.0):
+            while (ended := networked.coordinator.round(opened.round_id)).live:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        assert {region: told["contributions"] for region, told in ended.figures["relays"].items()} == {
+            "eu-west": 4,
+            "ap-south": 4,
+        }
+        result = networked.ledger.round_result(ended.round_id)
+        assert result is not None
+        inside = networked.local.aggregate(
+            [contributions[digest] for digest in ended.frozen],
+            ended.task,
+            ca_pem=networked.keyring.ca_pem(),
+            now=networked.clock(),
+            attempt=ended.attempt,
+        )
+        assert inside.mean is not None
+        assert inside.mean.astype("<f4").tobytes() == result[0]
+        assert inside.decision.coin == decision_in(result[1]).coin
 
 
 SUPERVISOR = """

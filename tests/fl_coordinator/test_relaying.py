@@ -129,7 +129,7 @@ def test_a_relay_that_fails_stops_nobody_and_is_named(tmp_path: Path, fault: str
                 "lying": "it did not say that it took this announcement",
                 "hanging": "did not answer yet",
             }[fault]
-            assert ended.figures["relays"]["ap-south"] == {"failure": why}
+            assert ended.figures["relays"]["ap-south"] == {"failure": why, "contributions": 0}
             assert f"round {ended.round_id}: relay of ap-south did not announce it: {why}" in alerts(platform)
 
     asyncio.run(story())

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fl_coordinator.flower_bridge import read_command, write_reply
 from fl_coordinator.masters import apply_mean
 from fl_coordinator.promotion import Evaluation
 from fl_coordinator.rounds import RoundSpec, State
+from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.tables.records import AggregatorRecord
 from fl_coordinator.transcript import replay
 from model_delta.encoding import pack, unpack_plain
@@ -38,7 +40,7 @@ SPEC = RoundSpec(
 class Aggregators:
     """Three aggregators in this process, and the ServerApp that fetches commands for them."""
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Platform, rngs: Mapping[str, Rng] | None = None) -> None:
         self.platform = platform
         self.down: set[str] = set()
         self.commands: list[dict[str, Any]] = []
@@ -55,6 +57,7 @@ class Aggregators:
                 fetch_memory=self._fetch_memory,
                 clock=platform.clock,
                 step_timeout_s=1.0,
+                rng=(rngs or {}).get(name, os.urandom),
             )
             for name in ("a0", "a1", "a2")
         }

@@ -1,0 +1,383 @@
+"""What it costs to coordinate a federated round over Flower: control messages, and weights that need not travel.
+
+`python -m benchmarks.flower_control [--rounds N] [--quick] [--json]`. A real SuperLink with TLS and node
+authentication, supervised as the product does it, and the product's ServerApp; all on this machine. A round is what
+one round sends: the signed announcement to two regional relays, then, when both have answered, the command to three
+aggregators, which have nothing to compute. The figure is the time from handing over the first to the last answer of the
+second; a pause of two seconds, in which devices would train, lies between rounds and is not counted.
+
+    fl.control         p50 with the product's nodes. Each relay checks the announcement and retains it on a real MQTT
+                       broker (the embedded one) before it answers. After 20 s without a command nodes ask the SuperLink
+                       once a second instead of five times: the text says what a round then takes.
+    fl.control.stock   p50 with Flower's own: five `flower-supernode` processes, which start a ClientApp for each
+                       message that does nothing but answer
+    fl.weights         bytes of model weights that the region's mirror handed to devices during a round, on a platform
+                       started by `atoll up --learning` with devices that run the base version; the mirror is the only
+                       source of weights that a device has. `--quick` leaves this out.
+
+Nothing contacts the internet: see `fl_coordinator.flower_superlink.superlink_environment`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from atoll.http_server import serving
+from atoll.ports import held_ports
+from benchmarks.claims import Claim, at_most, run
+from device_sim.terminal_features import FEATURES
+from edge_runtime.link import MqttLink
+from fl_coordinator.flower import APP_FOLDER, node_public_key
+from fl_coordinator.flower_bridge import FlowerBridge
+from fl_coordinator.flower_node import BUSY_S, FlowerNode, Handler
+from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, superlink_environment
+from fl_coordinator.relaying import through
+from model_delta.digest import digest_of
+from model_delta.encoding import pack
+from model_delta.graphs.mlp import mlp_model
+from model_delta.keys.certificates import make_request
+from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.task import TASK_TYPE, RoundTask
+from model_delta.trust.signing import seal_envelope
+from regional_gateway.mqtt.access import FLEET_RULES, access
+from regional_gateway.mqtt.broker import MqttBroker
+from regional_gateway.relay import Relay
+
+AGGREGATORS = ("a0", "a1", "a2")
+REGIONS = ("eu-west", "ap-south")
+RELAYS = tuple(f"relay-{region}" for region in REGIONS)
+STOCK_APP = Path(__file__).resolve().parent / "flower_stock"
+PAUSE_S = 2.0
+READY_S = 180.0
+THIN_S_MAX, STOCK_S_MAX = 1.0, 7.0
+FLEET = 12
+SIZES = (len(FEATURES), 64, 32)
+ROLLOUT = """\
+apiVersion: atoll/v1
+kind: Rollout
+metadata: {name: first}
+spec:
+  model: fraud
+  target: latest
+  cohorts: [{name: everyone, match: {}}]
+  strategy: {canary: {control: none, stages: [{share: 100%, hold: {minSeconds: 2, minDecisions: 20}}]}}
+  guardrails: [{metric: error_rate, max: 1%}]
+  rollback: {auto: true}
+"""
+
+
+class Stage:
+    """A SuperLink with five registered nodes, the queue to its ServerApp, and a keyring that signs announcements."""
+
+    def __init__(self, folder: Path, app: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.keyring = EmbeddedKeyring.create(folder / "keyring", "acme")
+        with held_ports(7) as ports:
+            self.port, superlink, *self.runtimes = ports
+        self.place = SuperLinkPlace(
+            folder / "flower", superlink, folder / "superlink.pem", folder / "superlink.key", folder / "ca.pem"
+        )
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        self.place.private_key.write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+        request = make_request(key, "superlink")
+        self.place.certificate.write_bytes(self.keyring.issue_certificate(request, "superlink", None, server=True))
+        self.place.ca.write_bytes(self.keyring.ca_pem())
+        self.token = folder / "token"
+        self.token.write_text(secrets.token_urlsafe(16))
+        self.keys = {name: node_public_key(self.key(name)) for name in (*AGGREGATORS, *RELAYS)}
+        self.superlink = SuperLink(self.place, dict(os.environ), app)
+        self.bridge = FlowerBridge()
+
+    def key(self, name: str) -> Path:
+        return self.folder / f"{name}.key"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        url = f"http://127.0.0.1:{self.port}"
+        async with serving(self._endpoints(), self.port, "benchmark"):
+            supervising = asyncio.create_task(
+                self.superlink.supervise(lambda: self.keys, lambda: self.bridge.silent_s, url, self.token)
+            )
+            try:
+                yield
+            finally:
+                supervising.cancel()
+                await asyncio.gather(supervising, return_exceptions=True)
+
+    def _endpoints(self) -> Starlette:
+        def known(request: Request) -> bool:
+            return request.headers.get("authorization") == f"Bearer {self.token.read_text()}"
+
+        async def commands(request: Request) -> Response:
+            if not known(request):
+                return Response(status_code=401)
+            holds = request.query_params["holds"].split(",")
+            command = await self.bridge.next_command(float(request.query_params["wait"]), holds)
+            return Response(status_code=204) if command is None else JSONResponse(command)
+
+        async def replies(request: Request) -> Response:
+            return (
+                JSONResponse(self.bridge.reply(await request.json())) if known(request) else Response(status_code=401)
+            )
+
+        routes = [("/v1/flower/commands", commands, "GET"), ("/v1/flower/replies", replies, "POST")]
+        return Starlette(routes=[Route(path, handle, methods=[method]) for path, handle, method in routes])
+
+    def announcement(self, number: int) -> bytes:
+        """Of round `number`, of about the size that a platform's has."""
+        task = RoundTask(
+            tenant="acme",
+            model="fraud",
+            round_id=f"fraud-{number}",
+            base=digest_of(b"base"),
+            training_graph=digest_of(b"graph"),
+            parameters=(),
+            length=39_937,
+            issued=int(time.time()) + number,
+            deadline=int(time.time()) + 3600,
+        )
+        return seal_envelope(self.keyring.sign("round", TASK_TYPE, pack(task)))
+
+    async def control(self, number: int) -> tuple[float, float]:
+        """Seconds of a round's two exchanges: announcement to both relays, command to the three aggregators."""
+        told = {"announcements": {"fraud": self.announcement(number)}}
+        started = time.perf_counter()
+        await asyncio.gather(*(through(self.bridge, relay, READY_S)(told) for relay in RELAYS))
+        announced = time.perf_counter()
+        await self.bridge.command({"round_id": f"fraud-{number}"}, AGGREGATORS, READY_S)
+        return announced - started, time.perf_counter() - announced
+
+    async def rounds(self, count: int) -> list[tuple[float, float]]:
+        """Of `count` rounds, after one that finds everything started."""
+        found = []
+        for number in range(count + 1):
+            found.append(await self.control(number))
+            await asyncio.sleep(PAUSE_S)
+        return found[1:]
+
+
+def measure(options: argparse.Namespace) -> Sequence[Claim]:
+    """All claims."""
+    with tempfile.TemporaryDirectory() as folder:
+        stock = asyncio.run(_stock(Path(folder) / "stock", max(2, options.rounds // 3)))
+        thin, quiet = asyncio.run(_thin(Path(folder) / "thin", options.rounds, 1 if options.quick else 3))
+        weights = [] if options.quick else [_weights(Path(folder) / "platform")]
+    beside = _p50(stock)
+    return [
+        at_most("fl.control", _p50(thin), f"s p50 of {_text(thin)}; after quiet {_p50(quiet):.2f}", THIN_S_MAX, beside),
+        at_most("fl.control.stock", beside, f"s p50 of {_text(stock)}, five SuperNodes", STOCK_S_MAX),
+        *weights,
+    ]
+
+
+def _p50(rounds: Sequence[tuple[float, float]]) -> float:
+    return statistics.median(sum(one) for one in rounds)
+
+
+def _text(rounds: Sequence[tuple[float, float]]) -> str:
+    announced, commanded = (statistics.median(part) for part in zip(*rounds, strict=True))
+    slowest = max(sum(one) for one in rounds)
+    return f"{len(rounds)} rounds (relays {announced:.2f}, aggregators {commanded:.2f}, slowest {slowest:.2f})"
+
+
+async def _thin(folder: Path, count: int, quiet: int) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The product's nodes: of rounds that follow each other, and of rounds after a quiet time."""
+    stage = Stage(folder, APP_FOLDER)
+    loop = asyncio.get_running_loop()
+
+    def in_loop(work: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]) -> Handler:
+        async def done(command: Mapping[str, Any]) -> dict[str, Any]:
+            return await work(command)
+
+        return lambda command: asyncio.run_coroutine_threadsafe(done(command), loop).result(READY_S)
+
+    def node(name: str, handler: Handler) -> FlowerNode:
+        return FlowerNode(name, stage.place.address, stage.place.ca, stage.key(name), handler)
+
+    async with contextlib.AsyncExitStack() as life:
+        broker = await life.enter_async_context(
+            MqttBroker(host="127.0.0.1", port=0, tls=None, folder=folder / "broker", acl=access(FLEET_RULES))
+        )
+        nodes = [node(name, lambda command: {}) for name in AGGREGATORS]
+        for region, name in zip(REGIONS, RELAYS, strict=True):
+            link = MqttLink(host="127.0.0.1", port=broker.port, client_id=f"gateway-{region}")
+            relay = Relay(
+                tenant="acme",
+                region=region,
+                link=await life.enter_async_context(link),
+                folder=folder / region,
+                anchors=stage.keyring.anchors,
+            )
+            nodes.append(node(name, in_loop(relay.carry_out)))
+        await life.enter_async_context(stage.running())
+        try:
+            for one in nodes:
+                one.start()
+            rounds = await stage.rounds(count)
+            rested = []
+            for number in range(quiet):
+                await asyncio.sleep(BUSY_S + 2.0)
+                rested.append(await stage.control(count + 1 + number))
+        finally:
+            await asyncio.gather(*(asyncio.to_thread(one.stop) for one in nodes))
+    return rounds, rested
+
+
+async def _stock(folder: Path, count: int) -> list[tuple[float, float]]:
+    """The same with Flower's SuperNodes, each a process that starts others."""
+    stage = Stage(folder, STOCK_APP)
+    nodes: list[subprocess.Popen[bytes]] = []
+    async with stage.running():
+        try:
+            nodes += [_super_node(stage, name, port) for name, port in zip(stage.keys, stage.runtimes, strict=True)]
+            return await stage.rounds(count)
+        finally:
+            for one in nodes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(one.pid, signal.SIGTERM)
+            for one in nodes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    await asyncio.to_thread(one.wait, 10.0)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(one.pid, signal.SIGKILL)
+
+
+def _super_node(stage: Stage, name: str, port: int) -> subprocess.Popen[bytes]:
+    """One of Flower's own nodes. It is a session of its own, so that what it starts ends with it."""
+    words = ["--superlink", stage.place.address, "--root-certificates", str(stage.place.ca)]
+    words += ["--auth-supernode-private-key", str(stage.key(name)), "--port", str(port)]
+    environment = superlink_environment(stage.place, os.environ)
+    with (stage.folder / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [str(Path(sys.executable).parent / "flower-supernode"), *words],
+            env={**environment, "FLWR_HOME": str(stage.folder / name)},
+            cwd=stage.folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _weights(folder: Path) -> Claim:
+    """What the region's mirror hands to devices during a round whose base they hold."""
+    folder.mkdir()
+    data = folder / "data"
+    with contextlib.ExitStack() as life:
+        platform = life.enter_context(_program(folder, "up", "--data", str(data), "--learning", "--broker", "embedded"))
+        addresses = json.loads(_first_line(platform))
+        region = next(iter(addresses["gateways"].values()))
+        version = _atoll(data, "publish", str(_model(folder / "model.onnx")))["manifest"]
+        (folder / "rollout.yaml").write_text(ROLLOUT)
+        _atoll(data, "rollout", "apply", str(folder / "rollout.yaml"))
+        life.enter_context(_program(folder, "fleet", "run", "--data", str(data), "--devices", str(FLEET)))
+        _until(lambda: _adopted(addresses["coordinator"], version))
+        before = _handed_out(region)
+        found = _atoll(data, "round", "run", "--quorum", "8", "--hostile", "1", "--deadline", "90")
+        after = _handed_out(region)
+    came = len(found["admitted"])
+    if found["state"] != "PUBLISHED":
+        raise RuntimeError(f"the round ended as {found['state']}: {found['reason']}")
+    other = sum(after.values()) - sum(before.values()) - after["blob"] + before["blob"]
+    text = f"bytes of weights to the {came} of {FLEET} devices that contributed (of anything else: {other:.0f})"
+    return at_most("fl.weights", after["blob"] - before["blob"], text, 0)
+
+
+@contextlib.contextmanager
+def _program(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A program of the platform while the block runs."""
+    with (folder / f"{words[0]}.log").open("w") as log:
+        command = [sys.executable, "-m", "atoll", *words, "--json"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def _first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def _atoll(data: Path, *words: str) -> Any:
+    """What a command prints; it has to succeed."""
+    command = [sys.executable, "-m", "atoll", *words, "--data", str(data), "--json"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def _model(path: Path) -> Path:
+    """An untrained model of the platform's own kind."""
+    rng = np.random.default_rng(1)
+    layers = [
+        (rng.normal(0, 0.2, (a, b)).astype(np.float32), np.zeros(b, np.float32)) for a, b in pairwise((*SIZES, 1))
+    ]
+    path.write_bytes(mlp_model(layers, np.zeros(SIZES[0], np.float32), np.ones(SIZES[0], np.float32)))
+    return path
+
+
+def _get(url: str) -> bytes:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as response:
+        body: bytes = response.read()
+        return body
+
+
+def _adopted(coordinator: str, version: str) -> bool:
+    """Whether the whole fleet runs the version, and its rollout is over."""
+    found = json.loads(_get(f"{coordinator}/v1/state"))
+    running = sum(device["running"] == version for device in found["devices"])
+    return running >= FLEET and all(rollout["state"] == "completed" for rollout in found["rollouts"])
+
+
+def _handed_out(region: str) -> Counter[str]:
+    """Bytes that the mirror has handed to devices, by kind of object."""
+    found: Counter[str] = Counter()
+    for line in _get(f"{region}/metrics").decode().splitlines():
+        match = re.match(r'atoll_mirror_bytes_total\{kind="(\w+)"\} (\S+)', line)
+        if match:
+            found[match[1]] += int(float(match[2]))
+    return found
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + READY_S
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"the fleet did not take the version within {READY_S:g} s")
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=24, help="rounds with the product's nodes")
+    parser.add_argument("--quick", action="store_true", help="no round of real devices, fewer quiet ones")
+    run(__doc__ or "", measure, parser)

@@ -1,0 +1,114 @@
+"""A coordinator, three aggregators and two relays that reach each other over somebody's running Flower."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from fl_coordinator.flower_bridge import FlowerBridge
+from fl_coordinator.flower_node import FlowerNode, Handler
+from fl_coordinator.local_round import LocalAggregators
+from fl_coordinator.ports import Tell
+from fl_coordinator.relaying import through
+from fl_coordinator.shares.fixed_point import Rng
+from model_delta.digest import digest_of
+from tests.fl_coordinator.platform_in_memory import Device, Platform
+from tests.fl_coordinator.test_coordinator import adopt_first
+from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, honest
+
+REGIONS = ("eu-west", "ap-south")
+AGGREGATORS = ("a0", "a1", "a2")
+ROUND = msgspec.structs.replace(SPEC, policy="robust", quorum=8, contributions_max=8, aggregation_s=60)
+
+MakeNode = Callable[[str, Handler], FlowerNode]
+
+
+def drawing(number: int) -> Rng:
+    """Keys and coins (32 bytes) are always the same ones, everything else is random."""
+    return lambda count: bytes([number + 1]) * count if count == 32 else os.urandom(count)
+
+
+class FlowerRound(Platform):
+    """Everything but Flower and the broker is real. `make_node` makes a registered node, not yet started."""
+
+    def __init__(self, folder: Path, bridge: FlowerBridge, make_node: MakeNode) -> None:
+        self.make_node = make_node
+        self.nodes: dict[str, FlowerNode] = {}
+        super().__init__(folder, bridge=bridge)
+        rngs = {name: drawing(number) for number, name in enumerate(AGGREGATORS)}
+        self.local = LocalAggregators(tuple(rngs.values()), AGGREGATORS)
+        self.aggregators = Aggregators(self, rngs)
+        assert self.local.keys == tuple(member.key for member in self.aggregators.members.values())
+
+    def relays(self) -> Mapping[str, Tell]:
+        return {region: through(self.bridge, f"relay-{region}", 60.0) for region in REGIONS}
+
+    async def __aenter__(self) -> Self:
+        self._life = contextlib.AsyncExitStack()
+        await self._life.enter_async_context(self.running())
+        for name, member in self.aggregators.members.items():
+            self._start(name, member.run_round)
+        for region in REGIONS:
+            self.start_relay(region)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for node in self.nodes.values():
+            await asyncio.to_thread(node.stop)
+        await self._life.aclose()
+
+    def start_relay(self, region: str) -> None:
+        """As a gateway that starts does."""
+        relay = self.relay(region, self.broker.link(f"gateway-{region}"))
+        self._start(f"relay-{region}", relay.carry_out)
+
+    def dies_with_its_first_command(self, region: str) -> asyncio.Event:
+        """Has a relay that is about to be killed take a command and say no more; set when it has one."""
+        name, loop, taken = f"relay-{region}", asyncio.get_running_loop(), asyncio.Event()
+
+        def handle(command: Mapping[str, Any]) -> dict[str, Any]:
+            loop.call_soon_threadsafe(taken.set)
+            threading.Event().wait(30.0)
+            return {}
+
+        self.nodes[name]._handler = handle
+        return taken
+
+    def announced_everywhere(self, round_id: str) -> bool:
+        """Whether the devices of both regions have heard, and the coordinator has heard that they have."""
+        told = self.coordinator._relaying.record(self.coordinator.round(round_id)).values()
+        return all("announced_s" in one for one in told) and all(one.task is not None for one in self.devices.values())
+
+    async def ready(self) -> list[Device]:
+        """Four devices in each region, on their first version."""
+        devices = [self.device(f"pos-{region}-{number}", region=region) for region in REGIONS for number in range(4)]
+        await adopt_first(self, devices)
+        return devices
+
+    async def contribute(self, devices: list[Device]) -> dict[str, bytes]:
+        """One contribution each, by digest."""
+        sent = {}
+        for number, device in enumerate(devices):
+            data = device.contribution((1 + number / 8) * honest(number))
+            sent[digest_of(data)] = data
+            await device.contribute(data)
+        return sent
+
+    def _start(self, name: str, work: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def done(command: Mapping[str, Any]) -> dict[str, Any]:
+            return await work(command)
+
+        def handle(command: dict[str, Any]) -> Mapping[str, Any]:
+            return asyncio.run_coroutine_threadsafe(done(command), loop).result(60.0)
+
+        self.nodes[name] = self.make_node(name, handle)
+        self.nodes[name].start()
