@@ -90,7 +90,7 @@ class Copies(SqliteFile):
 
     def devices(self, round_id: str) -> dict[str, str]:
         """The copies of a round: device id by digest."""
-        return dict(self._rows("SELECT digest, device_id FROM copies WHERE round_id = ? ORDER BY start", (round_id,)))
+        return dict(self._rows("SELECT digest, device_id FROM copies WHERE round_id = ? ORDER BY rowid", (round_id,)))
 
     def keep(self, arrived: Mapping[str, Sequence[KeptContribution]], reached: Reached | None = None) -> int:
         """Keep what `arrived`, by round id, and that the log was read so far; all of it or nothing. How many were new.

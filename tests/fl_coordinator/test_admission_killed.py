@@ -20,6 +20,7 @@ from model_delta.encoding import unpack
 from tests.fakes.kafka_server import Broker, running
 from tests.fl_coordinator.admitting_process import DEVICES, Place
 from tests.fl_coordinator.platform_in_memory import until
+from tests.fl_coordinator.test_round_end_to_end import Aggregators
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,7 @@ def test_whoever_has_a_receipt_is_in_and_nobody_is_in_twice(
     assert len(sent) == DEVICES
 
     platform = Place(tmp_path / "platform", log_place)
+    aggregators = Aggregators(platform)
     [packed] = platform.ledger.rounds()
     found = unpack(packed, Round)
     before = platform.ledger.contributions(found.round_id)
@@ -97,6 +99,12 @@ def test_whoever_has_a_receipt_is_in_and_nobody_is_in_twice(
                 )
                 await link.publish(topics.up(device_id, "contribution"), data)
             await until(lambda: len(receipts) == DEVICES)
+            following = aggregators.following("a1")
+            while platform.log.end > following.reached:
+                await following.step()
+            # What the crash left in the log without a name is there twice now, and kept once.
+            assert following.counts["kept"] == DEVICES
+            assert sorted(aggregators.copies("a1", found.round_id)) == sorted(map(digest_of, sent.values()))
             await until(lambda: coordinator.round(found.round_id).root)
             frozen = platform.frozen_contributions(found.round_id)
             await coordinator.abort_round(found.round_id)

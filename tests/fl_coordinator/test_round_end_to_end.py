@@ -12,12 +12,14 @@ import pytest
 from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.coordinator import Coordinator
 from fl_coordinator.flower_bridge import read_command, write_reply
+from fl_coordinator.following import Following
 from fl_coordinator.masters import apply_mean
 from fl_coordinator.promotion import Evaluation
 from fl_coordinator.rounds import RoundSpec, State
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.tables.records import AggregatorRecord
 from fl_coordinator.transcript import replay
+from fl_coordinator.updates_log import LogPart
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
@@ -37,6 +39,18 @@ SPEC = RoundSpec(
 )
 
 
+class CoordinatorsLog:
+    """The log as the coordinator hands it out."""
+
+    name = "embedded"
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+
+    async def read_from(self, offset: int) -> LogPart:
+        return await self._platform.coordinator.log_from(offset, 0.5)
+
+
 class Aggregators:
     """Three aggregators in this process, and the ServerApp that fetches commands for them."""
 
@@ -45,26 +59,44 @@ class Aggregators:
         self.down: set[str] = set()
         self.commands: list[dict[str, Any]] = []
         self.memories_asked = 0
-        self.members = {
-            name: Aggregator(
-                name,
-                platform.folder / name,
-                anchors=platform.keyring.anchors(),
-                ca_pem=platform.keyring.ca_pem(),
-                revoked=platform.keyring.revoked,
-                fetch=self._fetch,
-                send=self._sender(name),
-                fetch_memory=self._fetch_memory,
-                clock=platform.clock,
-                step_timeout_s=1.0,
-                rng=(rngs or {}).get(name, os.urandom),
-            )
-            for name in ("a0", "a1", "a2")
-        }
-        for name, member in self.members.items():
-            platform.coordinator.register_aggregator(AggregatorRecord(member.key, f"http://{name}"))
+        self.fetched = 0
+        self._rngs = rngs or {}
+        self.members: dict[str, Aggregator] = {}
+        for name in ("a0", "a1", "a2"):
+            self.start(name)
+            platform.coordinator.register_aggregator(AggregatorRecord(self.members[name].key, f"http://{name}"))
+
+    def start(self, name: str) -> None:
+        """(Re)start an aggregator on its folder, as after a kill."""
+        if name in self.members:
+            self.members[name].close()
+        self.members[name] = Aggregator(
+            name,
+            self.platform.folder / name,
+            anchors=self.platform.keyring.anchors(),
+            ca_pem=self.platform.keyring.ca_pem(),
+            revoked=self.platform.keyring.revoked,
+            fetch=self._fetch,
+            send=self._sender(name),
+            fetch_memory=self._fetch_memory,
+            clock=self.platform.clock,
+            step_timeout_s=1.0,
+            rng=self._rngs.get(name, os.urandom),
+        )
+
+    def following(self, name: str) -> Following:
+        """What keeps copies of the platform's log for an aggregator."""
+        return self.members[name].following(CoordinatorsLog(self.platform), self._announcement)
+
+    def copies(self, name: str, round_id: str) -> list[str]:
+        """The digests of what an aggregator keeps of a round, in the order in which it came."""
+        return list(self.members[name]._copies.devices(round_id))
+
+    async def _announcement(self, round_id: str) -> bytes:
+        return await asyncio.to_thread(self.platform.coordinator.announcement, round_id)
 
     async def _fetch(self, round_id: str, digest: str) -> bytes:
+        self.fetched += 1
         return await asyncio.to_thread(self.platform.coordinator.frozen_contribution, round_id, digest)
 
     async def _fetch_memory(self, round_id: str) -> bytes:
@@ -78,6 +110,18 @@ class Aggregators:
             self.members[peer].deliver(sender, name, data)
 
         return send
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[dict[str, Following]]:
+        """All three follow the log; leaving is a kill."""
+        followings = {name: self.following(name) for name in self.members}
+        tasks = [asyncio.create_task(self.members[name].follow(followings[name])) for name in followings]
+        try:
+            yield followings
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -276,6 +320,40 @@ def test_every_crash_of_the_coordinator_during_a_round_is_survived(tmp_path: Pat
         platform.reopen()
         async with platform.running() as coordinator:
             assert coordinator.round(opened.round_id).candidate == ended.candidate
+
+    asyncio.run(story())
+
+
+def test_aggregators_read_while_the_round_is_open_whoever_is_killed_meanwhile(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator:
+            await adopt_first(platform, devices)
+            opened = await coordinator.open_round(SPEC)
+            async with aggregators.reading() as followings:
+                await contribute_all(devices[:3], opened.round_id)
+                await until(lambda: all(following.counts["kept"] == 3 for following in followings.values()))
+        platform.reopen()  # the coordinator died while it collected
+        aggregators.start("a1")  # and one of the aggregators
+        async with platform.running() as coordinator, aggregators.reading() as followings:
+            assert followings["a1"].reached == followings["a0"].reached > 0
+            await contribute_all(devices, opened.round_id)
+            await until(lambda: all(following.counts["kept"] == 5 for following in followings.values()))
+            await until(lambda: coordinator.round(opened.round_id).root)
+        aggregators.start("a2")  # died after the freeze, before the command
+        async with platform.running() as coordinator, aggregators.serving():
+            await until(lambda: not coordinator.round(opened.round_id).live, 20)
+            ended = coordinator.round(opened.round_id)
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            assert len(ended.frozen) == 8
+            for name in aggregators.members:
+                assert tuple(aggregators.copies(name, ended.round_id)) == ended.frozen
+            assert aggregators.fetched == 0
+            async with aggregators.reading():
+                await until(lambda: not any(aggregators.copies(name, ended.round_id) for name in aggregators.members))
 
     asyncio.run(story())
 
