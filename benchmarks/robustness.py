@@ -34,8 +34,7 @@ from benchmarks.claims import Claim, run
 from benchmarks.robustness_report import Run
 from benchmarks.tasks import Task, load, split
 from fl_coordinator.rules import multikrum, policy
-from fl_coordinator.rules.geometry import clipped
-from fl_coordinator.rules.history import Memory, remember
+from fl_coordinator.rules.history import Memory
 
 DEVICES, ROUNDS, MOMENTUM, FRACTION_BITS = 32, 120, 0.9, 16
 TASKS = ("digits", "fraud", "cancer")
@@ -48,7 +47,8 @@ QUICK_SEEDS, FULL_SEEDS = (200, 201), (100, 101, 102, 103, 104)
 NAMES = tuple(f"device-{index:02d}" for index in range(DEVICES))
 
 Floats = NDArray[np.float64]
-Rule = Callable[[NDArray[np.int64], int, Memory], Floats]
+Rule = Callable[[NDArray[np.int64], int, Memory], tuple[Floats, Memory]]
+"""From a Gram matrix, f and the memory to the weights of the mean and the next memory."""
 
 
 def _plain_multikrum(gram: NDArray[np.int64], assumed: int, kept: int) -> Floats:
@@ -59,18 +59,26 @@ def _plain_multikrum(gram: NDArray[np.int64], assumed: int, kept: int) -> Floats
 
 
 def _policy(name: str) -> Rule:
-    def weigh(gram: NDArray[np.int64], assumed: int, memory: Memory) -> Floats:
-        found = policy.weigh(name, gram, assumed, memory, NAMES)
-        return found.integers / max(found.divisor, 1)
+    def weigh(gram: NDArray[np.int64], assumed: int, memory: Memory) -> tuple[Floats, Memory]:
+        found, after = policy.weigh(name, gram, assumed, memory, NAMES)
+        return found.integers / max(found.divisor, 1), after
 
     return weigh
 
 
+def _forgetful(rule: Callable[[NDArray[np.int64], int], Floats]) -> Rule:
+    return lambda gram, assumed, memory: (rule(gram, assumed), memory)
+
+
+def _mean(gram: NDArray[np.int64], _assumed: int) -> Floats:
+    return np.full(len(gram), 1 / len(gram))
+
+
 RULES: dict[str, Rule] = {
-    "FedAvg": lambda gram, _assumed, _memory: np.full(len(gram), 1 / len(gram)),
-    "FedAdam": lambda gram, _assumed, _memory: np.full(len(gram), 1 / len(gram)),
-    "Krum": lambda gram, assumed, _memory: _plain_multikrum(gram, assumed, 1),
-    "Multi-Krum": lambda gram, assumed, _memory: _plain_multikrum(gram, assumed, len(gram) - assumed),
+    "FedAvg": _forgetful(_mean),
+    "FedAdam": _forgetful(_mean),
+    "Krum": _forgetful(lambda gram, assumed: _plain_multikrum(gram, assumed, 1)),
+    "Multi-Krum": _forgetful(lambda gram, assumed: _plain_multikrum(gram, assumed, len(gram) - assumed)),
     "krum": _policy("krum"),
     "robust": _policy("robust"),
     "history": _policy("history"),
@@ -112,14 +120,12 @@ def train(order: Run) -> Run:
         if craft is not None:
 
             def weigh(tried: Floats, memory: Memory = memory) -> Floats:
-                return rule(_gram(tried), order.assumed, memory)
+                return rule(_gram(tried), order.assumed, memory)[0]
 
             scene = Scene(updates[hostile:], updates[:hostile], number, ROUNDS, weigh, attack_rng, notes)
             updates[:hostile] = _encoded(craft(scene), task, attack_rng)
-        gram = _gram(updates)
-        mean = rule(gram, order.assumed, memory) @ updates
-        if order.rule == "history":
-            memory, _ = remember(memory, NAMES, clipped(gram, policy.LOUD_MEDIANS))
+        weights, memory = rule(_gram(updates), order.assumed, memory)
+        mean = weights @ updates
         if order.rule == "FedAdam":
             adam, step = adam.step(mean)
         else:
@@ -144,15 +150,18 @@ def _poisoned(
 
 def _encoded(updates: Floats, task: Task, rng: np.random.Generator) -> Floats:
     """Clipped, and rounded at random to multiples of 2^-16."""
-    lengths = np.linalg.norm(updates, axis=1, keepdims=True)
-    scaled = updates * np.minimum(1.0, task.clip_norm_l2 / np.maximum(lengths, 1e-12)) * 2.0**FRACTION_BITS
-    return np.asarray(np.floor(scaled + rng.random(scaled.shape, dtype=np.float32)) / 2.0**FRACTION_BITS)
+    lengths = np.sqrt(np.einsum("ij,ij->i", updates, updates))
+    factors = np.minimum(1.0, task.clip_norm_l2 / np.maximum(lengths, 1e-12)) * 2.0**FRACTION_BITS
+    scaled = updates * factors[:, None]
+    scaled += rng.random(scaled.shape, dtype=np.float32)
+    np.floor(scaled, out=scaled)
+    scaled /= 2.0**FRACTION_BITS
+    return np.asarray(scaled)
 
 
 def _gram(updates: Floats) -> NDArray[np.int64]:
-    # Norms stay below 2^21, so float64 adds these products without rounding.
-    whole = updates * 2.0**FRACTION_BITS
-    gram = whole @ whole.T
+    # Multiples of 2^-16 with norms below 2^5: float64 adds these products without rounding.
+    gram = updates @ updates.T * 2.0 ** (2 * FRACTION_BITS)
     return np.asarray(np.rint((gram + gram.T) / 2).astype(np.int64))
 
 

@@ -229,8 +229,9 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
         if 0 < self.contributions_max < self.quorum:
             return "contributions_max", f"expected at least the quorum {self.quorum}, found {self.contributions_max}"
-        # Multi-Krum keeps n - f, `robust` drops the 1.5 f most conspicuous.
-        dropped = -(-3 * self.hostile_max // 2) if self.policy == "robust" else self.hostile_max
+        # Multi-Krum keeps n - f, `robust` drops the 1.5 f most conspicuous and `history` may refuse as many.
+        many = self.policy in ("robust", "history")
+        dropped = -(-3 * self.hostile_max // 2) if many else self.hostile_max
         if 0 < self.contributions_max < self._selected_min + dropped:
             return "contributions_max", (
                 f"expected at least {self._selected_min + dropped} (policy {self.policy} leaves out {dropped} of them, "

@@ -77,8 +77,11 @@ def squared_distances(gram: Gram) -> Gram:
     return np.asarray(diagonal[:, None] + diagonal[None, :] - 2 * gram)
 
 
-def robust_sigmas(values: Floats) -> Floats:
-    """(value - median) / (1.4826 MAD), float64[n] rounded to six decimals; zeros when the MAD is zero."""
+def robust_sigmas(values: Floats, spread_min: float = 0.0) -> Floats:
+    """(value - median) / (1.4826 MAD), float64[n] rounded to six decimals; zeros when the MAD is zero.
+
+    The divisor is at least `spread_min` times the median's magnitude.
+    """
     centre = median(values)
-    spread = 1.4826 * median(np.abs(values - centre))
+    spread = max(1.4826 * median(np.abs(values - centre)), spread_min * abs(centre))
     return np.round((values - centre) / spread, 6) if spread > 0 else np.zeros(values.size)

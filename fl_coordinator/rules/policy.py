@@ -6,9 +6,10 @@ consequences:
     krum     refuses what is 3 sigma above the median (norm or distance) or outside DBSCAN's largest cluster, at most f
              devices in all, then Multi-Krum with what is left of f. Equal weights.
     robust   clips at the median norm and drops the 1.5 f highest spectral scores (`spectral`). The default.
-    history  counts copies as one voice, clips at the median norm, and drops the f highest spectral scores over the
-             remembered rounds (`history`), in which updates up to three medians long keep their length, so that loud
-             ones stand out; every copy beyond the first uses up one of the f, down to a quarter of f.
+    history  counts copies as one voice, clips at the median norm, and doubts the 1.5 f devices that are most suspicious
+             over the remembered rounds (`history`): they have a quarter of a voice, and none where they stand out by
+             far. Every copy beyond the first uses up one of the 1.5 f, down to a quarter. Where data differ much some
+             of the doubted are honest, and whoever is left out altogether differs more and more.
     multikrum  Multi-Krum and nothing else. Equal weights. It can be computed without opening distances too; `unseen`
              has what decides where they stay hidden, and `reveals` which policy goes with what is opened.
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from fl_coordinator.rules import history, multikrum, outliers, spectral
 from fl_coordinator.rules.geometry import Gram, checked, clip_factors, clipped
-from fl_coordinator.rules.history import Memory
+from fl_coordinator.rules.history import Memory, Past
 from model_delta.errors import Malformed
 
 WEIGHT_BITS = 7
@@ -35,14 +36,18 @@ WEIGHT_FULL = 1 << WEIGHT_BITS
 SHARE_MAX = 0.25
 """No opening gives one device more than this part of the sum of weights."""
 
-LOUD_MEDIANS = 3.0
+DOUBTED_VOICE = 0.25
+"""What `history` leaves to a suspicious device: enough to learn slowly from an honest one that differs."""
+REFUSED_TIMES = 3.0
+"""Unless its suspicion is that many times the highest among those who are not doubted."""
 
 
 @dataclass(frozen=True)
 class Verdicts:
     """All verdicts on one device. Sigmas are robust (1.4826 MAD) around the median; `cluster` and `cosine_cluster` are
-    DBSCAN's, 0 the largest, -1 none; `spectral` and `history` are in units of the mean score (this round, remembered
-    rounds); `copies` is the number of devices that sent this update; `krum_score` in squared fixed-point units."""
+    DBSCAN's, 0 the largest, -1 none; `spectral` is in units of the mean score, `history` the suspicion that the
+    remembered rounds add up to (`history.suspicion`; 1 is ordinary); `copies` is the number of devices that sent this
+    update; `krum_score` in squared fixed-point units."""
 
     norm_sigma: float
     distance_sigma: float
@@ -87,6 +92,15 @@ class Weighing:
     reasons: Mapping[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """The answer of `history`, the voices int64[n] in it (before clipping), and every device's suspicion float64[n]."""
+
+    weighing: Weighing
+    voices: NDArray[np.int64]
+    suspicion: NDArray[np.float64]
+
+
 def krum(gram: Gram, hostile_max: int) -> Weighing:
     """Multi-Krum behind DBSCAN and the 3-sigma rule. Raises Malformed for n < 2 f + 3."""
     sigma = np.maximum(outliers.norm_sigmas(gram), outliers.distance_sigmas(gram))
@@ -115,44 +129,58 @@ def robust(gram: Gram, hostile_max: int) -> Weighing:
     return _without_highest(scores, -(-3 * hostile_max // 2), clip_factors(gram), "spectral score")
 
 
-def remembering(gram: Gram, mean: Gram, hostile_max: int) -> Weighing:
-    """The policy `history`: `mean` is the remembered Gram matrix, this round included, int64[n, n]."""
-    voices = 1.0 / outliers.copies(gram)
-    spent = len(gram) - round(fsum(voices))
-    left = max(hostile_max - spent, -(-hostile_max // 4))
-    scores = spectral.scores(mean)
-    return _without_highest(
-        scores, left, clip_factors(gram) * voices, "spectral score over the remembered rounds", voices
-    )
+def remembering(gram: Gram, past: Past, hostile_max: int) -> Remembered:
+    """The policy `history`, in two passes: what a device does against the others is measured against those whom the
+    first pass believes."""
+    alone = 1.0 / outliers.copies(gram)
+    most = -(-3 * hostile_max // 2)
+    doubted = max(most - len(gram) + round(fsum(alone)), -(-most // 4))
+    apart, groups = history.apart(past, hostile_max), history.together(past)
+    voices, _ = _voices(alone, history.suspicion(apart, groups=groups), doubted)
+    suspicion = history.suspicion(apart, history.against(past, voices), groups=groups)
+    voices, believed = _voices(alone, suspicion, doubted)
+    integers = np.where(voices > 0, np.maximum(np.rint(clip_factors(gram) * voices), 1), 0).astype(np.int64)
+    reasons = {
+        int(index): f"suspicion {suspicion[index]:.2g} over the remembered rounds; the highest of those believed is "
+        f"{believed:.2g}"
+        for index in np.flatnonzero(voices == 0)
+    }
+    return Remembered(Weighing(integers, int(voices.sum()), reasons), voices, suspicion)
 
 
-def _without_highest(
-    scores: NDArray[np.int64],
-    dropped: int,
-    factors: NDArray[np.float64],
-    name: str,
-    voices: NDArray[np.float64] | None = None,
-) -> Weighing:
+def _voices(
+    alone: NDArray[np.float64], suspicion: NDArray[np.float64], doubted: int
+) -> tuple[NDArray[np.int64], float]:
+    """Voices int64[n] of at most 128, and the highest suspicion among those who are not doubted (at least 1)."""
+    order = sorted(range(len(alone)), key=lambda index: (-float(suspicion[index]), -index))
+    believed = max(1.0, float(suspicion[order[doubted]]) if doubted < len(order) else 1.0)
+    factors = np.ones(len(alone))
+    for index in order[:doubted]:
+        factors[index] = DOUBTED_VOICE if suspicion[index] <= REFUSED_TIMES * believed else 0.0
+    return np.ceil(alone * factors * WEIGHT_FULL).astype(np.int64), believed
+
+
+def _without_highest(scores: NDArray[np.int64], dropped: int, factors: NDArray[np.float64], name: str) -> Weighing:
     relative = spectral.relative(scores)
     gone = spectral.highest(scores, dropped)
     integers = np.maximum(np.rint(factors * WEIGHT_FULL), 1).astype(np.int64)
     integers[gone] = 0
-    parts = np.where(integers > 0, 1.0 if voices is None else voices, 0.0)
     reasons = {
         index: f"{name} {relative[index]:.2g} times the average; the {dropped} highest of {len(scores)} are dropped"
         for index in gone
     }
-    return Weighing(integers, round(fsum(parts) * WEIGHT_FULL), reasons)
+    return Weighing(integers, int(np.count_nonzero(integers)) * WEIGHT_FULL, reasons)
 
 
-POLICIES: Mapping[str, Callable[[Gram, Gram, int], Weighing]] = {
-    "krum": lambda gram, _mean, hostile_max: krum(gram, hostile_max),
-    "robust": lambda gram, _mean, hostile_max: robust(gram, hostile_max),
-    "history": remembering,
-    "multikrum": lambda gram, _mean, hostile_max: plain_multikrum(gram, hostile_max),
+POLICIES: Mapping[str, Callable[[Gram, Remembered, int], Weighing]] = {
+    "krum": lambda gram, _remembered, hostile_max: krum(gram, hostile_max),
+    "robust": lambda gram, _remembered, hostile_max: robust(gram, hostile_max),
+    "history": lambda _gram, remembered, _hostile_max: remembered.weighing,
+    "multikrum": lambda gram, _remembered, hostile_max: plain_multikrum(gram, hostile_max),
 }
 EQUAL = ("krum", "multikrum", "cluster")
 """Policies whose weights are 0 or 1."""
+_NOTHING = Remembered(Weighing(np.zeros(0, dtype=np.int64), 0), np.zeros(0, dtype=np.int64), np.zeros(0))
 DEFAULT = "robust"
 REMEMBERING = frozenset({"history"})
 
@@ -177,10 +205,14 @@ def contributions_min(policy: str, hostile_max: int) -> int:
 
 def weigh(
     policy: str, gram: NDArray[np.int64], hostile_max: int, memory: Memory, device_ids: Sequence[str]
-) -> Weighing:
-    """Only the weights, for simulations. Arguments as in `choose`; the memory is not moved on."""
+) -> tuple[Weighing, Memory]:
+    """Only the weights and the next memory, for simulations. Arguments as in `choose`."""
     gram = checked(gram)
-    return POLICIES[policy](gram, history.remember(memory, device_ids, clipped(gram, LOUD_MEDIANS))[1], hostile_max)
+    if not remembers(policy):
+        return POLICIES[policy](gram, _NOTHING, hostile_max), memory
+    past = history.recall(memory, device_ids, gram)
+    remembered = remembering(gram, past, hostile_max)
+    return remembered.weighing, past.memory(remembered.voices)
 
 
 def choose(
@@ -203,26 +235,28 @@ def choose(
     count, needed = len(gram), contributions_min(policy, hostile_max)
     if len(device_ids) != count or hostile_max < 0:
         raise Malformed(f"policy {policy}: {len(device_ids)} devices, {hostile_max} hostile, {count} rows do not fit")
-    memory, mean = history.remember(memory or Memory(), device_ids, clipped(gram, LOUD_MEDIANS))
-    verdicts = _verdicts(gram, mean, hostile_max)
+    past = history.recall(memory or Memory(), device_ids, gram)
+    remembered = remembering(gram, past, hostile_max)
+    verdicts = _verdicts(gram, remembered.suspicion, hostile_max)
     nothing = np.zeros(count, dtype=np.int64)
+    unopened = past.memory(nothing)
     if count < needed:
         refusal = f"policy {policy} needs {needed} usable updates to stand {hostile_max} hostile ones, found {count}"
-        return Choice(nothing, 0, {}, verdicts, memory, refusal)
-    found = POLICIES[policy](gram, mean, hostile_max)
+        return Choice(nothing, 0, {}, verdicts, unopened, refusal)
+    found = POLICIES[policy](gram, remembered, hostile_max)
     refused = {index: _explained(verdicts[index], reason) for index, reason in sorted(found.reasons.items())}
     kept = int(np.count_nonzero(found.integers))
     if kept < selected_min:
         refusal = f"{kept} updates selected, a sum of fewer than {selected_min} is not opened"
-        return Choice(nothing, 0, refused, verdicts, memory, refusal)
+        return Choice(nothing, 0, refused, verdicts, unopened, refusal)
     largest, total = int(found.integers.max(initial=0)), int(found.integers.sum())
     if largest > share_max * total:
         refusal = f"one device would carry {largest / total:.0%} of the sum, more than {share_max:.0%} is not opened"
-        return Choice(nothing, 0, refused, verdicts, memory, refusal)
-    return Choice(found.integers, found.divisor, refused, verdicts, memory)
+        return Choice(nothing, 0, refused, verdicts, unopened, refusal)
+    return Choice(found.integers, found.divisor, refused, verdicts, past.memory(remembered.voices))
 
 
-def _verdicts(gram: Gram, mean: Gram, hostile_max: int) -> tuple[Verdicts, ...]:
+def _verdicts(gram: Gram, suspicion: NDArray[np.float64], hostile_max: int) -> tuple[Verdicts, ...]:
     if not len(gram):
         return ()
     columns = zip(
@@ -232,7 +266,7 @@ def _verdicts(gram: Gram, mean: Gram, hostile_max: int) -> tuple[Verdicts, ...]:
         outliers.clusters(gram).tolist(),
         outliers.clusters(gram, "cosine").tolist(),
         spectral.relative(spectral.scores(clipped(gram))).tolist(),
-        spectral.relative(spectral.scores(mean)).tolist(),
+        np.round(suspicion, 3).tolist(),
         outliers.copies(gram).tolist(),
         strict=True,
     )

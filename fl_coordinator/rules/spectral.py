@@ -34,6 +34,17 @@ def scores(gram: Gram) -> NDArray[np.int64]:
     return np.asarray(vector * vector)
 
 
+def weight(gram: Gram) -> NDArray[np.int64]:
+    """How much each device adds to the spectrum, int64[n]: the diagonal of the fourth power of the centred matrix.
+
+    Directions count by the fourth power of their eigenvalue: more than one matters, unlike for `scores`, and a group
+    that moves as one far outweighs as many devices that differ each in its own way. `gram` as there.
+    """
+    once = _reduced(centred(gram).astype(np.float64))
+    twice = _reduced(once @ once).astype(np.int64)
+    return np.asarray((twice * twice).sum(axis=1))
+
+
 def centred(gram: Gram) -> Gram:
     """Gram matrix of n times the updates minus their sum: int64[n, n], exact."""
     count = len(gram)

@@ -12,6 +12,7 @@ import pytest
 
 from fl_coordinator.kept_memories import KeptMemories
 from fl_coordinator.memory_chain import MemoryProof, after, packed_memory, proven
+from fl_coordinator.rules.policy import WEIGHT_FULL
 from fl_coordinator.shares.party import Decision
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name
 from fl_coordinator.transcript import Replay, Transcript, replay, replay_chain
@@ -139,7 +140,7 @@ def test_a_party_begins_with_no_other_memory_than_the_announced() -> None:
 
 
 def test_what_is_remembered_changes_who_is_chosen() -> None:
-    """A push too gentle for one round: remembered, it gives its sender away."""
+    """A push too gentle for one round: remembered, it gives its sender away, who keeps a quarter of a voice."""
     chain, rng = Chain(), np.random.default_rng(4)
     push = np.ones(LENGTH) / np.sqrt(LENGTH)
     weights = []
@@ -152,7 +153,7 @@ def test_what_is_remembered_changes_who_is_chosen() -> None:
         chain.tasks.append(chain.world.task)
         chain.begin()
         weights.append(decision.devices[3].weight)
-    assert weights[-3:] == [0, 0, 0]
+    assert weights[0] > WEIGHT_FULL // 4 >= max(weights[-3:])
 
 
 # --- an aggregator that has to be shown ------------------------------------------------------------------------------
