@@ -102,6 +102,7 @@ class Control:
     """Registers nodes and starts the run, over the SuperLink's Control API. Blocks; use it in a thread."""
 
     def __init__(self, address: str, ca: Path, token: Path) -> None:
+        load()
         from flwr.supercore.control import ControlHttpClient
 
         try:
@@ -225,6 +226,15 @@ def http_client(kind: Callable[..., Any], address: str, ca: Path, interceptors: 
     client._client.close()
     client._client = httpx.Client(verify=tls, timeout=REQUEST_TIMEOUT_S, trust_env=False)
     return client
+
+
+_loading = threading.Lock()
+
+
+def load() -> None:
+    """Import Flower. Its modules import each other in circles, which two threads that begin at once trip over."""
+    with _loading:
+        import flwr  # noqa: F401
 
 
 class Refused(Unavailable):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_coordinator.flower import CONTENT_S, Refused, as_unavailable, http_client, node_key, node_public_key
+from fl_coordinator.flower import CONTENT_S, Refused, as_unavailable, http_client, load, node_key, node_public_key
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import AtollError, Malformed, Unavailable
 
@@ -30,9 +30,6 @@ BUSY_S = 20.0
 WORKS_MAX = 4
 NODE_LIFE_S = 10.0
 """Flower's shortest heartbeat interval; it counts a node as gone after twice this."""
-
-_importing = threading.Lock()
-"""Flower's modules import each other in circles; two nodes that begin at once in one process would trip over that."""
 
 _log = logging.getLogger("atoll.flower")
 
@@ -179,10 +176,10 @@ class _FleetSession:
     """The Fleet API for one node: Flower's client, the node's key, and the node id that the SuperLink gave it."""
 
     def __init__(self, address: str, ca: Path, key: Path) -> None:
-        with _importing:
-            from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-            from flwr.supernode.fleet_http_client import FleetHttpClient
-            from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+        load()
+        from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+        from flwr.supernode.fleet_http_client import FleetHttpClient
+        from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
         private = node_key(key)
         signs = NodeAuthHttpInterceptor(private, private.public_key())

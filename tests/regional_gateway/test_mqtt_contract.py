@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from model_delta.topics import down, plan_topic, up
+from model_delta.topics import down, plan_topic, round_topic, up
 from regional_gateway import mosquitto
 from tests.regional_gateway.mqtt_stage import (
     PATIENCE_SECONDS,
@@ -98,10 +98,12 @@ def test_a_region_hears_its_own_requests_and_answers_them_and_nothing_else(broke
         coordinator.publish(down(device, "key"), b"a sealed key")
         coordinator.publish(down("gateway-eu-west", "key"), b"end")
         assert set(gateway.payloads_until(b"req/eu-west")) == {b"trust/eu-west"}
+        rounds = (round_topic("acme", "fraud"), round_topic("acme", "fraud", "ap-south"))
         forbidden = (up(device, "report"), down(device, "ack"), down(device, "key"), plan_topic("acme", "fraud"))
-        for topic in forbidden:
+        for topic in (*forbidden, *rounds):
             gateway.publish(topic, b"forged")
         assert gateway.publish(up("gateway-eu-west", "key"), b"its own") == 0
+        assert gateway.publish(round_topic("acme", "fraud", "eu-west"), b"an announcement") == 0
         assert gateway.publish(down(device, "trust"), b"what is newest") == 0
         assert gateway.publish(down(device, "res"), b"a chunk") == 0
         assert b"forged" not in coordinator.payloads_until(b"a chunk")
