@@ -356,13 +356,13 @@ async def a_death_in_the_middle_of_an_answer_costs_seconds(platform: Platform, b
     process = None
     try:
         command = asyncio.create_task(
-            bridge.command({"seconds": 0.0, "question": "q", "salt": b"6"}, (*NAMES[:2], "aggregator-4"), 60.0)
+            bridge.command({"seconds": 0.0, "question": "q", "salt": b"6"}, (*NAMES[:2], "aggregator-4"), 90.0)
         )
         assert await asyncio.wait_for(dying.wait(), 30.0) == 9
         died = time.monotonic()
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE_PROCESS, *words)
         assert (await command)["aggregator-4"] == {"pid": process.pid}
-        assert time.monotonic() - died < flower.CONTENT_S + 15.0
+        assert time.monotonic() - died < flower.CONTENT_S + 45.0  # Flower by itself: two hours
         assert server_app in processes_of(platform.place)
     finally:
         for one in (dying, process):
