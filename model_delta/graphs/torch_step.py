@@ -79,7 +79,10 @@ def torch_training_graph(
             )
     except Exception as error:  # the tracer and the exporter raise whatever the model met
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise Malformed(f"torch model: its training step cannot be exported: {reason[:300]}") from None
+        raise Malformed(
+            f"torch model: its training step cannot be exported: {reason[:300]}; "
+            "a step must not draw random numbers (let make() call eval() on a module with dropout)"
+        ) from None
 
     def by_torch(inputs: Arrays) -> dict[str, Any]:
         outputs = one_step(*(torch.from_numpy(np.asarray(inputs[name]).copy()) for name in step.inputs))

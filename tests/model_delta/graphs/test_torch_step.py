@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_runtime.onnx_model import run_graph
+from edge_runtime.training import train
 from model_delta.errors import Malformed
 from model_delta.graphs.torch_step import torch_training_graph
 from model_delta.graphs.training import require_equal_step, step_of
+from model_delta.task import Parameter, RoundTask
 from tests.model_delta.models import run, session_of
 
 PRESENT = importlib.util.find_spec("torch") is not None
@@ -105,10 +108,61 @@ def test_models_that_a_round_cannot_train_are_refused() -> None:
 @needs_torch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_dropout_does_not_pass_the_gate() -> None:
+def test_dropout_is_refused_unless_it_is_off() -> None:
     from torch import nn
 
     module = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 1))
-    graph, trainer, start = torch_training_graph(module, weighted, 8, momentum=True)
     with pytest.raises(Malformed, match="random numbers"):
-        require_equal_step(lambda i: run(graph, **i), trainer, step_of(graph, "step.onnx"), start)
+        torch_training_graph(module, weighted, 8, momentum=True)
+    graph, trainer, start = torch_training_graph(module.eval(), weighted, 8, momentum=True)
+    assert require_equal_step(lambda i: run(graph, **i), trainer, step_of(graph, "step.onnx"), start) <= 1e-6
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_device_trains_what_torch_published_as_torch_would() -> None:
+    import torch
+    from torch import nn
+
+    module = perceptron(8, 16, 1)
+    graph, _, _ = torch_training_graph(module, weighted, 8, momentum=True)
+    published = torch.onnx.export(
+        nn.Sequential(*module, nn.Sigmoid()),
+        (torch.zeros(3, 8),),
+        dynamo=True,
+        input_names=["features"],
+        output_names=["score"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+        external_data=False,
+    )
+    tensors = step_of(graph, "step.onnx").tensors
+    task = RoundTask(
+        tenant="acme",
+        model="fraud",
+        round_id="r",
+        base="",
+        training_graph="",
+        parameters=tuple(Parameter(one.tensor, one.shape) for one in tensors),
+        length=sum(one.length for one in tensors),
+        steps=4,
+        batch_size=32,
+        clip_norm_l2=100.0,
+        issued=0,
+        deadline=1,
+        momentum=0.9,
+    )
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((32, 8)).astype(np.float32), (rng.random(32) < 0.4).astype(np.float32)
+    file = published.model_proto.SerializeToString()
+    found = train(file, task, graph, x, y, np.zeros(0, np.float32), rng, run_graph)
+    before = nn.utils.parameters_to_vector(module.parameters()).detach().numpy().copy()
+    optimizer = torch.optim.SGD(module.parameters(), lr=task.learning_rate, momentum=0.9)
+    for _ in range(task.steps):
+        optimizer.zero_grad()
+        weighted(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        optimizer.step()
+    after = nn.utils.parameters_to_vector(module.parameters()).detach().numpy()
+    np.testing.assert_allclose(found.update, after - before, atol=2e-6)
+    assert found.loss_after < found.loss_before
