@@ -26,17 +26,25 @@ from fl_coordinator.transcript import (
     pack_transcript,
     transcript_of,
 )
+from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Unavailable
 from model_delta.keys.keyring import Keyring
+from model_delta.store import ArtifactStore
 from model_delta.trust.signing import seal_envelope
+
+TRANSCRIPT = "transcript"
+"""The kind in the store; never cleaned away, as the ledger's copy is not."""
 
 
 class Opening:
     """Has rounds opened by the aggregators that the bridge reaches."""
 
-    def __init__(self, *, ledger: Ledger, keyring: Keyring, bridge: Bridge, tick_s: float, note: Note) -> None:
+    def __init__(
+        self, *, ledger: Ledger, store: ArtifactStore, keyring: Keyring, bridge: Bridge, tick_s: float, note: Note
+    ) -> None:
         self._ledger = ledger
+        self._store = store
         self._keyring = keyring
         self._bridge = bridge
         self._tick_s = tick_s
@@ -47,7 +55,7 @@ class Opening:
         (the coordinator died in between) is taken instead of a second opening."""
         result = await asyncio.to_thread(self._ledger.round_result, found.round_id)
         if result is not None:
-            return _decided(found, decision_in(result[1]))
+            return await self._decided(found, decision_in(result[1]), result[1])
         if found.attempt >= ATTEMPTS_MAX:
             return msgspec.structs.replace(
                 found,
@@ -88,7 +96,13 @@ class Opening:
         mean = b"" if aggregate.mean is None else aggregate.mean.astype("<f4").tobytes()
         memory = await asyncio.to_thread(memory_record, self._ledger, found.task, aggregate.decision)
         await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript, memory)
-        return _decided(found, aggregate.decision)
+        return await self._decided(found, aggregate.decision, transcript)
+
+    async def _decided(self, found: Round, decision: Decision, transcript: bytes) -> tuple[Round, Event]:
+        """The round with everybody's verdict and its transcript's digest, under which the store has it from now on."""
+        name = digest_of(transcript)
+        await asyncio.to_thread(self._store.put, TRANSCRIPT, name, transcript)
+        return _with_verdicts(msgspec.structs.replace(found, transcript=name), decision)
 
     def _pay(self, found: Round) -> Charge | None:
         """What the opening costs, written down; None without privacy. Raises Malformed when it would overspend."""
@@ -126,7 +140,7 @@ def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:
     }
 
 
-def _decided(found: Round, decision: Decision) -> tuple[Round, Event]:
+def _with_verdicts(found: Round, decision: Decision) -> tuple[Round, Event]:
     """The round with everybody's verdict; it ends here when the aggregators refused to open anything."""
     found = msgspec.structs.replace(
         found,

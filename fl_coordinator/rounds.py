@@ -275,7 +275,7 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One round as it stands. `announcement` is the signed task. `frozen` holds contribution digests in the order of
     the log. `attempt` counts aggregations from 1. `chosen` and `rejected` name devices. `seconds` says how long each
-    phase took; `figures` what was measured."""
+    phase took; `figures` what was measured. `transcript` is its digest, once the aggregators have decided."""
 
     round_id: str
     spec: RoundSpec
@@ -293,6 +293,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     seconds: dict[str, float] = {}
     figures: dict[str, Any] = {}
+    transcript: str = ""
 
     @property
     def at(self) -> State:

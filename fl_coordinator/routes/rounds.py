@@ -117,4 +117,5 @@ def _round_view(found: Round) -> dict[str, Any]:
         "reason": found.reason,
         "seconds": found.seconds,
         "figures": found.figures,
+        "transcript_digest": found.transcript,
     }
