@@ -187,6 +187,7 @@ class Overview:
             ),
             attempt=found.attempt,
             reason=found.reason,
+            reveal=found.task.reveal,
             opened=found.opened,
             figures={**found.figures, "seconds": found.seconds},
         )

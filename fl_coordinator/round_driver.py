@@ -26,6 +26,7 @@ from fl_coordinator.round_announcing import Announcing, signed_task
 from fl_coordinator.round_candidate import Candidates
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Command, Event, Round, RoundSpec, State, step
+from fl_coordinator.shares.bounds import contributions_max
 from model_delta import merkle
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, NotFound, Unavailable
@@ -245,7 +246,8 @@ class RoundDriver:
         """Wait until all that can come have come, or the deadline."""
         while True:
             admitted = len(await asyncio.to_thread(self._ledger.contributions, found.round_id))
-            wanted = found.spec.contributions_max or await asyncio.to_thread(self._able, found)
+            able = found.spec.contributions_max or await asyncio.to_thread(self._able, found)
+            wanted = min(able, contributions_max(found.task))
             left = found.task.deadline - self._clock()
             if found.round_id in self._aborted:
                 return found, Event.ABORTED

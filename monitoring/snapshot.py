@@ -80,8 +80,9 @@ class RejectedDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoundState(msgspec.Struct, frozen=True, kw_only=True):
-    """One federated round. `refused` counts refusals at admission by reason; `figures` holds what was measured
-    (average precision of base and candidate, seconds by phase, bytes)."""
+    """One federated round. `refused` counts refusals at admission by reason; `reveal` is what was opened of the updates
+    beside the sum; `figures` holds what was measured (average precision of base and candidate, seconds by phase,
+    bytes)."""
 
     round_id: str
     state: str
@@ -94,6 +95,7 @@ class RoundState(msgspec.Struct, frozen=True, kw_only=True):
     rejected: tuple[RejectedDevice, ...] = ()
     attempt: int = 0
     reason: str = ""
+    reveal: str = "distances"
     opened: float = 0.0
     figures: dict[str, Any] = {}
 

@@ -32,13 +32,13 @@ from fl_coordinator.shares.bounds import Bounds, bounds_of
 from fl_coordinator.shares.comparing import negative, open_planes
 from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import coin_key
-from fl_coordinator.shares.ranking import below, sums_where
+from fl_coordinator.shares.ranking import LENGTH_MAX, below, sums_where
 from fl_coordinator.shares.sharing import Exchange, Pair, Ring, Session, Steps, gram_share, reshare, to_bytes
 from fl_coordinator.shares.streams import Words64, expand_bytes
-from model_delta.errors import Malformed
+from model_delta.errors import Malformed, Untrusted
 from model_delta.task import RoundTask
 
-SAMPLE_MAX = 128
+SAMPLE_MAX = LENGTH_MAX
 """Pairs from which a radius is found."""
 
 _WORD_BITS = 64
@@ -209,7 +209,7 @@ def _sampled(coin: bytes, pairs: int) -> NDArray[np.int64]:
 
 
 def _selected(session: Session, bounds: Bounds, doubled: Words64, hostile_max: int) -> Steps[list[int]]:
-    """Places of the n - f lowest Krum scores."""
+    """Places of the n - f lowest Krum scores. Raises Untrusted for another number of them: ranks are a permutation."""
     count, limit = len(doubled), bounds.doubled_distance_max
     pairs = yield from reshare(session, "distances", _distances(doubled))
     rows = Pair(_rows(pairs.first, count), _rows(pairs.second, count))
@@ -217,11 +217,15 @@ def _selected(session: Session, bounds: Bounds, doubled: Words64, hostile_max: i
     nearest = yield from below(session, "nearest", rows, _bits(limit), (neighbours,))
     own = yield from sums_where(session, "nearest-chosen", nearest, rows)
     scores = yield from reshare(session, "scores", own[None])
-    lowest = yield from below(
-        session, "lowest", scores, _bits(neighbours * limit), (unseen.kept_of(count, hostile_max),)
-    )
+    kept = unseen.kept_of(count, hostile_max)
+    lowest = yield from below(session, "lowest", scores, _bits(neighbours * limit), (kept,))
     opened = yield from open_planes(session, "chosen", lowest, count)
-    return np.flatnonzero(opened).tolist()
+    chosen: list[int] = np.flatnonzero(opened).tolist()
+    if len(chosen) != kept:
+        raise Untrusted(
+            f"step 'chosen': {len(chosen)} devices have one of the {kept} lowest scores; an aggregator has deviated"
+        )
+    return chosen
 
 
 def _open_number(session: Session, step: str, own: np.uint64) -> Steps[int]:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.rules import multikrum, outliers, policy, unseen
-from fl_coordinator.rules.reveals import POLICIES
+from fl_coordinator.rules.reveals import POLICIES, SELECTION_MAX
 from fl_coordinator.shares.bounds import EXPONENT_MAX, bounds_of, require_announceable
 from fl_coordinator.shares.comparing import as_numbers, negative, open_planes
 from fl_coordinator.shares.measuring import Coefficients, coin_key
 from fl_coordinator.shares.party import VERDICTS, Decision
-from fl_coordinator.shares.ranking import below, sums_where
+from fl_coordinator.shares.ranking import LENGTH_MAX, below, sums_where
 from fl_coordinator.shares.revealing import SAMPLE_MAX, eps_doubled, near_matrix, quantile_place, unpacked
 from fl_coordinator.shares.sharing import Exchange, Pair, Session, to_bytes
 from fl_coordinator.shares.streams import Words, expand_bytes
@@ -30,6 +30,7 @@ from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from model_delta.trust.signing import seal_envelope, sign
 from tests.fakes.secure_round import SecureRound, measure_words, random_sharing
+from tests.fl_coordinator.test_lying_aggregators import flipped, run
 from tests.fl_coordinator.test_secure_round import simulate
 from tests.fl_coordinator.test_shares import together
 
@@ -281,6 +282,10 @@ def test_what_does_not_go_together_is_not_announced(changes: dict[str, object], 
         require_announceable(msgspec.structs.replace(SecureRound().task, **changes))
 
 
+def test_ranks_have_room_for_every_round_that_needs_them() -> None:
+    assert max(SELECTION_MAX, SAMPLE_MAX) <= LENGTH_MAX == 128
+
+
 def test_policies_with_distances_are_those_of_the_rules() -> None:
     assert POLICIES["distances"] == tuple(policy.POLICIES)
 
@@ -335,6 +340,7 @@ def test_a_partys_view_can_be_made_from_the_opened_bits_alone(reveal: str, eps: 
         assert getattr(again, name) == getattr(decision, name), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reveal", "eps"), ROUNDS)
 def test_inputs_with_the_same_bits_and_sum_cannot_be_told_apart(reveal: str, eps: float) -> None:
     """Neither by what is opened nor by any message of any party: every bit of it is even, whichever input it was."""
@@ -386,6 +392,26 @@ def test_a_deviating_aggregator_is_noticed(
 
     with pytest.raises(Untrusted, match=message):
         world.run_rows(rows_of(30, 9, seed=4), tamper)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reveal", "eps"), ROUNDS)
+def test_a_lie_in_any_message_in_between_opens_nothing_but_the_sum_of_who_was_signed_for(
+    reveal: str, eps: float
+) -> None:
+    """The threat model: trusted to compute, so a lie may change who is chosen; never what is opened of them."""
+    world = hidden_world(reveal, 8, eps_l2=eps)
+    rows = rows_of(8, 10, seed=11, far=2)
+    _, views, _ = world.run_rows(rows)
+    steps = dict.fromkeys(step for step, _ in views[1].sent if step.startswith((*HIDDEN, *OPENED, "sum")))
+    failed = set()
+    for step in steps:
+        try:
+            run(world, rows, step, {0, 2}, flipped)
+        except Untrusted:
+            failed.add(step)
+    assert {"sum", "over"} <= failed
+    assert len(steps) >= 10
 
 
 # --- the transcript -------------------------------------------------------------------------------------------------
