@@ -41,7 +41,7 @@ SPREAD_MIN = 0.05
 """A sigma is at least this part of the median: where all devices are alike, tiny differences are no evidence."""
 
 
-class Memory(msgspec.Struct, frozen=True):
+class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
     """Decayed sums over rounds, int64 little endian: [m, m] Gram entries clipped at three medians (`sums`; units 2^-20)
     and at one (`close`), [m, m] meetings (2^-20), and [m] inner products with the opened means (`along`; 2^-20)."""
 
