@@ -1,9 +1,10 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from atoll.settings import ConfigurationError, DataFolder
-from atoll.updates import EMBEDDED, UpdatesPlace, choose_place, open_log, place_of
+from atoll.updates import EMBEDDED, UpdatesPlace, aggregator_place, choose_place, open_log, place_of
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.rounds import Round, RoundSpec, State
 from fl_coordinator.updates_log import SegmentLog
@@ -33,6 +34,29 @@ def test_another_place_is_refused_by_name(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigurationError, match=r"--updates-log: .*expected kafka://host:port/topic.*or `embedded`"):
         choose_place(data, url)
     assert not (tmp_path / "updates.json").exists()
+
+
+def test_an_aggregator_reads_where_it_is_told_then_where_its_folder_says_then_where_the_platform_does(
+    tmp_path: Path,
+) -> None:
+    data = DataFolder.open(tmp_path, create=True)
+    assert aggregator_place(data, "a1").url == EMBEDDED
+    login = {"url": "kafka://broker:9092/updates", "properties": {"sasl.username": "coordinator"}}
+    (tmp_path / "updates.json").write_bytes(msgspec.json.encode(login))
+    assert aggregator_place(data, "a1") == UpdatesPlace(**login)
+    assert aggregator_place(data, "a1", "kafka://other:9092/updates") == UpdatesPlace(
+        url="kafka://other:9092/updates", properties={"sasl.username": "coordinator"}
+    )
+    own = {"url": "kafka://broker:9092/updates", "properties": {"sasl.username": "reader"}}
+    (data.child("aggregators", "a1") / "updates.json").write_bytes(msgspec.json.encode(own))
+    assert aggregator_place(data, "a1") == UpdatesPlace(**own)
+    assert aggregator_place(data, "a2") == UpdatesPlace(**login)
+    assert aggregator_place(data, "a1", EMBEDDED).url == EMBEDDED
+    with pytest.raises(ConfigurationError, match="--updates-log"):
+        aggregator_place(data, "a1", "kafka://broker")
+    (data.child("aggregators", "a1") / "updates.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"a1/updates\.json: expected url and properties as JSON"):
+        aggregator_place(data, "a1")
 
 
 def test_the_log_does_not_change_under_an_open_round(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_coordinator.kafka_log import KafkaLog, place_of
+from fl_coordinator.kafka_log import KafkaLog, TopicReader, place_of
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, Unavailable
@@ -142,7 +142,7 @@ def test_threads_may_read_while_one_appends(opened: Open) -> None:
     assert log.read(more[0]) == b"more"
 
 
-def followed(log: UpdatesLog, offset: int = 0) -> list[tuple[int, bytes]]:
+def followed(log: UpdatesLog | TopicReader, offset: int = 0) -> list[tuple[int, bytes]]:
     """Everything from `offset` to the end, part by part, as a follower reads it."""
     found: list[tuple[int, bytes]] = []
     while (part := log.read_from(offset)).records:
@@ -241,17 +241,28 @@ def test_what_was_acknowledged_survives_a_writer_that_is_killed(place: str) -> N
 
 @pytest.mark.slow
 def test_a_broker_that_is_killed_keeps_what_it_acknowledged_and_is_waited_for(broker: Broker) -> None:
-    log = KafkaLog(topic_on(broker), patience_s=2.0)
+    url = topic_on(broker)
+    log, follower = KafkaLog(url, patience_s=2.0), TopicReader(url, patience_s=2.0)
     offsets = log.append([b"before", b"the end"])
+    part = follower.read_from(0)
+    assert part.records == ((offsets[0], b"before"), (offsets[1], b"the end"))
     broker.end(signal.SIGKILL)
     with pytest.raises(Unavailable, match="updates log kafka://"):
         log.append([b"nobody takes this"])
+    with pytest.raises(Unavailable):
+        follower.read_from(part.next)
     with pytest.raises(Unavailable):
         assert log.end
     broker.start()
     [after] = append_soon(log, b"after")
     assert [log.read(offset) for offset in (*offsets, after)] == [b"before", b"the end", b"after"]
+    found = followed(follower, part.next)
+    assert found[-1] == (after, b"after")
+    assert {record for _, record in found} == {b"after"}  # an append that failed by its deadline may be there as well
+    log.append([b"waited for"])
+    assert follower.read_from(after + 1, wait_s=5.0).records[0][1] == b"waited for"
     log.close()
+    follower.close()
 
 
 def append_soon(log: KafkaLog, record: bytes) -> list[int]:
