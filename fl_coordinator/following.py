@@ -108,7 +108,7 @@ class Following:
                 self.counts["failures"] += 1
                 if str(error) != said:
                     said = str(error)
-                    _log.warning("updates log %s: %s; trying again", self._log.name, error)
+                    _log.warning("%s; trying again", error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _PAUSE_MAX_S)
 
