@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 # Before NumPy is loaded: one thread a process, two processes.
@@ -97,34 +98,60 @@ class _Adam:
         return _Adam(first, second), 0.003 * first / (np.sqrt(second) + 1e-3)
 
 
-def train(order: Run) -> Run:
-    """Carry out one run: the quality of the last model, and the backdoor's success."""
+@dataclass(frozen=True)
+class _Drawn:
+    """What chance decides for honest devices: the first parameters; for every round the rows int64[n, b] that devices
+    train on and the noise float32[n, d] that rounds their updates."""
+
+    start: NDArray[np.float32]
+    rounds: tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...]
+
+
+@lru_cache(maxsize=1)
+def _drawn(name: str, alpha: float, seed: int, rounds: int) -> _Drawn:
+    """The same for every rule and attack, so drawn once for as long as runs come in order."""
+    task = load(name, seed)
+    rng = np.random.default_rng([seed, 2])
+    parts = split(task, DEVICES, alpha, rng)
+    start = task.start(rng)
+    drawn = []
+    for _ in range(rounds):
+        rows = np.stack([part[rng.integers(0, part.size, task.batch)] for part in parts])
+        drawn.append((rows, rng.random((DEVICES, task.length), dtype=np.float32)))
+    return _Drawn(start, tuple(drawn))
+
+
+def train(order: Run, watch: Callable[[int, Floats], None] | None = None) -> Run:
+    """Carry out one run: the quality of the last model, and the backdoor's success. `watch` is shown each round's
+    number and updates float64[n, d], hostile ones first."""
     task = load(order.task, order.seed)
-    rng = np.random.default_rng([order.seed, 2])
     hostile = order.hostile if order.attack else 0
     centralised = order.rule == "centralised"
-    parts = split(task, DEVICES, math.inf if centralised else order.alpha, rng)
     rule = RULES["FedAvg" if centralised else order.rule]
-    w = task.start(rng)
+    drawn = _drawn(order.task, math.inf if centralised else order.alpha, order.seed, ROUNDS)
+    w = drawn.start
     momentum = np.zeros((DEVICES, task.length), dtype=np.float32)
     adam = _Adam(np.zeros(task.length), np.zeros(task.length))
     memory = Memory()
     notes: dict[str, object] = {}
     craft = (UNTARGETED | BACKDOORS).get(order.attack)
     attack_rng = np.random.default_rng([order.seed, 3])
-    for number in range(ROUNDS):
-        rows = np.stack([part[rng.integers(0, part.size, task.batch)] for part in parts])
+    for number, (rows, noise) in enumerate(drawn.rounds):
         x, y = _poisoned(task, task.x[rows], task.y[rows], order.attack, hostile)
         momentum = MOMENTUM * momentum + task.gradients(w, x, y)
-        updates = _encoded(momentum.astype(np.float64), task, rng)
+        updates = _encoded(momentum.astype(np.float64), task, noise)
         if craft is not None:
 
             def weigh(tried: Floats, memory: Memory = memory) -> Floats:
-                return rule(_gram(tried), order.assumed, memory)[0]
+                return rule(gram_of(tried), order.assumed, memory)[0]
 
             scene = Scene(updates[hostile:], updates[:hostile], number, ROUNDS, weigh, attack_rng, notes)
-            updates[:hostile] = _encoded(craft(scene), task, attack_rng)
-        weights, memory = rule(_gram(updates), order.assumed, memory)
+            crafted = craft(scene)
+            noise = attack_rng.random(crafted.shape, dtype=np.float32)
+            updates[:hostile] = _encoded(crafted, task, noise)
+        if watch is not None:
+            watch(number, updates)
+        weights, memory = rule(gram_of(updates), order.assumed, memory)
         mean = weights @ updates
         if order.rule == "FedAdam":
             adam, step = adam.step(mean)
@@ -148,18 +175,19 @@ def _poisoned(
     return x, y
 
 
-def _encoded(updates: Floats, task: Task, rng: np.random.Generator) -> Floats:
-    """Clipped, and rounded at random to multiples of 2^-16."""
+def _encoded(updates: Floats, task: Task, noise: NDArray[np.float32]) -> Floats:
+    """Clipped, and rounded to multiples of 2^-16, up where `noise` in [0, 1) says so."""
     lengths = np.sqrt(np.einsum("ij,ij->i", updates, updates))
     factors = np.minimum(1.0, task.clip_norm_l2 / np.maximum(lengths, 1e-12)) * 2.0**FRACTION_BITS
     scaled = updates * factors[:, None]
-    scaled += rng.random(scaled.shape, dtype=np.float32)
+    scaled += noise
     np.floor(scaled, out=scaled)
     scaled /= 2.0**FRACTION_BITS
     return np.asarray(scaled)
 
 
-def _gram(updates: Floats) -> NDArray[np.int64]:
+def gram_of(updates: Floats) -> NDArray[np.int64]:
+    """Inner products of encoded updates float64[n, d] as the aggregators open them, int64[n, n]."""
     # Multiples of 2^-16 with norms below 2^5: float64 adds these products without rounding.
     gram = updates @ updates.T * 2.0 ** (2 * FRACTION_BITS)
     return np.asarray(np.rint((gram + gram.T) / 2).astype(np.int64))

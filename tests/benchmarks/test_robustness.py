@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.attacks import BACKDOORS, UNTARGETED, Scene, dnc_aware, ipm, mimic, min_max, norm_edge
 from benchmarks.robustness import NAMES, RULES, train
-from benchmarks.robustness_report import Run, Runs, behind, claims, plot, tables
+from benchmarks.robustness_report import Run, Runs, behind, claims, complete, plot, tables
 from benchmarks.tasks import load, split
 
 
@@ -110,3 +110,14 @@ def test_tables_and_plots_come_from_the_runs() -> None:
     assert "| digits IID | 97.0 ± 0.0 |" in text
     assert "80.5 ± 0.5 mimic" in text
     assert plot(runs, "digits").count("<polyline") == 3
+
+
+def test_a_seed_that_one_rule_lacks_is_left_out_of_the_cell_for_all() -> None:
+    found = [Run("digits", 0.3, "mimic", rule, 8, 8, seed) for rule in ("Multi-Krum", "robust") for seed in (1, 2)]
+    found += [Run("digits", 0.3, "mimic", "history", 8, 8, 1), Run("digits", 0.3, "mimic", "FedAdam", 8, 8, 2)]
+    assert [(one.rule, one.seed) for one in complete(found)] == [
+        ("Multi-Krum", 1),
+        ("robust", 1),
+        ("history", 1),
+        ("FedAdam", 2),
+    ]
