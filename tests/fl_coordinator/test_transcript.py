@@ -229,6 +229,16 @@ def fields(**changes: Any) -> Callable[[Decision], Decision]:
     return lambda decision: msgspec.structs.replace(decision, **changes)
 
 
+def swapped(name: str) -> Callable[[Decision], Decision]:
+    """What the first two aggregators gave, the other way round."""
+
+    def change(decision: Decision) -> Decision:
+        first, second, third = getattr(decision, name)
+        return msgspec.structs.replace(decision, **{name: (second, first, third)})
+
+    return change
+
+
 def choose_the_hostile(decision: Decision) -> Decision:
     decision = devices_with(6, selected=True, reason="", weight=1)(decision)
     decision = devices_with(5, selected=False, reason="too odd", weight=0)(decision)
@@ -240,6 +250,14 @@ def choose_the_hostile(decision: Decision) -> Decision:
     [
         (fields(root="0" * 64), "root", "has root"),
         (devices_with(2, contribution="1" * 64), "root", "has root"),
+        (fields(coin=bytes(32)), "freeze", "the coin is not the one that the parts make"),
+        (fields(task="0" * 64), "freeze", "decided about announcement 0000"),
+        (fields(attempt=2), "freeze", "north signed a freeze of another announcement, attempt or list"),
+        (fields(frozen=()), "freeze", "expected 3 statements and parts, found 0 and 3"),
+        (swapped("frozen"), "freeze", "north: its signed freeze: "),
+        (swapped("parts"), "freeze", "north: step 'coin': does not open its commitment"),
+        (devices_with(6, valid=0), "validity", "pos-6: its validity bit is 0, and it was measured"),
+        (fields(memory="0" * 64), "weights", "leaves the memory of no round"),
         (fields(policy="robust"), "validity", "announced was krum"),
         (fields(measured=(1, 0, 2, 3, 4, 5, 6)), "validity", "no ascending indices"),
         (fields(measured=(0, 1, 2, 3, 4, 5, 99)), "validity", "no ascending indices"),

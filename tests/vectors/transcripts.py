@@ -51,7 +51,12 @@ def transcripts(signed: Signed) -> Iterator[tuple[str, bytes]]:
         return pack({**unpack_plain(pack(good)), **fields})
 
     other = msgspec.structs.replace(written.settlement, mean="0" * 64)
-    yield "transcript.cbor", pack(good)
+    coined = tuple(
+        reply["opening"] for reply in written.replies(msgspec.structs.replace(written.decision, coin=bytes(32)))
+    )
+    yield "transcript.cbor", pack(good)  # of decision format 2, before the freeze was signed
+    yield "transcript_with_a_signed_freeze.cbor", pack(good)
+    yield "transcript_with_another_coin.cbor", but(openings=list(coined))
     yield "transcript_with_a_field_of_the_future.cbor", but(weather="fine")
     yield "transcript_of_a_newer_format.cbor", but(format=2)
     yield "transcript_with_another_share.cbor", but(shares=[another(good.shares[0]), *good.shares[1:]])
