@@ -161,6 +161,16 @@ class BrokerProcess:
         """Is the process alive?"""
         return self._process is not None and self._process.poll() is None
 
+    def until_saved(self, *payloads: bytes) -> None:
+        """Returns when its files hold all of `payloads`, as a broker promises them to after a moment."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            kept = b"".join(path.read_bytes() for path in self.folder.iterdir() if path.suffix in (".cbor", ".db"))
+            if all(payload in kept for payload in payloads):
+                return
+            assert time.monotonic() < deadline, f"not saved after {PATIENCE_SECONDS} s: {payloads}"
+            time.sleep(0.02)
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """End it; returns the exit code."""
         assert self._process is not None
