@@ -1,7 +1,9 @@
 """What every test may count on, however the suite was started."""
 
+import os
+import shutil
 import signal
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES_MIN = 4 << 30
+
+
+def _fit_for_tests(folder: Path) -> bool:
+    """Whether there is room in this file system, for files that may be executed too."""
+    return (
+        os.access(folder, os.W_OK)
+        and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+        and shutil.disk_usage(folder).free >= MEMORY_BYTES_MIN
+    )
+
+
+if _fit_for_tests(MEMORY):
+    # Everything here flushes its files, thousands of times in a run, and a disk takes milliseconds for each. The power
+    # cuts that tests play are deaths of processes, which files in memory outlive as well.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that at the end no worker is alone with one while the other waits.
     (A file's tests stay together, in their order.)"""
-    seconds: Counter[Path] = Counter()
+    seconds: dict[Path, float] = defaultdict(float)
     for item in items:
         marks = list(item.iter_markers("slow"))
         seconds[item.path] += max((mark.kwargs.get("seconds", 3.0) for mark in marks), default=0.02)
