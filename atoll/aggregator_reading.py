@@ -18,7 +18,8 @@ from fl_coordinator.threads import in_thread
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, unpacked_part
 from model_delta.errors import Malformed, NotFound, Unavailable
 
-LOG_WAIT_S = 10.0
+LOG_WAIT_S = 2.0
+"""Short, because a coordinator that is told to stop finishes what it answers."""
 TOPIC_WAIT_S = 0.5
 ANSWER_S = 10.0
 ANNOUNCEMENT_BYTES_MAX = 16 * 2**20

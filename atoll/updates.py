@@ -60,10 +60,10 @@ def place_of(data: DataFolder) -> UpdatesPlace:
 
 def aggregator_place(data: DataFolder, name: str, url: str = "") -> UpdatesPlace:
     """Where the aggregator `name` reads: at `url` if there is one, else where its own folder says, else where the
-    platform's does. Raises ConfigurationError."""
+    platform's does. Raises ConfigurationError, ModuleNotFoundError without a Kafka client."""
     own = data.child("aggregators", name) / _FILE
     found = _read(own if own.exists() else _path(data))
-    require_place(url)
+    require_place(url or found.url)
     return UpdatesPlace(url=url, properties=found.properties) if url else found
 
 

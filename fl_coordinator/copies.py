@@ -28,7 +28,7 @@ from pathlib import Path
 import msgspec
 
 from fl_coordinator.shares.contribution import Claim, KeptContribution
-from fl_coordinator.tables.file import SqliteFile
+from fl_coordinator.tables.file import DamagedFile, SqliteFile
 from model_delta.digest import digest_of
 from model_delta.encoding import unpack
 from model_delta.errors import StorageFull, Unavailable
@@ -45,6 +45,7 @@ CREATE TABLE copies (
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HASHED_BYTES = 1 << 20
+_TABLE = "copies.sqlite"
 
 _log = logging.getLogger("atoll.aggregator")
 
@@ -67,12 +68,28 @@ class Copies(SqliteFile):
     """An aggregator's copies in `folder`, for one process; safe to use from several threads, calls are serialised."""
 
     def __init__(self, folder: Path) -> None:
-        """Open or create. Raises Malformed, Unavailable; see `SqliteFile`."""
+        """Open or create; a damaged table is begun anew. Raises Malformed, Unavailable; see `SqliteFile`."""
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sound: set[tuple[str, str]] = set()
-        super().__init__(folder / "copies.sqlite", "table of copies", _SCHEMAS)
+        try:
+            self._open_table()
+        except DamagedFile as error:
+            _log.warning("%s; it is begun anew, and what was copied is read or fetched again", error)
+            for path in folder.glob(f"{_TABLE}*"):
+                path.unlink()
+            self._open_table()
         self._sweep()
+
+    def _open_table(self) -> None:
+        super().__init__(self._folder / _TABLE, "table of copies", _SCHEMAS)
+        try:
+            found = str(self._rows("PRAGMA quick_check")[0][0])
+        except Unavailable as error:
+            found = str(error)
+        if found != "ok":
+            self.close()
+            raise DamagedFile(f"table of copies {self._path}: damaged ({found[:200]})")
 
     def reached(self, log: str) -> int:
         """The offset from which `log` was not read yet; 0 for a log that this aggregator never read."""

@@ -18,13 +18,18 @@ from fl_coordinator.tables.schema import SCHEMAS, statements
 from model_delta.errors import Malformed, StorageFull, Unavailable
 
 
+class DamagedFile(Malformed):
+    """A file that SQLite cannot read as its own."""
+
+
 class SqliteFile:
     """The connection. Safe to use from several threads; calls are serialised."""
 
     def __init__(self, path: Path, what: str, schemas: Sequence[str]) -> None:
         """Open or create the file, which messages call `what`; `schemas` are its tables, as each version added to them.
 
-        Raises Malformed for a newer schema or a file that is not SQLite's, Unavailable when another process holds it.
+        Raises Malformed for a newer schema, DamagedFile for what is not SQLite's, Unavailable when another process
+        holds it.
         """
         self._path = path
         self._what = what
@@ -62,7 +67,7 @@ class SqliteFile:
                 raise Unavailable(f"{self._named}: another process holds it; stop that one first") from None
             raise _storage_error(self._named, error) from None
         except sqlite3.DatabaseError as error:
-            raise Malformed(f"{self._named}: not a {self._what} ({error}); name another data folder") from None
+            raise DamagedFile(f"{self._named}: not a {self._what} ({error}); name another data folder") from None
 
     def close(self) -> None:
         """Close the file; everything committed is already durable."""

@@ -37,7 +37,7 @@ def test_a_part_of_the_log_arrives_as_it_was_sent(part: LogPart) -> None:
         return httpx.Response(200, content=packed_part(part))
 
     assert asked(answer, lambda client: CoordinatorLog(client).read_from(40)) == part
-    assert seen == ["/v1/log?from=40&wait=10"]
+    assert seen == ["/v1/log?from=40&wait=2"]
 
 
 @pytest.mark.parametrize("cut", [1, 3, 11, 12, 20, 29])

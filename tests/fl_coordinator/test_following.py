@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.copies import Copies
 from fl_coordinator.following import KEPT_S, PER_DEVICE_MAX, TIDY_S, Following
+from fl_coordinator.mailbox import Bell
+from fl_coordinator.shares.contribution import parse
 from fl_coordinator.updates_log import LogPart, SegmentLog
 from model_delta.digest import digest_of
 from model_delta.errors import DigestMismatch, NotFound, StorageFull, Unavailable
-from tests.fakes.secure_round import NAMES, SecureRound
+from tests.fakes.secure_round import NAMES, NOW, SecureRound
 from tests.fl_coordinator.platform_in_memory import until
 from tests.fl_coordinator.test_aggregator import LENGTH, Platform, updates
 
@@ -261,6 +267,24 @@ def test_a_copy_that_the_disk_spoiled_is_fetched_again_and_said(
     assert "the copy of pos-0003's contribution" in caplog.text
 
 
+@pytest.mark.parametrize("spoiled", [slice(0, 100), slice(4000, 6000)])
+def test_a_damaged_table_of_copies_is_begun_anew_and_said(
+    platform: Followed, caplog: pytest.LogCaptureFixture, spoiled: slice
+) -> None:
+    platform.log.append(platform.data)
+    platform.read(platform.following())
+    platform.aggregators["centre"].close()
+    table = platform.path / "centre" / "copies" / "copies.sqlite"
+    data = bytearray(table.read_bytes())
+    data[spoiled] = os.urandom(len(data[spoiled]))
+    table.write_bytes(data)
+    platform.start("centre")
+    assert "it is begun anew" in caplog.text
+    following = platform.following()
+    assert (following.reached, platform.copies()) == (0, {})
+    assert platform.read(following).counts["kept"] == 8
+
+
 def test_who_finds_a_frozen_contribution_nowhere_says_which_and_the_peers_hear_it(platform: Followed) -> None:
     platform.log.append(platform.data[:-1])
     for name in NAMES:
@@ -355,6 +379,84 @@ def test_a_command_waits_a_moment_for_the_log_before_it_fetches(platform: Follow
 
     replies = asyncio.run(story())
     assert combine_openings(replies, platform.world.task).mean is not None  # type: ignore[arg-type]
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_however_records_arrive_each_contribution_is_kept_once(data: st.DataObject) -> None:
+    """Repeated, reordered, torn, between restarts of the reader and under a log that forgets its beginning."""
+    world = _world()
+    with tempfile.TemporaryDirectory() as folder:
+        log = SegmentLog(Path(folder, "log"), segment_bytes=1)
+        copies = Copies(Path(folder, "copies"))
+        appended: set[int] = set()
+        expected: set[int] = set()
+        following = _following(world, copies, log)
+        for _ in range(data.draw(st.integers(1, 12))):
+            match data.draw(st.sampled_from(["append", "append", "tear", "read", "restart", "forget"])):
+                case "append":
+                    places = data.draw(st.lists(st.integers(0, len(world.data) - 1), min_size=1, max_size=4))
+                    log.append([world.data[place] for place in places])
+                    appended |= set(places)
+                case "tear":
+                    log.append([world.data[0][: data.draw(st.integers(0, 2000))]])
+                case "read":
+                    while asyncio.run(following.step()):
+                        pass
+                    expected |= appended
+                case "restart":
+                    copies.close()
+                    copies = Copies(Path(folder, "copies"))
+                    following = _following(world, copies, log)
+                case "forget":
+                    while asyncio.run(following.step()):
+                        pass
+                    expected |= appended
+                    log.remove_before(log.end)
+        while asyncio.run(following.step()):
+            pass
+        expected |= appended
+        digests = [digest_of(world.data[place]) for place in sorted(expected)]
+        round_id = world.task.round_id
+        assert sorted(copies.devices(round_id)) == sorted(digests)
+        assert copies.missing(round_id, digests) == []
+        with copies.opened(round_id, digests) as kept:
+            for place, entry in zip(sorted(expected), kept, strict=True):
+                assert bytes(entry.masked[:]) == parse(world.data[place]).masked
+        sizes = [path.stat().st_size for path in Path(folder, "copies").glob("*.vectors")]
+        assert sum(sizes) == VECTOR_BYTES * len(expected)
+        copies.close()
+        log.close()
+
+
+class _World(SecureRound):
+    """A round with six contributions, made once."""
+
+    def __init__(self) -> None:
+        super().__init__(length=LENGTH)
+        self.data = [self.contribution(f"pos-{place:04d}", update) for place, update in enumerate(updates(6))]
+
+
+@functools.cache
+def _world() -> _World:
+    return _World()
+
+
+def _following(world: _World, copies: Copies, log: SegmentLog) -> Following:
+    async def announcement(round_id: str) -> bytes:
+        return world.announcement()
+
+    return Following(
+        log=LocalLog(log),
+        announcement=announcement,
+        copies=copies,
+        key=world.task.aggregators[1],
+        anchors=world.anchors,
+        ca_pem=world.ca_pem,
+        revoked=frozenset,
+        clock=lambda: NOW,
+        kept=Bell(),
+    )
 
 
 READER = """
