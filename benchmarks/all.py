@@ -20,9 +20,9 @@ NOT_SUBJECTS |= {"robustness_report", "tasks"}
 PICTURES = {
     "secure_aggregation": (
         "growth.svg",
-        "`python -m benchmarks.secure_aggregation --growth docs/growth.svg` draws how an aggregator's time grows: what\n"
-        "grows with d is linear in d and in n; what does not, the matrix of distances between sketches, is quadratic\n"
-        "in n (most of what n = 512 takes at d = 10,000).",
+        "`python -m benchmarks.secure_aggregation --growth docs/growth.svg` draws how an aggregator's time grows:\n"
+        "what grows with d is linear in d and in n; what does not, the matrix of distances between sketches, is\n"
+        "quadratic in n (most of what n = 512 takes at d = 10,000).",
     ),
 }
 NOT_SUBJECTS |= {"keys", "trust_checkin"}  # `deltas` measures them too
