@@ -83,11 +83,9 @@ def mlp_training_graph(
     tensors: dict[str, npt.NDArray[Any]] = {
         **_normalisation(mean, scale),
         "lengths": np.array(lengths, np.int64),
-        "zero": np.array(0, np.float32),
         "signs": np.array([[-1], [1]], np.float32),
         "label_weight": np.array([[positive_weight], [-1]], np.float32),
         "class_weight": np.array([[0], [1]], np.float32),
-        "first_axis": np.array([0], np.int64),
         "flat": np.array([-1], np.int64),
     }
     nodes = []
@@ -114,8 +112,9 @@ def mlp_training_graph(
 
     # Loss: sum over both classes, the positive one first, and the rows of  w softplus(s z),  with s = -1 and 1, and
     # w = p y / n and (1 - y) / n, p the positive weight. Classes are rows, so that labels need no change of shape.
-    add("Shape", ["labels"], "shape")
-    add("Cast", ["shape"], "rows", to=TensorProto.FLOAT)
+    # A one for each row makes sums over rows products, which are faster.
+    add("HardSigmoid", ["labels"], "ones", alpha=0.0, beta=1.0)
+    add("MatMul", ["ones", "ones"], "rows")
     add("Mul", ["labels", "label_weight"], "weighted_labels")
     add("Add", ["weighted_labels", "class_weight"], "sums_of_weights")
     add("Div", ["sums_of_weights", "rows"], "weights")
@@ -131,12 +130,12 @@ def mlp_training_graph(
     gradients: list[str] = []
     for i in reversed(range(layers)):
         add("Gemm", [f"a{i}", f"dz{i}"], f"dw{i}", transA=1)
-        add("ReduceSum", [f"dz{i}", "first_axis"], f"db{i}", keepdims=0)
+        add("MatMul", ["ones", f"dz{i}"], f"db{i}")
         gradients = [add("Reshape", [f"dw{i}", "flat"], f"dw{i}_flat"), f"db{i}", *gradients]
         if i > 0:
             add("Gemm", [f"dz{i}", f"w{i}"], f"da{i}", transB=1)
-            add("Greater", [f"a{i}", "zero"], f"active{i - 1}")
-            add("Cast", [f"active{i - 1}"], f"mask{i - 1}", to=TensorProto.FLOAT)
+            # max(0, min(1, 3e38 a)): 1 where Relu let something through, in one node.
+            add("HardSigmoid", [f"a{i}"], f"mask{i - 1}", alpha=3e38, beta=0.0)
             add("Mul", [f"da{i}", f"mask{i - 1}"], f"dz{i - 1}")
     direction = add("Concat", gradients, "gradient", axis=0)
     if momentum:
