@@ -9,11 +9,13 @@ from pathlib import Path
 
 import msgspec
 
+from fl_coordinator.memory_chain import proven
 from fl_coordinator.remembered_rounds import memory_of
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.shares.remembering import memory_name
 from fl_coordinator.transcript import decision_in, replay, replay_chain
 from tests.fl_coordinator.platform_in_memory import Platform
+from tests.fl_coordinator.test_control import Call, calling
 from tests.fl_coordinator.test_coordinator import adopt_first
 from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet
 from tests.fl_coordinator.test_round_life import learned
@@ -79,6 +81,27 @@ def test_rounds_hand_on_their_memory_whoever_loses_it(tmp_path: Path) -> None:
         assert second.round_id in next(check.problem for check in alone.checks if check.name == "memory")
 
     asyncio.run(story())
+
+
+def test_the_proof_of_a_memory_is_given_to_aggregators(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story(call: Call) -> None:
+        async with aggregators.serving():
+            await adopt_first(platform, devices)
+            first = await learned(platform, devices, asked("one"))
+            second = await platform.coordinator.open_round(asked("two"))
+            given = await call("GET", f"/v1/rounds/{second.round_id}/memory", "aggregator")
+            assert given.status_code == 200
+            memory = proven(given.content, second.task, platform.keyring.anchors())
+            assert (memory.round_id, memory.rounds) == (first.round_id, 1)
+            assert (await call("GET", f"/v1/rounds/{second.round_id}/memory", "gateway")).status_code == 403
+            none = await call("GET", f"/v1/rounds/{first.round_id}/memory", "aggregator")
+            assert (none.status_code, "begins with no memory" in none.text) == (404, True)
+
+    calling(platform, story)
 
 
 def test_an_aggregator_that_is_shown_nothing_says_what_it_lacks(tmp_path: Path) -> None:
