@@ -70,7 +70,7 @@ def _require_noise_so_far(ledger: Ledger, model: str, what: str) -> None:
     if bare:
         raise Malformed(
             f"{what}: {len(bare)} round(s) of {model!r} opened without noise (first: {bare[0]}); no epsilon holds for "
-            "releases that descend from them. Leave `privacy` out, or begin under another model name"
+            "releases that descend from them. Leave `privacy` out; it has to be there from a model's first round on"
         )
 
 
