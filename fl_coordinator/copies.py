@@ -85,7 +85,8 @@ class Copies(SqliteFile):
         super().__init__(self._folder / _TABLE, "table of copies", _SCHEMAS)
         try:
             found = str(self._rows("PRAGMA quick_check")[0][0])
-        except Unavailable as error:
+            self._rows("SELECT round_id, digest, device_id, flaw FROM copies")  # text that is none is not found above
+        except (Unavailable, UnicodeDecodeError) as error:
             found = str(error)
         if found != "ok":
             self.close()

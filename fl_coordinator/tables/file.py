@@ -66,7 +66,7 @@ class SqliteFile:
             if "locked" in str(error):
                 raise Unavailable(f"{self._named}: another process holds it; stop that one first") from None
             raise _storage_error(self._named, error) from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter for a schema of random bytes
             raise DamagedFile(f"{self._named}: not a {self._what} ({error}); name another data folder") from None
 
     def close(self) -> None:
