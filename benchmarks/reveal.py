@@ -1,9 +1,9 @@
 """What rounds cost and leak that reveal less than distances.
 
-`python -m benchmarks.reveal [--quick] [--json]`. Three parties in lock-step in this process on one BLAS thread, 128
-devices, sketched distances; bytes and messages do not depend on the length of an update. `bytes` and `rounds` are of
-the steps in the place of the opened Gram matrix: from its shares to the choice and the opened norm of the sum. Lifting,
-which all rounds do, is not among them. CPU seconds are of those steps too, of the slowest party.
+`python -m benchmarks.reveal [--quick] [--learning] [--json]`. Three parties in lock-step in this process on one BLAS
+thread, 128 devices, sketched distances; bytes and messages do not depend on the length of an update. `bytes` and
+`rounds` are of the steps in the place of the opened Gram matrix: from its shares to the choice and the opened norm of
+the sum. Lifting, which all rounds do, is not among them. CPU seconds are of those steps too, of the slowest party.
 
     fl.graph.*          with an announced eps; `.found`: with one that is found on shares
     fl.selection.*      Multi-Krum on shares
@@ -12,6 +12,8 @@ which all rounds do, is not among them. CPU seconds are of those steps too, of t
     fl.leak.selection   the same from the chosen set alone
     ....exact           of an update short enough for exact distances (d = 2,000)
     ....many            by as many devices as the round is announced to stand (6 of 70), all in one round
+    fl.graph.learning.* with `--learning` (ten minutes of a core): points that `cluster` loses to the worst untargeted
+                        attack of `robustness`, against FedAvg unattacked; baseline: what Multi-Krum loses
 
 Leaks are measured on isotropic updates of 64 honest devices, at the best of some lengths of the probe. They are the
 largest of several correlations of 32,768 pairs each, so about 0.015 means nothing at all.
@@ -20,6 +22,7 @@ largest of several correlations of 32,768 pairs each, so about 0.015 means nothi
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections import defaultdict
@@ -32,19 +35,25 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import robustness
+from benchmarks.attacks import UNTARGETED
 from benchmarks.claims import Claim, at_most, run
-from fl_coordinator.rules import multikrum
+from benchmarks.robustness_report import Run, Runs
+from fl_coordinator.rules import multikrum, unseen
+from fl_coordinator.rules.geometry import squared_distances
+from fl_coordinator.rules.history import Memory
 from fl_coordinator.rules.reveals import POLICIES
 from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.party import Decision, Keep, Protocol
-from fl_coordinator.shares.revealing import quantile_place
+from fl_coordinator.shares.revealing import SAMPLE_MAX, quantile_place
 from fl_coordinator.shares.sharing import Exchange
 from model_delta.encoding import unpack
 from tests.fakes.secure_round import ArrayRows, SecureRound, random_holdings
 
 COUNT, HOSTILE = 128, 12
 HONEST, PROBERS = 64, 6
+SEEDS = (100, 101)
 ELSEWHERE = ("hello", "compare", "coin", "measured", "split", "carry", "every", "range", "lift", "agree", "noise")
 LENGTHS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """Of a probe, over the clip."""
@@ -71,6 +80,8 @@ def measure(options: argparse.Namespace) -> Sequence[Claim]:
         claims += _cost(name, reveal, eps, most_bytes, most_rounds, options.seed)
     for suffix, length in (("", 50_000 if options.quick else 1_000_000), (".exact", 2_000)):
         claims += _leaks(suffix, length, options.seed)
+    if options.learning:
+        claims += _learning()
     return claims
 
 
@@ -171,7 +182,7 @@ def _from_graph(gram: Reals, away: Callable[[float], Reals], true: Reals, prober
     """The radius is what the round finds among the honest. Several probers send different lengths, a step apart."""
     lengths = np.diagonal(gram)
     pairs = (lengths[:, None] + lengths[None, :] - 2 * gram)[np.triu_indices(HONEST, 1)]
-    radius = 2.25 * np.sort(pairs)[quantile_place(pairs.size, HONEST + probers, PROBERS)]
+    radius = 1.44 * np.sort(pairs)[quantile_place(pairs.size, HONEST + probers, PROBERS)]
     found = 0.0
     for part in np.linspace(0.5, 1.0, 101):
         for step in (0.0,) if probers == 1 else (0.002, 0.005, 0.01, 0.02):
@@ -201,6 +212,50 @@ def _from_selection(gram: Reals, away: Callable[[float], Reals], true: Reals, pr
     return found
 
 
+def _learning() -> list[Claim]:
+    """Two of the seeds of the tables in `docs/robustness.md`; 8 of 32 devices are hostile."""
+    robustness.RULES["cluster"] = cluster
+    cells = [(task, alpha) for task in ("digits", "fraud") for alpha in (math.inf, 0.3)]
+    rules = ("cluster", "Multi-Krum")
+    orders = [Run(task, alpha, "", "FedAvg", 0, 8, seed) for task, alpha in cells for seed in SEEDS]
+    orders += [
+        Run(task, alpha, attack, rule, 8, 8, seed)
+        for task, alpha in cells
+        for attack in UNTARGETED
+        for rule in rules
+        for seed in SEEDS
+    ]
+    found = Runs(robustness.carry_out(orders, None, 2))
+    claims = []
+    for task, alpha in cells:
+        best = float(found.quality(task, alpha, "", "FedAvg", 0, 8).mean())
+        lost = {
+            rule: (best - float(values.mean()), name)
+            for rule in rules
+            for name, values in [found.worst(task, alpha, rule)]
+        }
+        points, name = lost["cluster"]
+        split = "iid" if alpha == math.inf else f"dirichlet-{alpha:g}"
+        unit = f"points lost to {name}, the worst attack ({task}); baseline: Multi-Krum and its worst"
+        claims.append(
+            at_most(
+                f"fl.graph.learning.{task}.{split}", points, unit, 5 if alpha == math.inf else 8, lost["Multi-Krum"][0]
+            )
+        )
+    return claims
+
+
+def cluster(gram: NDArray[np.int64], assumed: int, memory: Memory) -> tuple[Reals, Memory]:
+    """Weights by the policy `cluster`, float64[n], with the radius that a round finds; zeros when it opens nothing."""
+    count = len(gram)
+    distances = squared_distances(gram)
+    pairs = distances[np.triu_indices(count, 1)]
+    drawn = np.sort(np.random.default_rng(abs(int(gram.sum()))).permutation(pairs)[:SAMPLE_MAX])
+    near = 25 * distances <= 36 * drawn[quantile_place(drawn.size, count, assumed)]
+    choice, _ = unseen.by_neighbours(near, assumed, assumed + 2)
+    return choice.weights, memory
+
+
 def _correlation(seen: Reals, true: Reals) -> float:
     """Of all pairs, its magnitude; 0 when nothing varies."""
     if seen.std() == 0:
@@ -211,5 +266,6 @@ def _correlation(seen: Reals, true: Reals) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="shorter updates, for a look")
+    parser.add_argument("--learning", action="store_true", help="also what is left of learning under attack")
     parser.add_argument("--seed", type=int, default=1)
     run(__doc__.splitlines()[0] if __doc__ else "", measure, parser)

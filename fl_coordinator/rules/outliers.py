@@ -26,14 +26,14 @@ def clusters(gram: Gram, metric: str = "euclidean") -> NDArray[np.int64]:
     distances = _distances(gram, metric)
     count = len(gram)
     radius = RADIUS_MEDIANS * median(distances[np.triu_indices(count, 1)])
-    return density(distances <= radius)
+    return density(distances <= radius, max(2, count // 4))
 
 
-def density(near: NDArray[np.bool_]) -> NDArray[np.int64]:
+def density(near: NDArray[np.bool_], core_min: int) -> NDArray[np.int64]:
     """Cluster numbers int64[n] of devices of which bits bool[n, n], symmetric and true for a device itself, say who is
-    within the radius of whom."""
+    within the radius of whom; a core device has at least `core_min` within it, itself counted."""
     count = len(near)
-    core = near.sum(axis=1) >= max(2, count // 4)
+    core = near.sum(axis=1) >= core_min
     label = np.full(count, -1, dtype=np.int64)
     found = 0
     for start in np.flatnonzero(core):

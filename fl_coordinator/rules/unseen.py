@@ -1,7 +1,9 @@
 """Who is chosen where distances stay hidden: from one bit a pair, or from nothing but the set itself.
 
-`cluster` is a pure function of the bits "these two are close", which everybody has: the largest group that DBSCAN finds
-(`outliers.density`), with equal weights, if it holds more than half of the devices. What the radius was may be unknown.
+`cluster` is a pure function of the bits "these two are close", which everybody has. DBSCAN (`outliers.density`) whose
+core devices are close to more than half of all, itself counted: with f below half each of them is close to honest ones,
+and no group of copies makes a cluster of its own. Of the cluster the n - f devices that are close to the most others
+are kept, of equal ones those with the lower index, with equal weights. What the radius was may be unknown.
 
 Of a selection computed on shares there is nothing left to decide here, only to say what came of it and whether it may
 be opened at all, which follows from public numbers.
@@ -25,29 +27,33 @@ def refusal_before(policy: str, count: int, hostile_max: int, selected_min: int)
     needed = multikrum.contributions_min(hostile_max)
     if count < needed:
         return f"policy {policy} needs {needed} usable updates to stand {hostile_max} hostile ones, found {count}"
-    kept = kept_of(count, hostile_max) if policy == "multikrum" else count
-    return _too_few(kept, selected_min)
+    return _too_few(kept_of(count, hostile_max), selected_min)
 
 
 def kept_of(count: int, hostile_max: int) -> int:
-    """How many of `count` devices Multi-Krum keeps."""
+    """How many of `count` devices Multi-Krum keeps, and `cluster` at most."""
     return count - hostile_max
 
 
-def by_neighbours(near: NDArray[np.bool_], selected_min: int) -> tuple[Choice, NDArray[np.int64]]:
+def by_neighbours(near: NDArray[np.bool_], hostile_max: int, selected_min: int) -> tuple[Choice, NDArray[np.int64]]:
     """The choice of `cluster` among n devices, and their clusters (0 the largest, -1 none), from bits bool[n, n]."""
-    count = len(near)
-    label = density(near)
-    chosen = np.flatnonzero(label == 0).tolist()
-    close = near.sum(axis=1) - np.diagonal(near)
+    count, most = len(near), kept_of(len(near), hostile_max)
+    label = density(near, count // 2 + 1)
+    close = (near.sum(axis=1) - np.diagonal(near)).tolist()
+    inside = sorted(np.flatnonzero(label == 0).tolist(), key=lambda place: (-close[place], place))
     reasons = {
-        place: f"outside the largest group of devices that are close to each other: close to {close[place]} of "
-        f"{count - 1} others; distances were not revealed"
-        for place in np.flatnonzero(label != 0).tolist()
+        place: f"close to {close[place]} of {count - 1} others"
+        + (
+            f", not among the {most} with the most"
+            if label[place] == 0
+            else ", outside the cluster of those close to most"
+        )
+        + "; distances were not revealed"
+        for place in sorted(set(range(count)) - set(inside[:most]))
     }
-    if 2 * len(chosen) <= count:
-        refusal = f"the largest group of devices close to each other is {len(chosen)} of {count}, not more than half"
-        return _equally(count, [], reasons, refusal), label
+    chosen = sorted(inside[:most])
+    if not chosen:
+        return _equally(count, [], reasons, "no device is close to more than half of all; nothing is opened"), label
     return _equally(count, chosen, reasons, _too_few(len(chosen), selected_min)), label
 
 

@@ -101,7 +101,7 @@ def test_no_sum_of_distances_leaves_the_ring_in_any_round_that_may_be_announced(
     norm = (2**EXPONENT_MAX) // 6 + 1
     squared_max = 2 * 2 * norm * norm
     assert 1024 * 8 * squared_max < 2**58
-    assert 9 * 8 * squared_max < 2**62
+    assert 36 * 8 * squared_max < 2**62
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -189,9 +189,9 @@ def test_the_bits_of_a_graph_are_those_of_the_distances(
     else:
         draws = np.frombuffer(expand_bytes(coin_key(decision.coin, "pairs"), 8 * pairs.size), dtype="<u8")
         drawn = np.sort(pairs[np.argsort(draws, kind="stable")[:SAMPLE_MAX]])
-        near = 4 * pairs <= 9 * drawn[quantile_place(drawn.size, len(kept), left)]
+        near = 25 * pairs <= 36 * drawn[quantile_place(drawn.size, len(kept), left)]
     assert np.array_equal(unpacked(decision.near, len(kept)), near)
-    choice, labels = unseen.by_neighbours(near_matrix(near, len(kept)), 4)
+    choice, labels = unseen.by_neighbours(near_matrix(near, len(kept)), left, 4)
     assert decision.refusal == choice.refusal
     assert decision.selected == tuple(int(kept[place]) for place in choice.selected)
     assert [decision.devices[index].cluster for index in kept] == labels.tolist()
@@ -225,12 +225,12 @@ def test_a_found_radius_stands_as_many_far_or_equal_updates_as_announced() -> No
             assert place >= math.comb(hostile, 2) + honest // 4  # all hostile ones equal: still among the honest
 
 
-def test_a_cluster_that_is_not_more_than_half_of_the_devices_opens_nothing() -> None:
+def test_two_halves_that_are_far_apart_open_nothing() -> None:
     world = hidden_world("graph", 20, eps_l2=0.2, selected_min=4)
     rows = rows_of(20, 12, seed=2, spread=100)
     rows[6:] += np.uint32(2**15)
     outcomes, _, decision = world.run_rows(rows)
-    assert decision.refusal == "the largest group of devices close to each other is 6 of 12, not more than half"
+    assert decision.refusal == "no device is close to more than half of all; nothing is opened"
     assert all(outcome.opened is None for outcome in outcomes)
     assert decision.doubled_norm == 0
 
@@ -500,15 +500,38 @@ def test_what_all_three_signed_is_still_held_to_the_rules(
 # --- rules on bits --------------------------------------------------------------------------------------------------
 
 
-def test_the_cluster_of_a_graph_is_the_cluster_of_the_distances() -> None:
+def test_the_cluster_of_distances_follows_from_bits() -> None:
     rng = np.random.default_rng(6)
     rows = rng.integers(-100, 100, size=(20, 30))
     rows[:4] += 300
     gram = rows @ rows.T
     distances = np.sqrt(np.diagonal(gram)[:, None] + np.diagonal(gram)[None, :] - 2.0 * gram)
     radius = 1.5 * float(np.median([distances[i, j] for i, j in combinations(range(20), 2)]))
-    assert np.array_equal(outliers.density(distances <= radius), outliers.clusters(gram))
-    choice, labels = unseen.by_neighbours(distances <= radius, 4)
-    assert choice.selected == tuple(range(4, 20))
-    assert labels[:4].tolist() == [1] * 4 or labels[:4].tolist() == [-1] * 4
-    assert choice.refused[0].startswith("outside the largest group of devices that are close to each other: close to 3")
+    assert np.array_equal(outliers.density(distances <= radius, 5), outliers.clusters(gram))
+
+
+def bits_of(count: int, *far: tuple[int, int]) -> np.ndarray:
+    """All close but some pairs."""
+    near = np.ones((count, count), dtype=np.bool_)
+    for a, b in far:
+        near[a, b] = near[b, a] = False
+    return near
+
+
+def test_a_group_of_copies_is_no_cluster_of_its_own() -> None:
+    near = bits_of(11, *((a, b) for a in range(5) for b in range(5, 11)))
+    choice, labels = unseen.by_neighbours(near, 4, 5)
+    assert choice.selected == (5, 6, 7, 8, 9, 10)
+    assert labels.tolist() == [-1] * 5 + [0] * 6
+    assert choice.refused[0] == (
+        "close to 4 of 10 others, outside the cluster of those close to most; distances were not revealed"
+    )
+
+
+def test_of_a_cluster_those_close_to_the_most_are_kept_the_lower_index_first() -> None:
+    choice, labels = unseen.by_neighbours(bits_of(9, (0, 1), (0, 2), (3, 4)), 2, 4)
+    assert labels.tolist() == [0] * 9
+    assert choice.selected == (1, 2, 3, 5, 6, 7, 8)
+    assert choice.refused.keys() == {0, 4}
+    assert "close to 7 of 8 others, not among the 7 with the most" in choice.refused[4]
+    assert choice.divisor == 7

@@ -413,6 +413,7 @@ def test_a_round_may_reveal_less_than_distances(tmp_path: Path, reveal: str, pol
             assert (ended.state, ended.reason) == ("PUBLISHED", "")
             assert ended.rejected.keys() == {"pos-0000"}
             assert "not revealed" in ended.rejected["pos-0000"]
+            assert [one.reveal for one in coordinator.snapshot().rounds] == [reveal]
             result = platform.ledger.round_result(ended.round_id)
             assert result is not None
             told = replay(result[1], platform.keyring.anchors())
