@@ -1,4 +1,4 @@
-"""`atoll model training-graph` as a person runs it: with torch installed it makes a graph, without it says what to do."""
+"""`atoll model training-graph` as a person runs it: with torch it makes a graph, without it says what to do."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Mosquitto:
     def start(self) -> None:
         assert MOSQUITTO
         self.process = subprocess.Popen([MOSQUITTO, "-c", str(self.config)], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -79,7 +79,7 @@ def link_to(broker: Mosquitto, identity: str, deadline_s: float = 5.0) -> MqttLi
     )
 
 
-async def eventually(condition: Callable[[], bool], deadline_s: float = 8.0) -> None:
+async def eventually(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, "condition not reached in time"

@@ -362,7 +362,7 @@ def requirements(latency_ms_max: float) -> Requirements:
     return Requirements(latency_ms_max=latency_ms_max)
 
 
-async def eventually(condition: Callable[[], bool], deadline_s: float = 8.0, what: str = "") -> None:
+async def eventually(condition: Callable[[], bool], deadline_s: float = 30.0, what: str = "") -> None:
     """Wait until `condition` holds; fail after `deadline_s`."""
     end = time.monotonic() + deadline_s
     while not condition():

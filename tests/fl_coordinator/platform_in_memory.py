@@ -308,7 +308,7 @@ class Device:
         await self.link.publish(topics.up(self.device_id, "contribution"), data)
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     """Give the loop time until `condition` holds; fails after a deadline of real time."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own

@@ -61,7 +61,7 @@ def test_a_version_is_published_looked_at_and_rolled_out_over_http(tmp_path: Pat
         await device.report(5)
         await until(lambda: platform.ledger.stable("fraud") == published["manifest"])
         state: dict[str, Any] = {"decisions": 0}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while state["decisions"] < 5:  # a snapshot is kept for a quarter of a second
                 await asyncio.sleep(0.02)
                 state = (await call("GET", "/v1/state", None)).json()

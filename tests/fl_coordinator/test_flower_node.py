@@ -64,7 +64,7 @@ def serve(one: FlowerNode, session: Session, done: Callable[[], bool]) -> None:
     """Serve the session until `done`."""
     serving = threading.Thread(target=one._serve, args=(session,))
     serving.start()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not done():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -34,7 +34,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from regional_gateway import mosquitto
 from tests.fakes.ports import free_port
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 30.0
 
 EMBEDDED_PROGRAM = """
 import asyncio, signal, sys

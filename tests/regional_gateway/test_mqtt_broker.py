@@ -57,7 +57,7 @@ class Wire:
 
     async def packet(self) -> tuple[int, bytes]:
         """(first byte, body); (0, b"") when the broker closed."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             try:
                 first = await self._reader.readexactly(1)
                 length = shift = 0
@@ -106,7 +106,7 @@ def play(folder: Path, scene: Callable[[MqttBroker], Awaitable[None]], limits: L
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 (the condition is the broker's own state, or a file)
             await asyncio.sleep(0.01)
 

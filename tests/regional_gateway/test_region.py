@@ -108,7 +108,7 @@ class World:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not true():  # noqa: ASYNC110 (what is waited for has no event to offer)
             await asyncio.sleep(0.002)
 
