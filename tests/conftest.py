@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,6 +33,19 @@ if _fit_for_tests(MEMORY):
     # Everything here flushes its files, thousands of times in a run, and a disk takes milliseconds for each. The power
     # cuts that tests play are deaths of processes, which files in memory outlive as well.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+COMPILED = "ATOLL_TESTS_COMPILED"
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # Who sets that wants no files beside the sources. The hundreds of processes that tests start would each compile all
+    # that they import, so they share what they compile elsewhere, in a folder that goes with the session.
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="atoll-tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(os.environ[COMPILED]) / "__pycache__")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The session is over; only the process that began it removes what its workers shared."""
+    if COMPILED in os.environ and not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import importlib.util
 import os
 import signal
 import socket
@@ -211,20 +210,10 @@ def sockets_of(pids: set[int]) -> tuple[set[tuple[str, int]], set[str]]:
     return listening, talking
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the processes inherit. Where Flower was installed without compiled modules, they share those they make."""
-    found = importlib.util.find_spec("flwr")
-    if found is not None and found.cached is not None and Path(found.cached).exists():
-        return dict(os.environ)
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return kept | {"PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("pycache"))}
-
-
 @pytest.mark.slow(seconds=50)
 @pytest.mark.timeout(240)  # 47 s on two busy cores, 97 s on two overloaded ones
-def test_commands_get_through_whatever_dies(tmp_path: Path, environment: dict[str, str]) -> None:
-    platform = Platform(tmp_path, environment)
+def test_commands_get_through_whatever_dies(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, dict(os.environ))
     before = set(tmp_path.iterdir())
 
     async def scenario() -> None:
@@ -431,13 +420,13 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     names = ("superlink.pem", "superlink.key", "ca.pem")
     certificate, key, ca = (tmp_path / name for name in names)
     place = SuperLinkPlace(tmp_path / "flower", free_port(), certificate, key, ca)
     certify(place, tmp_path)
     words = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(place.port), *names]
-    supervisor = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    supervisor = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert supervisor.stdout is not None
         assert supervisor.stdout.readline() == "ready\n"
