@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from fl_coordinator import flower, flower_superlink
+from fl_coordinator.flower_middleware import ControlToken
 from model_delta.errors import Malformed, Unavailable
 
 
@@ -142,7 +143,7 @@ def test_the_control_api_needs_the_token(path: str, authorization: bytes | None,
         sent.append(message)
 
     headers = [(b"host", b"x")] + ([(b"authorization", authorization)] if authorization else [])
-    guard = flower._ControlToken(inner, "right")
+    guard = ControlToken(inner, "right")
     asyncio.run(guard({"type": "http", "path": path, "headers": headers}, None, send))
     assert sent[0]["status"] == status
 
@@ -151,7 +152,7 @@ def test_a_websocket_never_passes_the_guard() -> None:
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("reached the server")
 
-    asyncio.run(flower._ControlToken(inner, "right")({"type": "websocket", "path": "/v1/fleet/x"}, None, None))
+    asyncio.run(ControlToken(inner, "right")({"type": "websocket", "path": "/v1/fleet/x"}, None, None))
 
 
 def test_a_node_key_is_drawn_once_and_kept_private(tmp_path: Path) -> None:
