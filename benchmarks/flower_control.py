@@ -217,7 +217,7 @@ def _text(rounds: Sequence[tuple[float, float]]) -> str:
 
 
 def _load() -> str:
-    """How many processes wanted a core, of the last minute: on a machine that others use, the figures are theirs too."""
+    """How many processes wanted a core within the last minute: where others work too, the figures are also theirs."""
     return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
 

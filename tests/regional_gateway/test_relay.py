@@ -14,9 +14,12 @@ from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, Unavailable
 from model_delta.keys.keyring import EmbeddedKeyring
+from model_delta.store import DirectoryStore
 from model_delta.task import TASK_TYPE, RoundTask
 from model_delta.trust.signing import seal_envelope
 from model_delta.trust.updater import TrustAnchors
+from monitoring.metrics import Metrics
+from regional_gateway.mirror import HEARD_S, Mirror
 from regional_gateway.relay import ANNOUNCEMENTS_MAX, Relay
 from tests.fakes.link import FakeBroker
 
@@ -165,5 +168,31 @@ def test_killed_between_its_disk_and_the_broker_it_announces_at_its_next_start(t
                 await asyncio.sleep(0.01)
         again.cancel()
         assert set(region.heard) == {opened}
+
+    asyncio.run(story())
+
+
+def test_devices_that_asked_the_mirror_lately_are_within_reach(tmp_path: Path) -> None:
+    async def story() -> None:
+        async def fetch(kind: str, name: str) -> bytes:
+            raise Unavailable("the coordinator is away")
+
+        broker = FakeBroker()
+        mirror = Mirror(
+            region="eu-west",
+            link=broker.link("gateway-eu-west"),
+            store=DirectoryStore(tmp_path),
+            fetch=fetch,
+            metrics=Metrics(),
+        )
+        serving = asyncio.create_task(mirror.run())
+        await asyncio.sleep(0)
+        for device in ("pos-0001", "pos-0002", "pos-0001"):
+            await broker.link(device).publish(topics.up(device, "trust/eu-west"), b"a question")
+        await asyncio.sleep(0.01)
+        assert mirror.reachable() == 2
+        mirror._heard["pos-0002"] -= HEARD_S + 1.0
+        assert mirror.reachable() == 1
+        serving.cancel()
 
     asyncio.run(story())
