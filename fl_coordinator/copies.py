@@ -30,7 +30,7 @@ import msgspec
 from fl_coordinator.shares.contribution import Claim, KeptContribution
 from fl_coordinator.tables.file import DamagedFile, SqliteFile
 from model_delta.digest import digest_of
-from model_delta.encoding import unpack
+from model_delta.encoding import pack, unpack
 from model_delta.errors import StorageFull, Unavailable
 
 _SCHEMAS = (
@@ -40,7 +40,7 @@ CREATE TABLE rounds (round_id TEXT PRIMARY KEY, deadline INTEGER NOT NULL);
 CREATE TABLE copies (
     round_id TEXT NOT NULL, digest TEXT NOT NULL, device_id TEXT NOT NULL, claim BLOB NOT NULL,
     signature BLOB NOT NULL, start INTEGER NOT NULL, size INTEGER NOT NULL, masked_bytes INTEGER NOT NULL,
-    flaw TEXT NOT NULL, PRIMARY KEY (round_id, digest));
+    flaw TEXT NOT NULL, seal TEXT NOT NULL, PRIMARY KEY (round_id, digest));
 """,
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,7 +84,7 @@ class Copies(SqliteFile):
     def _open_table(self) -> None:
         super().__init__(self._folder / _TABLE, "table of copies", _SCHEMAS)
         try:
-            found = str(self._rows("PRAGMA quick_check")[0][0])
+            found = str(self._rows("PRAGMA integrity_check")[0][0])
             self._rows("SELECT round_id, digest, device_id, flaw FROM copies")  # text that is none is not found above
         except (Unavailable, UnicodeDecodeError) as error:
             found = str(error)
@@ -116,7 +116,7 @@ class Copies(SqliteFile):
         Raises StorageFull and Unavailable with nothing changed.
         """
         with self._lock:
-            rows: list[tuple[str, str, str, bytes, bytes, int, int, int, str]] = []
+            rows: list[tuple[str, str, str, bytes, bytes, int, int, int, str, str]] = []
             for round_id, entries in arrived.items():
                 known = self.devices(round_id)
                 fresh = {entry.digest: entry for entry in entries if entry.digest not in known}
@@ -124,9 +124,10 @@ class Copies(SqliteFile):
                     fresh.values(), self._write_vectors(round_id, fresh.values()), strict=True
                 ):
                     signed = (entry.device_id, entry.claim, entry.signature)
-                    rows.append((round_id, entry.digest, *signed, start, size, entry.masked_bytes, entry.flaw))
+                    told = (entry.masked_bytes, entry.flaw, _seal_of(entry))
+                    rows.append((round_id, entry.digest, *signed, start, size, *told))
             with self._write() as db:
-                db.executemany("INSERT INTO copies VALUES (?,?,?,?,?,?,?,?,?)", rows)
+                db.executemany("INSERT INTO copies VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
                 if reached is not None:
                     db.execute("DELETE FROM place WHERE log <> ?", (reached.log,))
                     db.execute("INSERT OR REPLACE INTO place VALUES (?, ?)", (reached.log, reached.next))
@@ -139,8 +140,13 @@ class Copies(SqliteFile):
         wanted = list(digests)
         unchecked = [digest for digest in wanted if digest in known and (round_id, digest) not in self._sound]
         if unchecked:
+            seals = dict(self._rows("SELECT digest, seal FROM copies WHERE round_id = ?", (round_id,)))
             with self.opened(round_id, unchecked) as entries:
-                spoiled = {entry.digest: entry.device_id for entry in entries if not _is_sound(entry)}
+                spoiled = {
+                    entry.digest: entry.device_id
+                    for entry in entries
+                    if seals[entry.digest] != _seal_of(entry) or not _is_sound(entry)
+                }
             for digest, device_id in spoiled.items():
                 _log.warning(
                     "round %s: the copy of %s's contribution in %s is damaged; it is fetched again",
@@ -244,6 +250,13 @@ class Span:
         if len(data) != stop - start:
             raise Unavailable(f"kept contribution: expected {stop - start} bytes, found {len(data)}")
         return data
+
+
+def _seal_of(entry: KeptContribution) -> str:
+    """What a copy's row must still have, which SQLite does not check: all but the vector, and where that lies."""
+    return digest_of(
+        pack([entry.digest, entry.device_id, entry.claim, entry.signature, entry.masked_bytes, entry.flaw])
+    )
 
 
 def _is_sound(entry: KeptContribution) -> bool:

@@ -267,6 +267,20 @@ def test_a_copy_that_the_disk_spoiled_is_fetched_again_and_said(
     assert "the copy of pos-0003's contribution" in caplog.text
 
 
+def test_a_claim_that_the_disk_spoiled_does_not_refuse_its_device(platform: Followed) -> None:
+    platform.log.append(platform.data)
+    for name in NAMES:
+        platform.read(platform.following(name))
+    platform.aggregators["north"].close()
+    for table in platform.path.glob("north/copies/copies.sqlite*"):
+        signature = parse(platform.data[4]).signature
+        table.write_bytes(table.read_bytes().replace(signature, flipped(signature)))
+    platform.start("north")
+    aggregate = combine_openings(platform.run(), platform.world.task)
+    assert not any(device.reason for device in aggregate.decision.devices)
+    assert platform.fetched == [("north", 4)]
+
+
 @pytest.mark.parametrize("spoiled", [slice(0, 100), slice(100, 1000), slice(3000, 4096)])
 def test_a_damaged_table_of_copies_is_begun_anew_and_said(
     platform: Followed, caplog: pytest.LogCaptureFixture, spoiled: slice
