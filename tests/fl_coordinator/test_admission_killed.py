@@ -106,9 +106,11 @@ def test_whoever_has_a_receipt_is_in_and_nobody_is_in_twice(
             assert following.counts["kept"] == DEVICES
             assert sorted(aggregators.copies("a1", found.round_id)) == sorted(map(digest_of, sent.values()))
             await until(lambda: coordinator.round(found.round_id).root)
-            frozen = platform.frozen_contributions(found.round_id)
-            await coordinator.abort_round(found.round_id)
-            assert sorted(map(digest_of, frozen)) == sorted(digest_of(data) for data in sent.values())
+            async with aggregators.serving():
+                await until(lambda: not coordinator.round(found.round_id).live, 30.0)
+            ended = coordinator.round(found.round_id)
+            assert (ended.state, ended.reason) == ("PUBLISHED", "")
+            assert sorted(ended.frozen) == sorted(digest_of(data) for data in sent.values())
 
     asyncio.run(story())
     assert all(receipt.accepted for receipt in receipts.values())
