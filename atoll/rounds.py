@@ -137,7 +137,7 @@ def show_round(data: Path, round_id: str, transcript: Path | None, *, contact_s:
 
 def verify_rounds(data: Path, files: Sequence[Path], anchors: Path | None, *, as_json: bool) -> None:
     """Replay transcripts from files. Raises Untrusted, after the report, when one does not hold."""
-    from fl_coordinator.transcript import replay_chain
+    from fl_coordinator.replay import replay_chain
 
     told_all = replay_chain([read_file(file) for file in files], _anchors(data, anchors))
     found = list(zip(files, told_all, strict=True))

@@ -44,8 +44,9 @@ from fl_coordinator.rules.geometry import squared_distances
 from fl_coordinator.rules.history import Memory
 from fl_coordinator.rules.reveals import POLICIES
 from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import Decision, Keep, Protocol
+from fl_coordinator.shares.party import Keep, Protocol
 from fl_coordinator.shares.revealing import SAMPLE_MAX, quantile_place
 from fl_coordinator.shares.sharing import Exchange
 from model_delta.encoding import unpack

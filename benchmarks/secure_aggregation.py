@@ -41,8 +41,9 @@ from benchmarks.claims import Claim, at_most, at_most_share, run
 from fl_coordinator.copies import Copies
 from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome, Protocol
+from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
 from fl_coordinator.shares.sharing import Exchange
 from model_delta.encoding import unpack
 from tests.fakes.secure_round import NOW, ArrayRows, SecureRound

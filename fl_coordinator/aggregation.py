@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from fl_coordinator.rules.reveals import DISTANCES
 from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.decision import Decision, read_gram
 from fl_coordinator.shares.fixed_point import decode
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import Decision, read_gram
 from fl_coordinator.shares.sharing import PARTIES
 from fl_coordinator.shares.streams import WORD_BYTES, Words
 from model_delta.digest import digest_of

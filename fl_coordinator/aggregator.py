@@ -45,9 +45,10 @@ from fl_coordinator.memory_chain import after, proven
 from fl_coordinator.round_command import RoundCommand, accepted
 from fl_coordinator.rules.policy import remembers
 from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import FROZEN_TYPE
-from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome, Protocol
+from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory
 from fl_coordinator.shares.sharing import Exchange, to_bytes
 from fl_coordinator.threads import in_thread

@@ -17,7 +17,7 @@ import msgspec
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.rules.policy import remembers
-from fl_coordinator.shares.party import Decision, failed_checks, judge, read_gram
+from fl_coordinator.shares.decision import Decision, failed_checks, judge, read_gram
 from fl_coordinator.shares.remembering import RoundMemory, memory_name, moved, require_announced
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta.digest import digest_of

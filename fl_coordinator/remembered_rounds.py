@@ -12,7 +12,7 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.memory_chain import KNOWN_MIN, MemoryProof, after, packed_memory
 from fl_coordinator.recorded_rounds import recorded_round
 from fl_coordinator.rounds import Round
-from fl_coordinator.shares.party import Decision
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name
 from fl_coordinator.tables.records import MemoryRecord
 from fl_coordinator.transcript import Transcript, decision_in

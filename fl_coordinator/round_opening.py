@@ -16,7 +16,7 @@ from fl_coordinator.recorded_rounds import save_round
 from fl_coordinator.remembered_rounds import memory_record
 from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
 from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
-from fl_coordinator.shares.party import Decision
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.spending import Charge, charge
 from fl_coordinator.transcript import (
     SETTLEMENT_TYPE,

@@ -35,7 +35,7 @@ import hmac
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -45,10 +45,16 @@ from numpy.typing import NDArray
 
 from fl_coordinator.privacy import Spent, noise
 from fl_coordinator.rules import reveals, selection
-from fl_coordinator.rules.history import Memory
-from fl_coordinator.rules.policy import Choice, Verdicts, remembers
 from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, noise_std, require_announceable
 from fl_coordinator.shares.contribution import Holding
+from fl_coordinator.shares.decision import (
+    Decision,
+    DeviceVerdict,
+    judge,
+    memory_after,
+    told_of,
+    verdict_fields,
+)
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import (
     Frozen,
@@ -61,8 +67,8 @@ from fl_coordinator.shares.freezing import (
 from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
-from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, moved, require_announced
-from fl_coordinator.shares.revealing import Revealed, judge_kept, reveal, spread
+from fl_coordinator.shares.remembering import RoundMemory, empty_memory, require_announced
+from fl_coordinator.shares.revealing import reveal
 from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
 from fl_coordinator.shares.streams import (
     SEED_BYTES,
@@ -86,75 +92,6 @@ _PROBED_SHARE, _PROBED_WORDS = 16, 1 << 22
 """A peer's measurements are computed again for one device in sixteen, and for as many as have four million words."""
 
 R = TypeVar("R", bound=msgspec.Struct)
-
-
-class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one contribution. `weight` is its integer weight in the sum, `reason` "" for the selected. `norm`
-    is the update's l2 norm in model units; -1 when the contribution did not get as far as the Gram matrix. `valid` is
-    the bit that the range check opened: 1 inside, 0 outside, -1 when it was refused before. The rest are the verdicts
-    of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none. None is what the
-    round did not reveal."""
-
-    device_id: str
-    contribution: str
-    selected: bool
-    reason: str
-    weight: int = 0
-    valid: int = -1
-    norm: float | None = -1.0
-    norm_sigma: float | None = 0.0
-    distance_sigma: float | None = 0.0
-    krum_score: float | None = -1.0
-    cluster: int | None = -1
-    cosine_cluster: int | None = -1
-    spectral: float | None = 0.0
-    copies: int | None = 1
-
-
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a round's three aggregators agreed on, the same bytes at each.
-
-    `gram` holds the upper triangle, row by row, of the Gram matrix of the devices `measured` (indices into `devices`),
-    int64 little endian: `scale` times their inner products in units of 2^(-2 fraction_bits), estimated by sketches when
-    `scale` is above 1. Where `reveal` is not `distances` it is empty; then `kept` are those of the measured within the
-    clip norm, `near` the bits of their pairs (of `graph`), and `doubled_norm` twice the squared norm of the sum of the
-    chosen sketches modulo 2^64, 0 in a round with noise (see `revealing.Revealed`). The mean is the sum of weight times
-    update over `divisor`. `refusal` says why nothing was opened ("" if the sum over `selected` was).
-
-    `task` is the digest of the announcement's payload; `frozen` holds the statements that the three signed before the
-    coin, `parts` what each then opened, see `freezing`; `memory` names the memory that the policy leaves, see
-    `remembering`; `spent` is the account of an opening with noise. These are there from format 3 on."""
-
-    format: int = 3
-    tenant: str
-    model: str
-    round_id: str
-    attempt: int
-    base: str
-    root: str
-    aggregators: tuple[str, ...]
-    coin: bytes
-    policy: str
-    devices: tuple[DeviceVerdict, ...]
-    measured: tuple[int, ...]
-    scale: int
-    gram: bytes
-    selected: tuple[int, ...]
-    divisor: int
-    refusal: str
-    task: str = ""
-    frozen: tuple[bytes, ...] = ()
-    parts: tuple[bytes, ...] = ()
-    memory: str = ""
-    spent: Spent | None = None
-    reveal: str = reveals.DISTANCES
-    kept: tuple[int, ...] = ()
-    near: bytes = b""
-    doubled_norm: int = 0
-
-
-VERDICTS = ("norm", "norm_sigma", "distance_sigma", "krum_score", "cosine_cluster", "spectral", "copies")
-"""Fields of a DeviceVerdict that follow from a Gram matrix alone."""
 
 
 @dataclass(frozen=True)
@@ -432,7 +369,7 @@ class AggregationParty:
                     reason="" if weight else judged.choice.refused.get(place, refusal),
                     weight=weight,
                     norm=math.sqrt(int(gram[place, place])) / unit if gram.size else None,
-                    **(_verdict_fields(verdicts[place], unit) if place in verdicts else {}),
+                    **(verdict_fields(verdicts[place], unit) if place in verdicts else {}),
                 )
         return Decision(
             tenant=task.tenant,
@@ -555,83 +492,6 @@ class AggregationParty:
         raise Untrusted(f"step {step!r}: {' and '.join(odd)} saw {what} than the rest; nothing was opened")
 
 
-def judge(
-    task: RoundTask,
-    gram: NDArray[np.int64],
-    device_ids: Sequence[str],
-    hostile_found: int,
-    memory: Memory | None = None,
-) -> selection.Judged:
-    """What the round's policy says of an opened Gram matrix, after `hostile_found` devices failed the range check, with
-    what it remembers of earlier rounds."""
-    bounds = bounds_of(task)
-    return selection.decide(
-        task.policy,
-        gram,
-        device_ids,
-        squared_max=bounds.squared_max,
-        unit=math.sqrt(bounds.scale) * 2**task.fraction_bits,
-        clip_norm_l2=task.clip_norm_l2,
-        hostile_max=task.hostile_max,
-        hostile_found=hostile_found,
-        selected_min=task.selected_min,
-        memory=memory,
-    )
-
-
-def memory_after(before: RoundMemory, task: RoundTask, judged: selection.Judged | None) -> str:
-    """The name of the memory that a round leaves: the one it began with when no distances were opened."""
-    if judged is None or not remembers(task.policy):
-        return memory_name(before)
-    return memory_name(moved(before, task, judged.choice.memory))
-
-
-def failed_checks(decision: Decision) -> int:
-    """How many devices of a decision did not pass the range check; before format 3 only their reasons say so."""
-    if decision.format < 3:
-        return sum(device.reason.startswith("range check") for device in decision.devices)
-    return sum(device.valid == 0 for device in decision.devices)
-
-
-def judge_hidden(task: RoundTask, decision: Decision, hostile_found: int) -> Choice:
-    """What the round's policy says of a decision that reveals less than distances: of a graph all, of a selection that
-    it is as large as it should be. Raises Malformed for a decision that contradicts itself."""
-    measured, kept = list(decision.measured), list(decision.kept)
-    if sorted(set(kept)) != kept or not set(kept) <= set(measured):
-        raise Malformed("decision: those within the clip norm are no ascending part of the measured")
-    hostile = max(0, task.hostile_max - hostile_found - (len(measured) - len(kept)))
-    choice = judge_kept(task, hostile, len(kept), decision.near, [kept.index(index) for index in decision.selected])
-    return spread(choice, [measured.index(index) for index in kept], len(measured), task.clip_norm_l2)
-
-
-def told_of(decision: Decision, hidden: Revealed) -> Decision:
-    """The decision of a round that revealed less, with what it did reveal, and nothing that looks like a verdict."""
-    places = {decision.measured[place]: at for at, place in enumerate(hidden.kept)}
-    devices = list(decision.devices)
-    for index in decision.measured:
-        at = places.get(index)
-        cluster = hidden.clusters[at] if at is not None and hidden.clusters else None
-        devices[index] = msgspec.structs.replace(devices[index], **dict.fromkeys(VERDICTS), cluster=cluster)
-    return msgspec.structs.replace(
-        decision,
-        devices=tuple(devices),
-        kept=tuple(places),
-        near=hidden.near,
-        doubled_norm=hidden.doubled_norm,
-    )
-
-
-def read_gram(decision: Decision) -> NDArray[np.int64]:
-    """The opened Gram matrix, int64[n, n] over `decision.measured`. Raises Malformed for another length."""
-    count = len(decision.measured)
-    upper = np.triu_indices(count)
-    if len(decision.gram) != 8 * upper[0].size:
-        raise Malformed(f"Gram matrix: expected {8 * upper[0].size} bytes, found {len(decision.gram)}")
-    gram = np.zeros((count, count), dtype=np.int64)
-    gram[upper] = np.frombuffer(decision.gram, dtype="<i8")
-    return gram + np.triu(gram, 1).T
-
-
 def _require_possible(gram: NDArray[np.int64]) -> None:
     """Inner products obey Cauchy-Schwarz; random numbers in their place do not. In float64 with 1e-9 to spare."""
     real = gram.astype(np.float64)
@@ -642,15 +502,3 @@ def _require_possible(gram: NDArray[np.int64]) -> None:
 
 def _name_of(decision: bytes) -> str:
     return digest_of(decision) if decision else ""
-
-
-def _verdict_fields(verdict: Verdicts, unit: float) -> dict[str, Any]:
-    return {
-        "norm_sigma": verdict.norm_sigma,
-        "distance_sigma": verdict.distance_sigma,
-        "krum_score": verdict.krum_score / (unit * unit),
-        "cluster": verdict.cluster,
-        "cosine_cluster": verdict.cosine_cluster,
-        "spectral": verdict.spectral,
-        "copies": verdict.copies,
-    }

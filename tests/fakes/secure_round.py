@@ -33,10 +33,11 @@ from fl_coordinator.shares.contribution import (
     sealing_info,
     size_max,
 )
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.fixed_point import clip, encode
 from fl_coordinator.shares.freezing import FROZEN_TYPE, Frozen
 from fl_coordinator.shares.measuring import Coefficients, Measured
-from fl_coordinator.shares.party import AggregationParty, Decision, Keep, Outcome
+from fl_coordinator.shares.party import AggregationParty, Keep, Outcome
 from fl_coordinator.shares.remembering import RoundMemory
 from fl_coordinator.shares.sharing import Exchange, Pair, Ring, to_bytes
 from fl_coordinator.shares.streams import COLUMNS, KeyStream, Rows, Words, expand

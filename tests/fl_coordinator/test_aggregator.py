@@ -18,7 +18,7 @@ from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.channel import Channel, ChannelMessage
 from fl_coordinator.privacy import Spend, Spent, epsilon
 from fl_coordinator.round_command import KEPT_S
-from fl_coordinator.shares.party import Decision
+from fl_coordinator.shares.decision import Decision
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, DigestMismatch, Expired, Malformed, SignatureInvalid, Unavailable, Untrusted

@@ -19,8 +19,8 @@ from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.rounds import Quota
 from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.contribution import Claim, parse
+from fl_coordinator.shares.decision import Decision, read_gram
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import Decision, read_gram
 from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack

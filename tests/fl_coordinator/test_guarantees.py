@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_coordinator.shares.party import Decision
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack
 from model_delta.errors import Untrusted

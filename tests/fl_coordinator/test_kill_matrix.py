@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.transcript import replay
+from fl_coordinator.replay import replay
 from model_delta.digest import digest_of
 from model_delta.errors import Unavailable
 from tests.fl_coordinator.platform_in_memory import Device, Platform, until

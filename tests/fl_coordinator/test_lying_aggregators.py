@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from fl_coordinator.aggregation import combine_openings
+from fl_coordinator.replay import replay
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.freezing import Frozen
-from fl_coordinator.shares.party import Decision, _Coin, _Compare, _Hello
+from fl_coordinator.shares.party import _Coin, _Compare, _Hello
 from fl_coordinator.shares.streams import Words
-from fl_coordinator.transcript import replay
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted

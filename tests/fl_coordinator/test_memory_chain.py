@@ -12,10 +12,11 @@ import pytest
 
 from fl_coordinator.kept_memories import KeptMemories
 from fl_coordinator.memory_chain import MemoryProof, after, packed_memory, proven
+from fl_coordinator.replay import Replay, replay, replay_chain
 from fl_coordinator.rules.policy import WEIGHT_FULL
-from fl_coordinator.shares.party import Decision
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name
-from fl_coordinator.transcript import Replay, Transcript, replay, replay_chain
+from fl_coordinator.transcript import Transcript
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, SignatureInvalid, Untrusted
 from model_delta.store import DirectoryStore

@@ -11,9 +11,10 @@ import msgspec
 
 from fl_coordinator.memory_chain import proven
 from fl_coordinator.remembered_rounds import memory_of
+from fl_coordinator.replay import replay, replay_chain
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.shares.remembering import memory_name
-from fl_coordinator.transcript import decision_in, replay, replay_chain
+from fl_coordinator.transcript import decision_in
 from tests.fl_coordinator.platform_in_memory import Platform
 from tests.fl_coordinator.test_control import Call, calling
 from tests.fl_coordinator.test_coordinator import adopt_first

@@ -14,17 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
+from fl_coordinator.replay import replay
 from fl_coordinator.rules import multikrum, outliers, policy, unseen
 from fl_coordinator.rules.reveals import POLICIES, SELECTION_MAX
 from fl_coordinator.shares.bounds import EXPONENT_MAX, bounds_of, require_announceable
 from fl_coordinator.shares.comparing import as_numbers, negative, open_planes
+from fl_coordinator.shares.decision import VERDICTS, Decision
 from fl_coordinator.shares.measuring import Coefficients, coin_key
-from fl_coordinator.shares.party import VERDICTS, Decision
 from fl_coordinator.shares.ranking import LENGTH_MAX, below, sums_where
 from fl_coordinator.shares.revealing import SAMPLE_MAX, eps_doubled, near_matrix, quantile_place, unpacked
 from fl_coordinator.shares.sharing import Exchange, Pair, Session, to_bytes
 from fl_coordinator.shares.streams import Words, expand_bytes
-from fl_coordinator.transcript import Settlement, mean_digest, replay, transcript_of
+from fl_coordinator.transcript import Settlement, mean_digest, transcript_of
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted

@@ -15,10 +15,10 @@ from fl_coordinator.flower_bridge import read_command, write_reply
 from fl_coordinator.following import Following
 from fl_coordinator.masters import apply_mean
 from fl_coordinator.promotion import Evaluation
+from fl_coordinator.replay import replay
 from fl_coordinator.rounds import RoundSpec, State
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.tables.records import AggregatorRecord
-from fl_coordinator.transcript import replay
 from fl_coordinator.updates_log import LogPart
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.privacy import Spend, epsilon
 from fl_coordinator.promotion import Evaluation, Limits
+from fl_coordinator.replay import replay
 from fl_coordinator.rounds import Privacy, Quota, Round, RoundSpec, State
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
-from fl_coordinator.transcript import replay
 from fl_coordinator.updates_log import unpacked_part
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.decision import Decision, judge, read_gram
 from fl_coordinator.shares.freezing import Frozen, joint_coin, statement
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import Decision, Keep, Outcome, _Coin, _Compare, _Hello, judge, read_gram
+from fl_coordinator.shares.party import Keep, Outcome, _Coin, _Compare, _Hello
 from fl_coordinator.shares.sharing import Exchange
 from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack, unpack

@@ -12,18 +12,10 @@ import pytest
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.privacy import Spend, Spent, epsilon
-from fl_coordinator.shares.party import Decision, DeviceVerdict
+from fl_coordinator.replay import CHECKS, Replay, replay
+from fl_coordinator.shares.decision import Decision, DeviceVerdict
 from fl_coordinator.shares.sharing import to_bytes
-from fl_coordinator.transcript import (
-    CHECKS,
-    SETTLEMENT_TYPE,
-    Replay,
-    Settlement,
-    Transcript,
-    mean_digest,
-    replay,
-    transcript_of,
-)
+from fl_coordinator.transcript import SETTLEMENT_TYPE, Settlement, Transcript, mean_digest, transcript_of
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.task import RoundTask

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fl_coordinator.transcript import SETTLEMENT_TYPE, Transcript, replay
+from fl_coordinator.replay import replay
+from fl_coordinator.transcript import SETTLEMENT_TYPE, Transcript
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Untrusted
 from model_delta.task import TASK_TYPE

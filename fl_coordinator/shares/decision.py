@@ -1,0 +1,188 @@
+"""What three aggregators agree on about a round, and what its policy says again of what they opened.
+
+`party` comes to a decision on shares; whoever holds one, an aggregator after a crash, the coordinator or an auditor,
+computes weights and memory again with the functions here, from the opened numbers alone.
+
+Compatibility: packed decisions are signed, kept, and replayed years later; fields are only ever added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_coordinator.privacy import Spent
+from fl_coordinator.rules import reveals, selection
+from fl_coordinator.rules.history import Memory
+from fl_coordinator.rules.policy import Choice, Verdicts, remembers
+from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.remembering import RoundMemory, memory_name, moved
+from fl_coordinator.shares.revealing import Revealed, judge_kept, spread
+from model_delta.errors import Malformed
+from model_delta.task import RoundTask
+
+
+class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one contribution. `weight` is its integer weight in the sum, `reason` "" for the selected. `norm`
+    is the update's l2 norm in model units; -1 when the contribution did not get as far as the Gram matrix. `valid` is
+    the bit that the range check opened: 1 inside, 0 outside, -1 when it was refused before. The rest are the verdicts
+    of `rules.policy.Verdicts`, `krum_score` in squared model units; -1, 0 or 1 where there are none. None is what the
+    round did not reveal."""
+
+    device_id: str
+    contribution: str
+    selected: bool
+    reason: str
+    weight: int = 0
+    valid: int = -1
+    norm: float | None = -1.0
+    norm_sigma: float | None = 0.0
+    distance_sigma: float | None = 0.0
+    krum_score: float | None = -1.0
+    cluster: int | None = -1
+    cosine_cluster: int | None = -1
+    spectral: float | None = 0.0
+    history: float | None = 0.0
+    copies: int | None = 1
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a round's three aggregators agreed on, the same bytes at each.
+
+    `gram` holds the upper triangle, row by row, of the Gram matrix of the devices `measured` (indices into `devices`),
+    int64 little endian: `scale` times their inner products in units of 2^(-2 fraction_bits), estimated by sketches when
+    `scale` is above 1. Where `reveal` is not `distances` it is empty; then `kept` are those of the measured within the
+    clip norm, `near` the bits of their pairs (of `graph`), and `doubled_norm` twice the squared norm of the sum of the
+    chosen sketches modulo 2^64, 0 in a round with noise (see `revealing.Revealed`). The mean is the sum of weight times
+    update over `divisor`. `refusal` says why nothing was opened ("" if the sum over `selected` was).
+
+    `task` is the digest of the announcement's payload; `frozen` holds the statements that the three signed before the
+    coin, `parts` what each then opened, see `freezing`; `memory` names the memory that the policy leaves, see
+    `remembering`; `spent` is the account of an opening with noise. These are there from format 3 on."""
+
+    format: int = 3
+    tenant: str
+    model: str
+    round_id: str
+    attempt: int
+    base: str
+    root: str
+    aggregators: tuple[str, ...]
+    coin: bytes
+    policy: str
+    devices: tuple[DeviceVerdict, ...]
+    measured: tuple[int, ...]
+    scale: int
+    gram: bytes
+    selected: tuple[int, ...]
+    divisor: int
+    refusal: str
+    task: str = ""
+    frozen: tuple[bytes, ...] = ()
+    parts: tuple[bytes, ...] = ()
+    memory: str = ""
+    spent: Spent | None = None
+    reveal: str = reveals.DISTANCES
+    kept: tuple[int, ...] = ()
+    near: bytes = b""
+    doubled_norm: int = 0
+
+
+VERDICTS = ("norm", "norm_sigma", "distance_sigma", "krum_score", "cosine_cluster", "spectral", "history", "copies")
+"""Fields of a DeviceVerdict that follow from a Gram matrix alone."""
+
+
+def judge(
+    task: RoundTask,
+    gram: NDArray[np.int64],
+    device_ids: Sequence[str],
+    hostile_found: int,
+    memory: Memory | None = None,
+) -> selection.Judged:
+    """What the round's policy says of an opened Gram matrix, after `hostile_found` devices failed the range check, with
+    what it remembers of earlier rounds."""
+    bounds = bounds_of(task)
+    return selection.decide(
+        task.policy,
+        gram,
+        device_ids,
+        squared_max=bounds.squared_max,
+        unit=math.sqrt(bounds.scale) * 2**task.fraction_bits,
+        clip_norm_l2=task.clip_norm_l2,
+        hostile_max=task.hostile_max,
+        hostile_found=hostile_found,
+        selected_min=task.selected_min,
+        memory=memory,
+    )
+
+
+def memory_after(before: RoundMemory, task: RoundTask, judged: selection.Judged | None) -> str:
+    """The name of the memory that a round leaves: the one it began with when no distances were opened."""
+    if judged is None or not remembers(task.policy):
+        return memory_name(before)
+    return memory_name(moved(before, task, judged.choice.memory))
+
+
+def failed_checks(decision: Decision) -> int:
+    """How many devices of a decision did not pass the range check; before format 3 only their reasons say so."""
+    if decision.format < 3:
+        return sum(device.reason.startswith("range check") for device in decision.devices)
+    return sum(device.valid == 0 for device in decision.devices)
+
+
+def judge_hidden(task: RoundTask, decision: Decision, hostile_found: int) -> Choice:
+    """What the round's policy says of a decision that reveals less than distances: of a graph all, of a selection that
+    it is as large as it should be. Raises Malformed for a decision that contradicts itself."""
+    measured, kept = list(decision.measured), list(decision.kept)
+    if sorted(set(kept)) != kept or not set(kept) <= set(measured):
+        raise Malformed("decision: those within the clip norm are no ascending part of the measured")
+    hostile = max(0, task.hostile_max - hostile_found - (len(measured) - len(kept)))
+    choice = judge_kept(task, hostile, len(kept), decision.near, [kept.index(index) for index in decision.selected])
+    return spread(choice, [measured.index(index) for index in kept], len(measured), task.clip_norm_l2)
+
+
+def told_of(decision: Decision, hidden: Revealed) -> Decision:
+    """The decision of a round that revealed less, with what it did reveal, and nothing that looks like a verdict."""
+    places = {decision.measured[place]: at for at, place in enumerate(hidden.kept)}
+    devices = list(decision.devices)
+    for index in decision.measured:
+        at = places.get(index)
+        cluster = hidden.clusters[at] if at is not None and hidden.clusters else None
+        devices[index] = msgspec.structs.replace(devices[index], **dict.fromkeys(VERDICTS), cluster=cluster)
+    return msgspec.structs.replace(
+        decision,
+        devices=tuple(devices),
+        kept=tuple(places),
+        near=hidden.near,
+        doubled_norm=hidden.doubled_norm,
+    )
+
+
+def read_gram(decision: Decision) -> NDArray[np.int64]:
+    """The opened Gram matrix, int64[n, n] over `decision.measured`. Raises Malformed for another length."""
+    count = len(decision.measured)
+    upper = np.triu_indices(count)
+    if len(decision.gram) != 8 * upper[0].size:
+        raise Malformed(f"Gram matrix: expected {8 * upper[0].size} bytes, found {len(decision.gram)}")
+    gram = np.zeros((count, count), dtype=np.int64)
+    gram[upper] = np.frombuffer(decision.gram, dtype="<i8")
+    return gram + np.triu(gram, 1).T
+
+
+def verdict_fields(verdict: Verdicts, unit: float) -> dict[str, Any]:
+    """A device's verdicts as its DeviceVerdict has them; `unit` is the norm of an update of length 1."""
+    return {
+        "norm_sigma": verdict.norm_sigma,
+        "distance_sigma": verdict.distance_sigma,
+        "krum_score": verdict.krum_score / (unit * unit),
+        "cluster": verdict.cluster,
+        "cosine_cluster": verdict.cosine_cluster,
+        "spectral": verdict.spectral,
+        "history": verdict.history,
+        "copies": verdict.copies,
+    }
