@@ -1,7 +1,7 @@
 """What a round may open in order to choose, and which policies can choose from that.
 
     distances   the Gram matrix: all distances and norms. Every rule that needs nothing else can decide.
-    graph       one bit for each pair of devices: are they close? `cluster` keeps the largest group of close ones.
+    graph       one bit for each pair of devices: are they close? `cluster` keeps those close to most others.
     selection   nothing but who is chosen: `multikrum` is computed on shares.
 
 In all three a bit says for each device whether its update is well formed; in the last two another one whether it is
