@@ -330,6 +330,7 @@ class Aggregator:
             remembered=progress.decision,
             final=progress.final,
             noise_secret=self._noise_secret(),
+            spent=command.spent,
         )
         steps = party.steps()
         received: Mapping[int, bytes] | None = None
