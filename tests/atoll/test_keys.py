@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from atoll.control_client import ControlClient
 from atoll.keys import keys_status, rewrapping_shown, rotate_keys
-from atoll.settings import Broker, DataFolder, Endpoints
+from tests.fakes.control_api import answering
 
 DONE = {"floor": 1, "latest": 2}
 
@@ -24,38 +22,22 @@ class Coordinator:
     """Answers a rotation after it was asked `questions` times how far it is, 2,000 records further each time."""
 
     def __init__(self, questions: int = 0) -> None:
+        self.url = ""
         self.questions = questions
         self.asked = 0
-        enough = threading.Event()
-        owner = self
+        self._enough = threading.Event()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                assert not owner.questions or enough.wait(10)
-                self.answer(DONE)
-
-            def do_GET(self) -> None:
-                if self.path == "/v1/health":
-                    return self.answer({})
-                self.answer({**DONE, "rewrapped": 2_000 * owner.asked, "to_rewrap": 6_000})
-                owner.asked += 1
-                if owner.asked == owner.questions:
-                    enough.set()
-                return None
-
-            def answer(self, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                return
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+    def answer(self, method: str, path: str, body: bytes) -> dict[str, int]:
+        if method == "POST":
+            assert not self.questions or self._enough.wait(10)
+            return DONE
+        if path == "/v1/health":
+            return {}
+        told = {**DONE, "rewrapped": 2_000 * self.asked, "to_rewrap": 6_000}
+        self.asked += 1
+        if self.asked == self.questions:
+            self._enough.set()
+        return told
 
 
 class Terminal(io.StringIO):
@@ -64,22 +46,14 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def coordinator() -> Iterator[Coordinator]:
+def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     made = Coordinator()
-    serving = threading.Thread(target=made.http.serve_forever, args=(0.02,))
-    serving.start()
-    yield made
-    made.http.shutdown()
-    serving.join()
-    made.http.server_close()
+    with answering(made, tmp_path / "data"):
+        yield made
 
 
 @pytest.fixture
 def data(tmp_path: Path, coordinator: Coordinator) -> Path:
-    folder = DataFolder.open(tmp_path / "data", create=True)
-    folder.write_endpoints(
-        Endpoints(coordinator=coordinator.url, broker=Broker("127.0.0.1", 1, "embedded"), gateways={})
-    )
     return tmp_path / "data"
 
 

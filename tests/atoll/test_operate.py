@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import typer
 
 from atoll.operate import revoke_identity
 from atoll.rounds import run_round
-from atoll.settings import Broker, DataFolder, Endpoints
+from tests.fakes.control_api import answering
 
 OPENED = {"round_id": "fraud-1", "state": "ANNOUNCED", "chosen": [], "rejected": {}, "candidate": "", "reason": ""}
 
@@ -23,44 +20,22 @@ class Coordinator:
     """Answers an opened round with its short view, and a question about it with the next of `views`."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.views: list[dict[str, Any]] = []
         self.posted: list[str] = []
-        owner = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                owner.posted.append(self.path)
-                self.rfile.read(int(self.headers["Content-Length"]))
-                self.answer(OPENED)
-
-            def do_GET(self) -> None:
-                self.answer({} if self.path == "/v1/health" else owner.views.pop(0))
-
-            def answer(self, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                return
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+    def answer(self, method: str, path: str, body: bytes) -> dict[str, Any]:
+        if method == "POST":
+            self.posted.append(path)
+            return OPENED
+        return {} if path == "/v1/health" else self.views.pop(0)
 
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     made = Coordinator()
-    serving = threading.Thread(target=made.http.serve_forever, args=(0.02,))
-    serving.start()
-    data = DataFolder.open(tmp_path / "data", create=True)
-    data.write_endpoints(Endpoints(coordinator=made.url, broker=Broker("127.0.0.1", 1, "embedded"), gateways={}))
-    yield made
-    made.http.shutdown()
-    serving.join()
-    made.http.server_close()
+    with answering(made, tmp_path / "data"):
+        yield made
 
 
 def run(tmp_path: Path, *, wait: bool) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from atoll.operate import publish_model
-from atoll.settings import Broker, ConfigurationError, DataFolder, Endpoints
+from atoll.settings import ConfigurationError
 from model_delta.digest import digest_of
+from tests.fakes.control_api import answering
 from tests.fl_coordinator.test_provenance import Signer
 
 RELEASE = {"model": "fraud", "version": "eu-west:1", "release": 1, "manifest": "a" * 64, "bytes_whole": 9}
@@ -22,48 +21,21 @@ class Coordinator:
     """Takes artifacts and models; `sent` has (method, path, body)."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.sent: list[tuple[str, str, bytes]] = []
-        owner = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.take({**RELEASE, "bytes_patch": {}})
-
-            def do_PUT(self) -> None:
-                self.take({})
-
-            def do_GET(self) -> None:
-                self.answer({})
-
-            def take(self, body: dict[str, object]) -> None:
-                owner.sent.append((self.command, self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-                self.answer(body)
-
-            def answer(self, body: dict[str, object]) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                return
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    def answer(self, method: str, path: str, body: bytes) -> dict[str, object]:
+        if method == "GET":
+            return {}
+        self.sent.append((method, path, body))
+        return {**RELEASE, "bytes_patch": {}} if method == "POST" else {}
 
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     made = Coordinator()
-    serving = threading.Thread(target=made.http.serve_forever, args=(0.02,))
-    serving.start()
-    url = f"http://127.0.0.1:{made.http.server_address[1]}"
-    data = DataFolder.open(tmp_path / "data", create=True)
-    data.write_endpoints(Endpoints(coordinator=url, broker=Broker("127.0.0.1", 1, "embedded"), gateways={}))
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
-    serving.join()
+    with answering(made, tmp_path / "data"):
+        yield made
 
 
 def publish(folder: Path, signer: Signer, signature: Path | None = None, key: Path | None = None) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import msgspec
 import pytest
 
 from atoll import cli
-from atoll.settings import Broker, DataFolder, Endpoints
 from fl_coordinator.rounds import Privacy, Quota, RoundSpec
 from model_delta.encoding import pack
+from tests.fakes.control_api import answering
 from tests.fl_coordinator.test_transcript import Written, another
 
 Run = Callable[..., tuple[int, str, str]]
@@ -65,47 +63,25 @@ class Coordinator:
     """Answers what the control API answers about one round that has ended."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.posted: list[dict[str, Any]] = []
         self.transcript = b""
-        owner = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                owner.posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.answer(json.dumps(VIEW).encode())
-
-            def do_GET(self) -> None:
-                if self.path.endswith("/transcript"):
-                    self.answer(owner.transcript)
-                elif self.path == "/v1/rounds":
-                    self.answer(json.dumps([VIEW]).encode())
-                else:
-                    self.answer(json.dumps(VIEW).encode())
-
-            def answer(self, data: bytes) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                return
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+    def answer(self, method: str, path: str, body: bytes) -> dict[str, Any] | list[dict[str, Any]] | bytes:
+        if method == "POST":
+            self.posted.append(json.loads(body))
+        elif path.endswith("/transcript"):
+            return self.transcript
+        elif path == "/v1/rounds":
+            return [VIEW]
+        return VIEW
 
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     made = Coordinator()
-    serving = threading.Thread(target=made.http.serve_forever, args=(0.02,))
-    serving.start()
-    data = DataFolder.open(tmp_path / "data", create=True)
-    data.write_endpoints(Endpoints(coordinator=made.url, broker=Broker("127.0.0.1", 1, "embedded"), gateways={}))
-    yield made
-    made.http.shutdown()
-    serving.join()
-    made.http.server_close()
+    with answering(made, tmp_path / "data"):
+        yield made
 
 
 def test_a_file_says_everything_and_its_rollout_travels_with_it(
