@@ -136,7 +136,8 @@ class SegmentLog:
     def read_from(self, offset: int, bytes_max: int = PART_BYTES) -> LogPart:
         """What is there from `offset` on: one record at least if there is one, and no more than `bytes_max` otherwise.
 
-        Raises Malformed for damage, or an offset inside a record.
+        What follows a damaged record, or an offset inside a record, begins with the next file; Malformed when there is
+        none yet.
         """
         end, starts = self._end, self._starts()
         if not starts[0] <= offset <= end:
@@ -154,8 +155,14 @@ class SegmentLog:
                 file.seek(at - start)
                 while at < until and left > 0:
                     record = _read_frame(file)
-                    if record is None:
+                    if record is None and not records and until < end:
+                        offset = at = until  # nobody knows where the next record of this file begins
+                        break
+                    if record is None and not records:
                         raise Malformed(f"updates log {self._path(start)}: the record at offset {at} is damaged")
+                    if record is None:
+                        left = 0
+                        break
                     left -= len(record)
                     if left < 0 and records:
                         break

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_coordinator.updates_log import RECORD_BYTES_MAX, SegmentLog
+from fl_coordinator.updates_log import RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, StorageFull
 
 
@@ -124,3 +124,19 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         if line.endswith("\n"):
             offset, number = line.split()
             assert log.read(int(offset)) == number.encode() * 500
+
+
+def test_a_follower_is_told_of_damage_and_goes_on_with_the_next_file(tmp_path: Path) -> None:
+    log = SegmentLog(tmp_path, segment_bytes=50)
+    offsets = log.append([b"a" * 20, b"b" * 20]) + log.append([b"c" * 20]) + log.append([b"d" * 20])
+    first = tmp_path / f"{0:020d}.log"
+    data = bytearray(first.read_bytes())
+    data[offsets[1] + 10] ^= 1
+    first.write_bytes(data)
+    assert log.read_from(0) == LogPart(0, ((0, b"a" * 20),), offsets[1])
+    rest = LogPart(offsets[2], ((offsets[2], b"c" * 20), (offsets[3], b"d" * 20)), log.end)
+    assert log.read_from(offsets[1]) == rest
+    assert log.read_from(3) == rest
+    with pytest.raises(Malformed, match=f"the record at offset {offsets[2] + 1} is damaged"):
+        log.read_from(offsets[2] + 1)
+    log.close()
