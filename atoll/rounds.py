@@ -176,7 +176,7 @@ def _replay_text(file: Path, told: Any) -> str:
 def _privacy_text(release: float, device: float, delta: float) -> str:
     return (
         f"  epsilon {release:.3g} of the releases, {device:.3g} of the most burdened device, at delta {delta:g}; it "
-        "covers the opened sums, not the opened distances nor who was chosen"
+        "covers the opened sums, not what else was opened nor who was chosen"
     )
 
 

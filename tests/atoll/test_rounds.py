@@ -153,7 +153,7 @@ def test_rounds_are_listed_and_shown(run: Run, coordinator: Coordinator, tmp_pat
         "  not used: pos-2: norm 9.1 sigma above the median",
         "  refused at admission: 3 x late",
         "  epsilon 1.99 of the releases, 0.7 of the most burdened device, at delta 1e-05; it covers the "
-        "opened sums, not the opened distances nor who was chosen",
+        "opened sums, not what else was opened nor who was chosen",
         "autopilot: rollout fraud-1 began",
         "policy    robust, reveals distances",
         "chosen: 1 devices; opened: their sum, and the distances of all that were measured",

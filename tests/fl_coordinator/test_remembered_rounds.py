@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from fl_coordinator.memory_chain import proven
-from fl_coordinator.remembered_rounds import memory_of
+from fl_coordinator.remembered_rounds import memory_of, newest_memory
 from fl_coordinator.replay import replay, replay_chain
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.shares.remembering import memory_name
@@ -103,6 +103,31 @@ def test_the_proof_of_a_memory_is_given_to_aggregators(tmp_path: Path) -> None:
             assert (none.status_code, "begins with no memory" in none.text) == (404, True)
 
     calling(platform, story)
+
+
+def test_aggregators_take_no_part_in_a_round_that_forgets(tmp_path: Path) -> None:
+    """A coordinator that lost its results (or lies) would begin anew; a memory is not wound back behind them."""
+    platform = Platform(tmp_path)
+    devices = fleet(platform)
+    aggregators = Aggregators(platform)
+
+    async def story() -> None:
+        async with platform.running() as coordinator, aggregators.serving():
+            await adopt_first(platform, devices)
+            first = await learned(platform, devices, asked("one"))
+            keys = first.task.aggregators
+            assert newest_memory(platform.ledger, [first], "fraud", "history", keys[:2]) is not None
+            assert newest_memory(platform.ledger, [first], "fraud", "history", keys[:1]) is None
+            assert newest_memory(platform.ledger, [first], "fraud", "robust", keys) is None
+            assert (await learned(platform, devices, asked("two"))).task.memory_round == first.round_id
+            with platform.ledger._write() as db:
+                db.execute("DELETE FROM round_results")
+            forgetful = await learned(platform, devices, asked("three"))
+            assert (forgetful.state, forgetful.task.memory) == ("FAILED", "")
+            assert "with a memory of 0 rounds, the last one here had 1; a memory is never wound" in forgetful.reason
+            assert coordinator.ledger.round_result(forgetful.round_id) is None
+
+    asyncio.run(story())
 
 
 def test_an_aggregator_that_is_shown_nothing_says_what_it_lacks(tmp_path: Path) -> None:
