@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from fl_coordinator.privacy import Budget, Spend, Spent, account, burden, miscounted
+from fl_coordinator.privacy import Spend, Spent, burden, miscounted
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, Untrusted
@@ -69,10 +69,15 @@ class KeptSpends:
         problem = miscounted(spent)
         if problem:
             raise Untrusted(f"{what}: {problem}")
-        budget = Budget(task.epsilon_device, task.epsilon, task.delta)
-        found = account(budget, spent.before_release, {"the most burdened": spent.before_device}, spent.spend)
-        if found.refusal:
-            raise Malformed(f"{what}: {found.refusal}")
+        for whose, found, budget in (
+            ("the release", spent.epsilon_release, task.epsilon),
+            ("its most burdened device", spent.epsilon_device, task.epsilon_device),
+        ):
+            if found > budget:
+                raise Malformed(
+                    f"{what}: this opening would bring {whose} to epsilon {found:.2f} at delta {task.delta:g}, the "
+                    f"announced budget is {budget:g}"
+                )
 
     def opened(self, task: RoundTask, device_ids: Sequence[str]) -> None:
         """Write down an opening, before its shares leave; done again it changes nothing."""

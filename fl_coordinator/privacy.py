@@ -140,11 +140,11 @@ def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequ
 def miscounted(spent: Spent) -> str:
     """Which epsilon of an account does not follow from its spends, in words; "" when both do. Raises Malformed as
     `epsilon` does."""
-    for what, before, told in (
-        ("release", spent.before_release, spent.epsilon_release),
-        ("device", spent.before_device, spent.epsilon_device),
-    ):
-        found = epsilon([*before, spent.spend], spent.delta)
+    alike = Counter(spent.before_release) == Counter(spent.before_device)
+    found = epsilon([*spent.before_release, spent.spend], spent.delta)
+    for what, told in (("release", spent.epsilon_release), ("device", spent.epsilon_device)):
+        if what == "device" and not alike:
+            found = epsilon([*spent.before_device, spent.spend], spent.delta)
         if not math.isclose(found, told, rel_tol=EPSILON_SLACK):
             return f"epsilon of the {what} is {found:.6g} at delta {spent.delta:g}, settled was {told:.6g}"
     return ""

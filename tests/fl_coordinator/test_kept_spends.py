@@ -75,7 +75,7 @@ def test_a_true_account_within_its_budget_is_signed_also_when_asked_again(tmp_pa
         (lambda: told(1, epsilon_release=cost(1)), Untrusted, "epsilon of the release is"),
         (lambda: told(1, epsilon_device=cost(1)), Untrusted, "epsilon of the device is"),
         (lambda: told(3, of_device=1), Malformed, "would bring the release to epsilon"),
-        (lambda: told(2), Malformed, "would bring 1 of 1 devices"),
+        (lambda: told(2), Malformed, "would bring its most burdened device to epsilon"),
     ],
 )
 def test_another_account_is_refused_before_anything_opens(
