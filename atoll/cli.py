@@ -43,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
+    suggest_commands=False,
 )
 OURS = ("atoll", "device_sim", "edge_runtime", "fl_coordinator", "model_delta", "monitoring", "regional_gateway")
 FOR_A_PERSON = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -30,4 +30,5 @@ DEFAULT_CONTACT = 10.0
 
 def group(name: str, text: str) -> typer.Typer:
     """An empty group of commands; `text` is its help."""
-    return typer.Typer(name=name, help=text, no_args_is_help=True, rich_markup_mode=None)
+    # click suggests what was meant; typer would say so a second time
+    return typer.Typer(name=name, help=text, no_args_is_help=True, rich_markup_mode=None, suggest_commands=False)
