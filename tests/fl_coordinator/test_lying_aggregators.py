@@ -147,6 +147,37 @@ def test_numbers_that_are_no_inner_products_end_the_round(change: Change) -> Non
         run(world, honest_rows(world, 6), "gram", {0, 2}, change)
 
 
+def with_longer_device(world: SecureRound, rows: Words, place: int, longer: int) -> Decision:
+    """A liar that adds to one diagonal entry of the opened matrix, the same to both peers and to itself."""
+    upper = np.triu_indices(len(rows))
+    entry = next(at for at, pair in enumerate(zip(*upper, strict=True)) if pair == (place, place))
+
+    def tamper(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        if name != "gram" or (sender != LIAR and (sender, receiver) != (0, LIAR)):
+            return data
+        words = np.frombuffer(data, dtype="<u8").copy()
+        words[entry] += np.uint64(2 * longer)
+        return words.tobytes()
+
+    outcomes, _, decision = world.run_rows(rows, tamper)
+    combine_openings(world.replies(outcomes), world.task)
+    assert replay(world.transcript(outcomes), world.anchors).holds
+    return decision
+
+
+def test_a_careful_lie_about_distances_shows_in_the_sum_or_not_at_all() -> None:
+    """To the letter of the limits: it is found out if it is about a device whose update is in the opened sum."""
+    world = world_of()
+    rows = honest_rows(world, 7)
+    _, _, honest = world.run_rows(rows)
+    left_out = next(place for place in range(7) if place not in honest.selected)
+    with pytest.raises(Untrusted, match="another norm than the Gram matrix foretells"):
+        with_longer_device(world, rows, honest.selected[0], 1_000)
+    unnoticed = with_longer_device(world, rows, left_out, 1_000)
+    assert unnoticed.selected == honest.selected
+    assert unnoticed.devices[left_out].norm != honest.devices[left_out].norm
+
+
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
