@@ -198,6 +198,26 @@ def test_spectral_scores_do_not_depend_on_the_order_of_addition(rng: np.random.G
     assert np.array_equal(spectral.scores(gram[np.ix_(order, order)]), found[order])
 
 
+def test_weight_is_the_diagonal_of_the_fourth_power_in_whatever_order() -> None:
+    rng = np.random.default_rng(8)
+    vectors = rng.normal(size=(30, 50))
+    vectors[:5] += 2 * rng.normal(size=50)
+    gram = np.rint(vectors @ vectors.T * 100_000).astype(np.int64)
+    found = spectral.weight(gram)
+    exact = spectral.centred(gram).astype(np.float64)
+    fourth = np.diagonal(np.linalg.matrix_power(exact, 4))
+    assert np.allclose(found / found.sum(), fourth / fourth.sum(), rtol=1e-3)
+    order = rng.permutation(30)
+    assert np.array_equal(spectral.weight(gram[np.ix_(order, order)]), found[order])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_next_to_nobody_is_judged_without_an_accident(count: int) -> None:
+    found = policy.choose("history", np.ones((count, count), dtype=np.int64), 0, NAMES[:count], selected_min=1)
+    assert len(found.verdicts) == count
+    assert found.refusal
+
+
 def test_dbscan_finds_two_groups_and_a_loner() -> None:
     spots = np.array([[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [20, 20], [21, 20], [20, 21], [-90, 40]]) * 1_000
     assert outliers.clusters(spots @ spots.T).tolist()[:5] == [0] * 5
