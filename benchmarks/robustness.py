@@ -43,7 +43,9 @@ ALPHAS = (math.inf, 1.0, 0.3, 0.1)
 HOSTILE, HOSTILE_BACKDOOR, ASSUMED, REALISTIC = 8, 6, 8, 2
 SWEEP = (1, 3, 6, 10)
 OURS, TEXTBOOK = ("Multi-Krum", "robust", "history"), ("FedAvg", "FedAdam", "Krum", "krum")
-QUICK_SEEDS, FULL_SEEDS, TEXTBOOK_SEEDS = (200, 201), (100, 101, 102, 103, 104), (100, 101)
+QUICK_SEEDS, FULL_SEEDS = (200, 201), (100, 101, 102, 103)
+TEXTBOOK_SEEDS, TEXTBOOK_ALPHAS = (100,), (math.inf, 0.3)
+SWEEP_SEEDS = (100, 101, 102)
 NAMES = tuple(f"device-{index:02d}" for index in range(DEVICES))
 
 Floats = NDArray[np.float64]
@@ -213,8 +215,9 @@ def full_orders() -> list[Run]:
             orders.append(Run(task, math.inf, "", "centralised", 0, 0, seed))
             for alpha in ALPHAS:
                 orders += _cells(task, alpha, seed, OURS)
-                orders += _cells(task, alpha, seed, TEXTBOOK) if seed in TEXTBOOK_SEEDS else []
-    for seed in FULL_SEEDS:
+                if seed in TEXTBOOK_SEEDS and alpha in TEXTBOOK_ALPHAS:
+                    orders += _cells(task, alpha, seed, TEXTBOOK)
+    for seed in SWEEP_SEEDS:
         for task in TASKS:
             for hostile in SWEEP:
                 for rule in OURS:
