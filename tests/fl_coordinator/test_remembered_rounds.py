@@ -48,9 +48,9 @@ def test_rounds_hand_on_their_memory_whoever_loses_it(tmp_path: Path) -> None:
             failed = await coordinator.open_round(asked("failed", aggregation_s=1, quorum=6))
             await contribute_all(devices, failed.round_id)
             await coordinator.abort_round(failed.round_id)
-            aggregators.down = set()
             while coordinator.round(failed.round_id).live:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
+            aggregators.down = set()
             other = await learned(platform, devices, msgspec.structs.replace(SPEC, name="krum", policy="krum"))
             assert (other.state, other.task.memory) == ("PUBLISHED", "")
             # One aggregator has a new disk for what it remembers; it is shown and believes.
