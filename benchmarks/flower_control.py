@@ -397,6 +397,6 @@ def _until(holds: Callable[[], bool]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=15, help="rounds with the product's nodes")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds with the product's nodes")
     parser.add_argument("--quick", action="store_true", help="no round of real devices, fewer quiet ones")
     run(__doc__ or "", measure, parser)
