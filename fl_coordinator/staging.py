@@ -12,13 +12,16 @@ from model_delta.errors import Malformed
 from model_delta.plan import BUCKETS, bucket_of
 
 SALTS_TRIED = 500
+NARROW = BUCKETS // 200
+"""A stage of n devices is narrow enough at n times so many buckets: nobody looks for a better salt then."""
 
 
 def choose_salt(spec: RolloutSpec, eligible: Sequence[tuple[str, bool]]) -> str:
     """The rollout's name, with a suffix if without it a stage of n devices could not be exactly n awake devices.
 
     Of the salts without a tie at a bound, prefers one under which the first devices, then the mirrored control's, were
-    heard lately.
+    heard lately, and then one under which these devices take few buckets: a device that enrols later joins a stage with
+    the probability of its share of all buckets, so that a canary in a small fleet stays what it is while that grows.
     """
     wanted = [stage.devices for stage in spec.stages if stage.devices is not None]
     if not wanted:
@@ -29,7 +32,7 @@ def choose_salt(spec: RolloutSpec, eligible: Sequence[tuple[str, bool]]) -> str:
             "the cohorts; enrol more, widen the cohorts, or give the stage a share"
         )
     tries = max(8, min(SALTS_TRIED, 200_000 // len(eligible)))
-    best, best_awake = "", (-1, -1)
+    best, best_score = "", (-1, -1, 0)
     for attempt in range(tries):
         salt = spec.name if attempt == 0 else f"{spec.name}-{attempt}"
         ranked = sorted((bucket_of(salt, device_id), awake) for device_id, awake in eligible)
@@ -37,9 +40,11 @@ def choose_salt(spec: RolloutSpec, eligible: Sequence[tuple[str, bool]]) -> str:
         if any(count < len(end) and end[count - 1][0] == end[count][0] for end in ends for count in wanted):
             continue
         first, last = (sum(awake for _, awake in end[: max(wanted)]) for end in ends)
-        if (first, last) > best_awake:
-            best, best_awake = salt, (first, last)
-        if first == max(wanted) and last == (max(wanted) if spec.control == "mirrored" else 0):
+        taken = ranked[max(wanted) - 1][0] + 1
+        if (first, last, -taken) > best_score:
+            best, best_score = salt, (first, last, -taken)
+        all_awake = first == max(wanted) and last == (max(wanted) if spec.control == "mirrored" else 0)
+        if all_awake and taken <= NARROW * max(wanted):
             break
     if not best:
         raise Malformed(

@@ -470,3 +470,10 @@ def test_latency_counts_only_what_certainly_exceeds() -> None:
     bound = quantile_upper_bound_us({latency_bucket(300.0): 1000}, 0.95, 0.01)
     assert bound is not None
     assert 300.0 <= bound < 400.0
+
+
+def test_a_canary_in_a_small_fleet_stays_small_while_the_fleet_grows() -> None:
+    plan = begun(simple(), FLEET[:6], awake=[device.device_id for device in FLEET[:6]]).plan
+    later = [msgspec.structs.replace(FLEET[0], device_id=f"later-{number:05}") for number in range(2_000)]
+    assert len(arm(plan, FLEET[:6], "target")) == 1
+    assert len(arm(plan, later, "target")) <= 2_000 // 100
