@@ -34,6 +34,8 @@ class BoundedStore:
     ) -> None:
         self._store, self._bytes_max, self._in_force = store, bytes_max, in_force
         self._lock = threading.Lock()
+        self._changing = threading.RLock()
+        """Held while a copy comes or goes, so that what is counted is what is there. Readers do not wait for it."""
         listed = sorted((entry for kind in COPIES for entry in store.entries(kind)), key=lambda entry: entry.modified)
         self._sizes: OrderedDict[Place, int] = OrderedDict(
             ((entry.kind, entry.name), entry.size) for entry in listed if _may_go(entry.kind, entry.name)
@@ -46,12 +48,13 @@ class BoundedStore:
 
     def put(self, kind: str, name: str, data: bytes) -> None:
         """See `ArtifactStore.put`."""
-        self._store.put(kind, name, data)
-        if _may_go(kind, name):
-            with self._lock:
-                self._total += len(data) - self._sizes.pop((kind, name), 0)
-                self._sizes[kind, name] = len(data)
-            self._make_room((kind, name))
+        with self._changing:
+            self._store.put(kind, name, data)
+            if _may_go(kind, name):
+                with self._lock:
+                    self._total += len(data) - self._sizes.pop((kind, name), 0)
+                    self._sizes[kind, name] = len(data)
+                self._make_room((kind, name))
 
     def put_blob(self, data: bytes) -> str:
         """See `ArtifactStore.put_blob`."""
@@ -79,9 +82,10 @@ class BoundedStore:
 
     def remove(self, kind: str, name: str) -> None:
         """See `ArtifactStore.remove`."""
-        with self._lock:
-            self._total -= self._sizes.pop((kind, name), 0)
-        self._store.remove(kind, name)
+        with self._changing:
+            with self._lock:
+                self._total -= self._sizes.pop((kind, name), 0)
+            self._store.remove(kind, name)
 
     def _use(self, kind: str, name: str) -> None:
         with self._lock:

@@ -31,6 +31,7 @@ class Node:
     def __init__(self, platform: Regions, region: str) -> None:
         self.platform, self.region = platform, region
         self.messages: list[Mapping[str, Any]] = []
+        self.asked = 0
         self.down = self.lying = self.hanging = self.dies = False
         self.start()
 
@@ -38,6 +39,7 @@ class Node:
         self.relay: Relay = self.platform.relay(self.region, self.platform.broker.link(f"gateway-{self.region}"))
 
     async def tell(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.asked += 1
         if self.down:
             await asyncio.sleep(0.02)
             raise Unavailable("is not online")
@@ -118,6 +120,8 @@ def test_a_relay_that_fails_stops_nobody_and_is_named(tmp_path: Path, fault: str
             bad = platform.nodes["ap-south"]
             setattr(bad, fault, True)
             opened = await coordinator.open_round(ASKED)
+            if fault != "hanging":
+                await until(lambda: bad.asked > 1)  # asked again: its first answer has been heard
             await contribute_all(devices[:4], opened.round_id)
             await until(lambda: not coordinator.round(opened.round_id).live)
             ended = coordinator.round(opened.round_id)
