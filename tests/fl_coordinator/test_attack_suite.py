@@ -144,9 +144,10 @@ def test_an_update_made_for_a_known_coin_passes_and_for_one_drawn_later_fails() 
     measured = measure_words(Coefficients(known, LENGTH, bounds_of(world.task)), crafted[4:5]).projections
     assert (np.abs(measured.view(np.int32)) < 2 ** bounds_of(world.task).exponent).all()
     try:  # past the check: what is multiplied then is nonsense, which shows in most matrices and not in all
-        assert run_with_chance(world, crafted, rows, seed=1).devices[4].valid == 1
+        passes = run_with_chance(world, crafted, rows, seed=1).devices[4].valid == 1
     except Untrusted as error:
-        assert "are no inner products" in str(error)
+        passes = "are no inner products" in str(error)
+    assert passes
     for seed in (2, 3):
         later = run_with_chance(world, crafted, rows, seed=seed)
         assert later.coin != known
