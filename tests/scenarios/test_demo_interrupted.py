@@ -41,7 +41,7 @@ def _reach(running: Demo, at: str | None) -> None:
     if at is None:
         time.sleep(0.5)
         return
-    assert running.wait_for(at, 90)
+    assert running.wait_for(at, 90), [line for _, line in running.lines[-8:]]
     end = time.monotonic() + 0.7
     while time.monotonic() < end:
         running.below()
