@@ -36,8 +36,9 @@ $(VENV)/.bench: $(VENV)/.test
 demo: $(VENV)/.run
 	$(BIN)/atoll demo $(DEMO_ARGS)
 
+# Tests wait for processes and timers a third of their time, so three workers keep two cores busy.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -46,7 +47,7 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.all

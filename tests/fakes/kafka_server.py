@@ -67,7 +67,8 @@ class Broker:
         place.mkdir(parents=True, exist_ok=True)
         (place / "server.properties").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", self._properties).check_returncode()
+        identity = f"--cluster-id={cluster}"  # one word: it may begin with a dash
+        self._java("kafka.tools.StorageTool", "format", identity, "-c", self._properties).check_returncode()
 
     @property
     def address(self) -> str:
