@@ -8,9 +8,10 @@ second; a pause of two seconds, in which devices would train, lies between round
 
     fl.control         p50 with the product's nodes. Each relay checks the announcement and retains it on a real MQTT
                        broker (the embedded one) before it answers. After 20 s without a command nodes ask the SuperLink
-                       once a second instead of five times: the text says what a round then takes.
+                       twice a second instead of five times: the text says what a round then takes.
     fl.control.stock   p50 with Flower's own: five `flower-supernode` processes, which start a ClientApp for each
                        message that does nothing but answer
+    fl.control.stock.exchange   p50 of one exchange, one message to each of those five at once and its answer
     fl.weights         bytes of model weights that the region's mirror handed to devices during a round, on a platform
                        started by `atoll up --learning` with devices that run the base version; the mirror is the only
                        source of weights that a device has. `--quick` leaves this out.
@@ -189,11 +190,21 @@ class Stage:
             await asyncio.sleep(PAUSE_S)
         return found[1:]
 
+    async def exchanges(self, count: int) -> list[float]:
+        """Seconds of single exchanges with all five nodes."""
+        found = []
+        for number in range(count):
+            started = time.perf_counter()
+            await self.bridge.command({"round_id": f"single-{number}"}, (*AGGREGATORS, *RELAYS), READY_S)
+            found.append(time.perf_counter() - started)
+            await asyncio.sleep(PAUSE_S)
+        return found
+
 
 def measure(options: argparse.Namespace) -> Sequence[Claim]:
     """All claims."""
     with tempfile.TemporaryDirectory() as folder:
-        stock = asyncio.run(_stock(Path(folder) / "stock", max(2, options.rounds // 3)))
+        stock, exchanges = asyncio.run(_stock(Path(folder) / "stock", max(2, options.rounds // 3)))
         loads = [_load()]
         thin, quiet = asyncio.run(_thin(Path(folder) / "thin", options.rounds, 1 if options.quick else 3))
         loads.append(_load())
@@ -202,6 +213,12 @@ def measure(options: argparse.Namespace) -> Sequence[Claim]:
     return [
         at_most("fl.control", _p50(thin), f"{told}; {loads[1]}; baseline: stock", THIN_S_MAX, beside),
         at_most("fl.control.stock", beside, f"s p50 of {_text(stock)}, five SuperNodes; {loads[0]}", STOCK_S_MAX),
+        at_most(
+            "fl.control.stock.exchange",
+            statistics.median(exchanges),
+            f"s p50 of {len(exchanges)}, five SuperNodes at once (slowest {max(exchanges):.2f})",
+            STOCK_S_MAX,
+        ),
         *weights,
     ]
 
@@ -264,15 +281,15 @@ async def _thin(folder: Path, count: int, quiet: int) -> tuple[list[tuple[float,
     return rounds, rested
 
 
-async def _stock(folder: Path, count: int) -> list[tuple[float, float]]:
-    """The same with Flower's SuperNodes, each a process that starts others."""
+async def _stock(folder: Path, count: int) -> tuple[list[tuple[float, float]], list[float]]:
+    """The same with Flower's SuperNodes, each a process that starts others; and single exchanges with all of them."""
     stage = Stage(folder, STOCK_APP)
     nodes: list[subprocess.Popen[bytes]] = []
     async with stage.running():
         try:
             await stage.asked()  # a SuperNode that comes too early waits ever longer
             nodes += [_super_node(stage, name, port) for name, port in zip(stage.keys, stage.runtimes, strict=True)]
-            return await stage.rounds(count)
+            return await stage.rounds(count), await stage.exchanges(count)
         finally:
             for one in nodes:
                 with contextlib.suppress(ProcessLookupError):

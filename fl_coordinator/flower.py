@@ -6,7 +6,7 @@ travel elsewhere. A command's way:
 - `FlowerBridge` (in `flower_bridge`) queues commands in the coordinator.
 - The ServerApp, a process that Flower starts, fetches them over HTTP and sends each to the named nodes
   (`flower_carrier`).
-- The SuperLink, Flower's server process, keeps messages and registrations in SQLite. `flower_superlink` supervises it;
+- The SuperLink, Flower's server process, keeps messages and registrations in memory. `flower_superlink` supervises it;
   what runs inside is `run_superlink`; `Control` registers nodes and starts the run.
 - `FlowerNode` (in `flower_node`), a thread in the aggregator's process, takes a message, calls the aggregator, returns
   its answer.

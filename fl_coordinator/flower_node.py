@@ -24,8 +24,8 @@ Handler = Callable[[dict[str, Any]], Mapping[str, Any]]
 """What a node does with a command: a map of plain values to a map of plain values (what CBOR carries). Blocks."""
 
 POLL_S = 0.2
-POLL_IDLE_S = 1.0
-"""A node that had no command for `BUSY_S` seconds polls this often: each poll costs the SuperLink about 10 ms."""
+POLL_IDLE_S = 0.5
+"""A node that had no command for `BUSY_S` seconds polls this often: each poll costs the SuperLink about 3 ms."""
 BUSY_S = 20.0
 WORKS_MAX = 4
 NODE_LIFE_S = 10.0

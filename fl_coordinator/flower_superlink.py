@@ -1,9 +1,10 @@
 """The SuperLink, Flower's server process: its folder, its command line, its environment, and its supervisor.
 
 One process, one port on one address, one folder. The supervisor starts it, keeps the nodes registered and our run
-alive, and replaces whatever dies; SQLite carries registrations and messages over. Telemetry, update checks, package
-installation and proxies are switched off by `superlink_environment` and `superlink_argv`; everything that is written
-goes into the folder.
+alive, and replaces whatever dies. What a SuperLink knows is in its memory and goes with it: its ServerApp dies with it
+in any case, and then registrations, run and commands are handed to the next one anew. (In SQLite they would survive,
+and each request would cost three times the processor time.) Telemetry, update checks, package installation and proxies
+are switched off by `superlink_environment` and `superlink_argv`; everything that is written goes into the folder.
 
 How processes die. The SuperLink starts `flower-superexec` (in a session of its own), which starts `flwr-serverapp`;
 both look for their parent every 0.2 s and end when it is gone. The SuperLink itself ends when its supervisor is gone
@@ -85,7 +86,7 @@ def superlink_argv(place: SuperLinkPlace) -> list[str]:
         *("--host", place.host, "--port", str(place.port)),
         *("--ssl-certfile", str(place.certificate.resolve()), "--ssl-keyfile", str(place.private_key.resolve())),
         *("--ssl-ca-certfile", str(place.ca.resolve())),
-        *("--database", str(place.folder.resolve() / "superlink.db")),
+        *("--database", ":flwr-in-memory:"),
         *("--isolation", "subprocess", "--enable-supernode-auth", "--disable-runtime-dependency-installation"),
     ]
 
@@ -167,7 +168,7 @@ def serves(place: SuperLinkPlace, words: Sequence[bytes]) -> bool:
 
 
 def end_processes(place: SuperLinkPlace) -> list[int]:
-    """Kill every process of this folder, and return their ids. Their state is in SQLite, which survives this."""
+    """Kill every process of this folder, and return their ids."""
     ended: list[int] = []
     for _ in range(20):  # a dying parent may just have started a child
         alive = processes_of(place)

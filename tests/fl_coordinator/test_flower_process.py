@@ -293,7 +293,7 @@ async def a_coordinator_that_was_away_is_found_again(platform: Platform, bridge:
 
 
 async def a_killed_superlink_costs_nothing(platform: Platform, bridge: FlowerBridge) -> None:
-    """Registrations survive in SQLite; the nodes finish what they do, and it is not done twice."""
+    """The next one is told of the nodes; they finish what they do, and it is not done twice."""
     platform.forget_calls()
     command = asyncio.create_task(bridge.command({"question": "q", "salt": b"3", "seconds": 1.0}, NAMES, 60.0))
     await platform.all_called()

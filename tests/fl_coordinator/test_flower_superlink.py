@@ -40,7 +40,7 @@ def test_the_command_line_is_closed_and_bound_to_loopback(tmp_path: Path) -> Non
     assert options["--host"] == "127.0.0.1"
     assert options["--port"] == "4321"
     assert options["--isolation"] == "subprocess"
-    assert options["--database"] == str(tmp_path / "flower" / "superlink.db")
+    assert options["--database"] == ":flwr-in-memory:"
     assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation", "--ssl-certfile"} <= set(words)
     assert "--insecure" not in words
 
