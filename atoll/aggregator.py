@@ -38,7 +38,9 @@ STEP_TIMEOUT_S = 10.0
 COMMAND_DEADLINE_S = 600.0
 
 
-def run_aggregator(path: Path, name: str, *, updates_log: str = "", as_json: bool = False) -> None:
+def run_aggregator(
+    path: Path, name: str, *, updates_log: str = "", updates_login: str = "", as_json: bool = False
+) -> None:
     """Run the aggregator `name` of the platform in the data folder `path` until it is told to stop. It reads the
     contributions from `updates_log`, or where the folder says (`updates.aggregator_place`)."""
     data = DataFolder.open(path)
@@ -47,7 +49,7 @@ def run_aggregator(path: Path, name: str, *, updates_log: str = "", as_json: boo
         raise ConfigurationError(f"{path}: this platform was started without aggregators; use `atoll up --learning`")
     if name not in known:
         raise ConfigurationError(f"aggregator {name!r}: expected one of {', '.join(known)}")
-    place = aggregator_place(data, name, updates_log)
+    place = aggregator_place(data, name, updates_log, updates_login)
     events = Events(f"aggregator-{name}", as_json=as_json)
     run_process(_aggregator(data, name, place, events), events.name, events=events)
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 import httpx
 
-from atoll.updates import EMBEDDED, UpdatesPlace
+from atoll.updates import EMBEDDED, UpdatesPlace, login_properties
 from fl_coordinator.following import LogSource
 from fl_coordinator.threads import in_thread
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, unpacked_part
@@ -99,13 +99,14 @@ class TopicLog:
 
 @contextlib.asynccontextmanager
 async def open_source(place: UpdatesPlace, coordinator: CoordinatorClient) -> AsyncIterator[LogSource]:
-    """The log at `place`, to be followed. Raises Malformed for a property that will not do."""
+    """The log at `place`, to be followed. Raises Malformed for a property that will not do, ConfigurationError for
+    a login that cannot be read."""
     if place.url == EMBEDDED:
         yield CoordinatorLog(coordinator)
         return
     from fl_coordinator.kafka_log import TopicReader  # comes with the extra `kafka`
 
-    reader = TopicReader(place.url, place.properties)
+    reader = TopicReader(place.url, login_properties(place))
     try:
         yield TopicLog(place.url, reader.read_from)
     finally:

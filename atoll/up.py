@@ -20,7 +20,7 @@ from atoll.processes import ProcessEvent, Supervisor
 from atoll.revocation import reload_when_changed
 from atoll.settings import DataFolder, Endpoints, require_free_port
 from atoll.stores import choose_store, require_store
-from atoll.updates import choose_place, require_place
+from atoll.updates import choose_place, require_login, require_place
 from model_delta.errors import StorageFull
 
 FIRST_PORT = 7400
@@ -34,6 +34,7 @@ def run_up(
     broker: str,
     learning: bool,
     updates_log: str = "",
+    updates_login: str = "",
     store: str = "",
     as_json: bool,
 ) -> int:
@@ -43,6 +44,7 @@ def run_up(
     ConfigurationError before anything was started or made, and Unavailable when a process keeps dying.
     """
     require_place(updates_log)
+    require_login(updates_login)
     store = require_store(store) or store
     layout = Layout(regions=(region,), broker=broker, learning=learning)
     existed, new = path.is_dir(), not DataFolder.exists(path)
@@ -57,7 +59,7 @@ def run_up(
         raise
     with data.locked():
         with _nothing_half_made(data, new=new, existed=existed):
-            choose_place(data, updates_log)
+            choose_place(data, updates_log, updates_login)
             choose_store(data, store)
             before = data.endpoints() if data.was_started else None
             endpoints = prepare(data, layout, _ports(before, port))

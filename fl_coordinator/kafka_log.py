@@ -19,23 +19,28 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
+from fl_coordinator.kafka_login import advice, check_properties
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart
 from model_delta.errors import Malformed, NotFound, Unavailable
 
 PATIENCE_S = 10.0
 _SLACK_BYTES = 2**20
 _PREFETCHED_S = 0.05
-_PROPERTIES = ("security.protocol", "sasl.", "ssl.", "client.id")
+_FIRST_LOOK_S = 1.0
+"""A login that is refused stays refused: whoever waits for the brokers looks so early whether it was."""
+_NO_ANSWER = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)
 _NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
 
 _log = logging.getLogger("atoll.kafka")
+
+T = TypeVar("T")
 
 
 def place_of(url: str) -> tuple[str, str]:
@@ -60,9 +65,13 @@ class TopicReader:
         brokers, self._topic = place_of(url)
         self._patience_s = patience_s
         self._lock = threading.Lock()
-        self._consumer = Consumer(
+        self._refusal = _Refusal(url)
+        settings = _settings(brokers, properties or {}, patience_s, self._refusal)
+        self._consumer = _made(
+            url,
+            Consumer,
             {
-                **_settings(brokers, properties or {}, patience_s),
+                **settings,
                 "group.id": "atoll-updates-log",  # required, and never joined: positions are in the ledger
                 "enable.auto.commit": False,
                 "auto.offset.reset": "error",
@@ -72,7 +81,6 @@ class TopicReader:
                 "fetch.wait.max.ms": 50,
                 "check.crcs": True,
             },
-            logger=_log,
         )
         self._low, self._end = 0, 0
         self._next = -1
@@ -94,9 +102,7 @@ class TopicReader:
             self._turn_to(offset)
             found = self._poll(time.monotonic() + self._patience_s)
             if found is None:
-                raise Unavailable(
-                    f"updates log {self._url}: offset {offset} did not come within {self._patience_s:g} s"
-                )
+                raise self._refusal.error(f"offset {offset} did not come within {self._patience_s:g} s")
             if found[0] != offset:
                 raise NotFound(f"updates log {self._url}: no record at offset {offset}, the next is another")
             self._next = offset + 1
@@ -131,7 +137,7 @@ class TopicReader:
 
     def _turn_to(self, offset: int) -> None:
         if self._next != offset:
-            with _told(self._url):
+            with self._refusal.told():
                 self._consumer.assign([TopicPartition(self._topic, 0, offset)])
         self._next = -1
 
@@ -141,11 +147,12 @@ class TopicReader:
         Raises NotFound when it was removed."""
         while True:
             left = deadline - time.monotonic()
-            with _told(self._url):
+            with self._refusal.told():
                 message = self._consumer.poll(max(left, 0.0))
             if message is not None:
                 error, offset = message.error(), message.offset()
                 if error is None and offset is not None:
+                    self._refusal.forget()
                     return offset, bytes(message.value() or b"")
                 if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
                     self._ask_bounds()
@@ -155,10 +162,14 @@ class TopicReader:
                 return None
 
     def _ask_bounds(self) -> tuple[int, int]:
-        with _told(self._url):
-            found = self._consumer.get_watermark_offsets(
-                TopicPartition(self._topic, 0), timeout=self._patience_s, cached=False
-            )
+        def ask(timeout_s: float) -> Any:
+            return self._consumer.get_watermark_offsets(TopicPartition(self._topic, 0), timeout=timeout_s, cached=False)
+
+        def look() -> None:
+            self._next = -1  # what this takes up by chance is read again
+            self._consumer.poll(0.0)
+
+        found = self._refusal.asked(ask, look, self._patience_s)
         if found is None:
             raise Unavailable(f"updates log {self._url}: no answer within {self._patience_s:g} s")
         low, end = found
@@ -179,9 +190,10 @@ class KafkaLog:
         self._url = url
         brokers, self._topic = place_of(url)
         self._patience_s = patience_s
-        self._settings = _settings(brokers, properties or {}, patience_s)
+        self._refusal = _Refusal(url)
+        self._settings = _settings(brokers, properties or {}, patience_s, self._refusal)
         self._lock = threading.Lock()
-        self._admin = AdminClient(self._settings, logger=_log)
+        self._admin = _made(url, AdminClient, self._settings)
         self._require_topic()
         self._producer = self._new_producer()
         self._reader = TopicReader(url, properties, patience_s=patience_s)
@@ -213,7 +225,7 @@ class KafkaLog:
                 def tell(error: KafkaError | None, message: Message) -> None:
                     offset = message.offset()
                     if error is not None or offset is None:
-                        errors.append(str(error))
+                        errors.append(_said(error) if error is not None else "no offset")
                     else:
                         offsets[place] = offset
 
@@ -223,11 +235,14 @@ class KafkaLog:
                 for place, record in enumerate(records):
                     self._producer.produce(self._topic, record, partition=0, on_delivery=settled(place))
                 self._producer.flush(self._patience_s + 1.0)
-            except (BufferError, KafkaException) as error:
-                errors.append(str(error))
+            except KafkaException as error:
+                errors.insert(0, _said(error.args[0]))
+            except (BufferError, SystemError) as error:  # a producer beyond repair calls `settled` while it raises
+                errors.insert(0, str(error.__cause__ or error))
             if errors or len(offsets) < len(records):
                 self._replace_producer()
-                raise Unavailable(f"updates log {self._url}: {errors[0] if errors else 'no acknowledgement'}")
+                raise self._refusal.error(errors[0] if errors else "no acknowledgement")
+            self._refusal.forget()
             return [offsets[place] for place in range(len(records))]
 
     def read(self, offset: int) -> bytes:
@@ -246,7 +261,7 @@ class KafkaLog:
             if wanted > before:
                 partition = TopicPartition(self._topic, 0, wanted)
                 asked = self._admin.delete_records([partition], request_timeout=self._patience_s)
-                with _told(self._url):
+                with self._refusal.told():
                     asked[partition].result()
             return max(0, wanted - before)
 
@@ -256,7 +271,9 @@ class KafkaLog:
         self._producer.purge()
 
     def _new_producer(self) -> Producer:
-        return Producer(
+        return _made(
+            self._url,
+            Producer,
             {
                 **self._settings,
                 "enable.idempotence": True,
@@ -266,7 +283,6 @@ class KafkaLog:
                 "message.timeout.ms": int(self._patience_s * 1000),
                 "request.timeout.ms": int(self._patience_s * 1000),
             },
-            logger=_log,
         )
 
     def _replace_producer(self) -> None:
@@ -276,18 +292,19 @@ class KafkaLog:
 
     def _require_topic(self) -> None:
         """The topic as it must be: one partition, nothing deleted by age or size or merged by key."""
-        with _told(self._url):
-            found = self._admin.list_topics(self._topic, timeout=self._patience_s).topics.get(self._topic)
+        found = self._found()
         if found is None or (found.error is not None and found.error.code() in _NO_TOPIC):
             self._create_topic()
             return
+        if found.error is not None:
+            raise self._refusal.error(_said(found.error))
         if len(found.partitions) != 1:
             raise Malformed(
                 f"updates log {self._url}: expected a topic with 1 partition, found {len(found.partitions)}; "
                 "offsets of several have no common order, so name another topic"
             )
         resource = ConfigResource(ResourceType.TOPIC, self._topic)
-        with _told(self._url):
+        with self._refusal.told():
             asked = self._admin.describe_configs([resource], request_timeout=self._patience_s)[resource].result()
         values = {name: str(entry.value) for name, entry in asked.items()}
         for name, expected in _TOPIC.items():
@@ -297,18 +314,25 @@ class KafkaLog:
                     "change it, or name a topic that is not there yet"
                 )
 
+    def _found(self) -> Any:
+        """What the brokers know of the topic, or None."""
+        return self._refusal.asked(
+            lambda timeout_s: self._admin.list_topics(self._topic, timeout=timeout_s).topics.get(self._topic),
+            lambda: self._admin.poll(0.0),
+            self._patience_s,
+        )
+
     def _create_topic(self) -> None:
         topic = NewTopic(self._topic, num_partitions=1, config=dict(_TOPIC))
         try:
             self._admin.create_topics([topic], request_timeout=self._patience_s)[self._topic].result()
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise Unavailable(f"updates log {self._url}: the topic cannot be created: {error}") from None
+                raise self._refusal.error(f"the topic cannot be created: {_said(error.args[0])}") from None
         deadline = time.monotonic() + self._patience_s
         while time.monotonic() < deadline:  # its leader is chosen a moment later
-            with _told(self._url):
-                found = self._admin.list_topics(self._topic, timeout=self._patience_s).topics[self._topic]
-            if found.error is None and found.partitions and found.partitions[0].leader >= 0:
+            found = self._found()
+            if found is not None and found.error is None and found.partitions and found.partitions[0].leader >= 0:
                 return
             time.sleep(0.05)
         raise Unavailable(f"updates log {self._url}: the topic has no leader within {self._patience_s:g} s")
@@ -322,26 +346,77 @@ _TOPIC: Mapping[str, str] = {
 }
 
 
-def _settings(brokers: str, properties: Mapping[str, str], patience_s: float) -> dict[str, Any]:
+class _Refusal:
+    """Why the brokers take nobody in, which librdkafka says beside its answers and only to who polls; and errors that
+    tell it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._text = ""
+
+    def __call__(self, error: KafkaError) -> None:
+        """librdkafka's `error_cb`."""
+        if error.code() not in _NO_ANSWER or "ssl/tls alert" in error.str():
+            self._text = _said(error)
+
+    def forget(self) -> None:
+        """The brokers did what was asked."""
+        self._text = ""
+
+    def asked(self, ask: Callable[[float], T], look: Callable[[], object], patience_s: float) -> T:
+        """What `ask` answers within so many seconds; `look` is the client's poll. Raises Unavailable."""
+        self.forget()
+        first = min(_FIRST_LOOK_S, patience_s)
+        for timeout_s in (first, patience_s - first):
+            try:
+                return ask(timeout_s)
+            except KafkaException as error:
+                failed: KafkaError = error.args[0]
+                with contextlib.suppress(KafkaException):
+                    look()
+            if self._text or timeout_s == patience_s or failed.code() not in _NO_ANSWER:
+                break
+        raise self.error(_said(failed))
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """librdkafka's failures as ours. Raises Unavailable."""
+        try:
+            yield
+        except KafkaException as error:
+            raise self.error(_said(error.args[0])) from None
+
+    def error(self, what: str) -> Unavailable:
+        """What failed, or why if that is known, and what to do; one line."""
+        text = self._text or what
+        told = advice(text)
+        return Unavailable(f"updates log {self._url}: {told + ': ' if told else ''}{text}")
+
+
+def _said(error: KafkaError) -> str:
+    return f"{error.name()}: {error.str()}"
+
+
+def _made(url: str, kind: Callable[..., T], settings: Mapping[str, Any]) -> T:
+    """A client of the brokers. Raises Malformed for a property that librdkafka refuses."""
+    try:
+        return kind(dict(settings), logger=_log)
+    except KafkaException as error:
+        raise Malformed(f"updates log {url}: {error.args[0].str()}; correct the properties of its login") from None
+
+
+def _settings(
+    brokers: str, properties: Mapping[str, str], patience_s: float, refusal: Callable[[KafkaError], None]
+) -> dict[str, Any]:
     """What every client of the brokers has in common. Raises Malformed."""
-    for name in properties:
-        if not name.startswith(_PROPERTIES):
-            raise Malformed(f"updates log: property {name!r}: expected one of {', '.join(_PROPERTIES)}")
+    check_properties(properties)
     return {
         **properties,
         "bootstrap.servers": brokers,
+        "error_cb": refusal,
         "message.max.bytes": RECORD_BYTES_MAX + _SLACK_BYTES,
         "reconnect.backoff.ms": 50,
         "reconnect.backoff.max.ms": 500,
         "socket.connection.setup.timeout.ms": max(1000, int(patience_s * 1000)),
         "log_level": 0,  # it tells of every broken connection; ours to tell is what failed in the end
     }
-
-
-@contextlib.contextmanager
-def _told(url: str) -> Any:
-    """librdkafka's failures as ours. Raises Unavailable."""
-    try:
-        yield
-    except KafkaException as error:
-        raise Unavailable(f"updates log {url}: {error}") from None

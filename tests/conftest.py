@@ -5,9 +5,14 @@ import shutil
 import signal
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.fakes.kafka_server import Broker
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts a background job (`make test &`, nohup, some CI) with Ctrl-C ignored, and programs that tests start
@@ -56,3 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks = list(item.iter_markers("slow"))
         seconds[item.path] += max((mark.kwargs.get("seconds", 3.0) for mark in marks), default=0.02)
     items.sort(key=lambda item: -seconds[item.path])
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Broker]":
+    """A real Kafka broker, one for all tests of a worker: each has topics of its own."""
+    from tests.fakes.kafka_server import running
+
+    with running(tmp_path_factory.mktemp("kafka")) as found:
+        yield found

@@ -20,6 +20,14 @@ StoreOption = Annotated[
         "before.",
     ),
 ]
+LoginOption = Annotated[
+    str,
+    typer.Option(
+        "--updates-login",
+        help="How to log in at the brokers of --updates-log: a file of lines name=value, as librdkafka names them "
+        "(sasl.username=atoll); if left out: as before.",
+    ),
+]
 ContactOption = Annotated[
     float,
     typer.Option("--contact", envvar="ATOLL_CONTACT", help="Seconds to try to reach the platform.", min=0.1, max=3600),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.commands.options import DEFAULT_DATA, DataOption, JsonOption, StoreOption
+from atoll.commands.options import DEFAULT_DATA, DataOption, JsonOption, LoginOption, StoreOption
 
 
 def demo(
@@ -49,6 +49,7 @@ def up(
         str,
         typer.Option(help="Where contributions are kept: kafka://host:port/topic or embedded; default: as before."),
     ] = "",
+    updates_login: LoginOption = "",
     store: StoreOption = "",
     json: JsonOption = False,
 ) -> None:
@@ -66,6 +67,7 @@ def up(
             broker=broker,
             learning=learning,
             updates_log=updates_log,
+            updates_login=updates_login,
             store=store,
             as_json=json,
         )

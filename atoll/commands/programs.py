@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.commands.options import DEFAULT_DATA, DataOption, LinesOption, StoreOption, group
+from atoll.commands.options import DEFAULT_DATA, DataOption, LinesOption, LoginOption, StoreOption, group
 
 gateway = group("gateway", "Run the program of one region.")
 coordinator = group("coordinator", "Run the program in the middle.")
@@ -42,13 +42,14 @@ def aggregator_run(
     updates_log: Annotated[
         str, typer.Option(help="Where to read contributions: embedded, or kafka://host:port/topic; default: as set up.")
     ] = "",
+    updates_login: LoginOption = "",
     data: DataOption = DEFAULT_DATA,
     json: LinesOption = False,
 ) -> None:
     """Run one aggregator of the platform in the data folder."""
     from atoll.aggregator import run_aggregator
 
-    run_aggregator(data, name, updates_log=updates_log, as_json=json)
+    run_aggregator(data, name, updates_log=updates_log, updates_login=updates_login, as_json=json)
 
 
 @broker.command("run")

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,13 @@ START_S = 30.0
 class Platform:
     """One running `atoll up`. `endpoints` is what it printed."""
 
-    def __init__(self, data: Path, broker: str, *, port: int | None = None, store: str = "") -> None:
+    def __init__(
+        self, data: Path, broker: str, *, port: int | None = None, store: str = "", more: Sequence[str] = ()
+    ) -> None:
+        """`more` are further options of `atoll up`."""
         self.data = data
         options = ["--data", str(data), "--broker", broker, "--json"] + (["--port", str(port)] if port else [])
+        options += more
         options += ["--store", store] if store else []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "atoll", "up", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -64,9 +68,11 @@ class Platform:
 
 
 @contextmanager
-def platform(data: Path, broker: str = "embedded", *, port: int | None = None, store: str = "") -> Iterator[Platform]:
+def platform(
+    data: Path, broker: str = "embedded", *, port: int | None = None, store: str = "", more: Sequence[str] = ()
+) -> Iterator[Platform]:
     """A platform while the block runs."""
-    running = Platform(data, broker, port=port, store=store)
+    running = Platform(data, broker, port=port, store=store, more=more)
     try:
         yield running
     finally:

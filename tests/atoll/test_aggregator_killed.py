@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -22,19 +22,12 @@ from atoll.settings import DataFolder, quiet_environment
 from atoll.updates import EMBEDDED
 from fl_coordinator.control import control_app
 from fl_coordinator.copies import Copies
-from tests.fakes.kafka_server import Broker, running
 from tests.fakes.ports import free_ports
 from tests.fl_coordinator.admitting_process import Place
 from tests.fl_coordinator.test_coordinator import adopt_first
 from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with running(tmp_path_factory.mktemp("kafka")) as found:
-        yield found
 
 
 @contextlib.asynccontextmanager
@@ -80,7 +73,7 @@ def test_an_aggregator_that_is_killed_while_it_reads_has_everything_once_in_the_
     endpoints = prepare(data, Layout(regions=("eu-west",), broker="embedded", learning=True), lambda what: next(ports))
     url, log = EMBEDDED, str(tmp_path / "log")
     if kind == "kafka":
-        url = log = f"kafka://{request.getfixturevalue('broker').address}/updates-{uuid.uuid4().hex}"
+        url = log = f"kafka://{request.getfixturevalue('kafka').address}/updates-{uuid.uuid4().hex}"
     platform = Place(data.path, log)
     platform.clock.now = time.time()  # the process has the real time
     devices = fleet(platform)

@@ -4,7 +4,16 @@ import msgspec
 import pytest
 
 from atoll.settings import ConfigurationError, DataFolder
-from atoll.updates import EMBEDDED, UpdatesPlace, aggregator_place, choose_place, open_log, place_of
+from atoll.updates import (
+    EMBEDDED,
+    UpdatesPlace,
+    aggregator_place,
+    choose_place,
+    login_properties,
+    open_log,
+    place_of,
+    require_login,
+)
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.rounds import Round, RoundSpec, State
 from fl_coordinator.updates_log import SegmentLog
@@ -55,8 +64,67 @@ def test_an_aggregator_reads_where_it_is_told_then_where_its_folder_says_then_wh
     with pytest.raises(ConfigurationError, match="--updates-log"):
         aggregator_place(data, "a1", "kafka://broker")
     (data.child("aggregators", "a1") / "updates.json").write_text("{")
-    with pytest.raises(ConfigurationError, match=r"a1/updates\.json: expected url and properties as JSON"):
+    with pytest.raises(ConfigurationError, match=r"a1/updates\.json: expected url, properties and login as JSON"):
         aggregator_place(data, "a1")
+
+
+def write_login(folder: Path, *lines: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "ca.pem").touch()
+    (folder / "secret").write_text("hunter2\n")
+    path = folder / "kafka.properties"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_login_is_read_from_its_own_files_at_each_start_and_copied_nowhere(tmp_path: Path) -> None:
+    data = DataFolder.open(tmp_path / "data", create=True)
+    lines = ("security.protocol=sasl_ssl", "ssl.ca.location=ca.pem", "sasl.password.file=secret")
+    login = write_login(tmp_path / "own", *lines)
+    choose_place(data, "kafka://broker:9092/updates", str(login))
+    assert "hunter2" not in (data.path / "updates.json").read_text()
+    expected = {
+        "security.protocol": "sasl_ssl",
+        "ssl.ca.location": str(tmp_path / "own" / "ca.pem"),
+        "sasl.password": "hunter2",
+    }
+    assert login_properties(place_of(data)) == expected
+    (tmp_path / "own" / "secret").write_text("rotated")
+    assert login_properties(place_of(data)) == {**expected, "sasl.password": "rotated"}
+    choose_place(data, "kafka://broker:9092/others")
+    assert place_of(data).login == str(login)
+    reading = write_login(tmp_path / "reader", "sasl.username=reader")
+    assert aggregator_place(data, "a1", login=str(reading)).login == str(reading)
+    assert aggregator_place(data, "a1").login == str(login)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (("hunter2",), r"--updates-login: .*kafka\.properties:1: expected name=value"),
+        (("acks=0",), r"kafka\.properties:1: expected a property of security\.protocol"),
+        (("sasl.password.file=none",), r"^sasl\.password\.file: .*none: cannot read: No such file"),
+        (("ssl.ca.location=none.pem",), r"^ssl\.ca\.location: .*none\.pem: expected a file, found none"),
+        (("ssl.key.password.file=ca.pem",), r"^ssl\.key\.password\.file: .*expected a password, found nothing"),
+    ],
+)
+def test_a_login_that_will_not_do_is_refused_before_anything_is_kept(
+    tmp_path: Path, lines: tuple[str, ...], told: str
+) -> None:
+    data = DataFolder.open(tmp_path / "data", create=True)
+    login = write_login(tmp_path / "own", *lines)
+    with pytest.raises(ConfigurationError, match=told) as caught:
+        choose_place(data, "kafka://broker:9092/updates", str(login))
+    assert "hunter2" not in str(caught.value)
+    assert not (data.path / "updates.json").exists()
+
+
+def test_a_login_needs_a_file_and_somewhere_to_log_in(tmp_path: Path) -> None:
+    data = DataFolder.open(tmp_path / "data", create=True)
+    with pytest.raises(ConfigurationError, match=r"--updates-login: .*/none: cannot read: No such file"):
+        require_login(str(tmp_path / "none"))
+    with pytest.raises(ConfigurationError, match="contributions are embedded; name the topic too: --updates-log"):
+        choose_place(data, "", str(write_login(tmp_path / "own")))
 
 
 def test_the_log_does_not_change_under_an_open_round(tmp_path: Path) -> None:

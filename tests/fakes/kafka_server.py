@@ -1,4 +1,8 @@
-"""A real Kafka broker in KRaft mode, alone, on free loopback ports, for as long as a test module needs it.
+"""A real Kafka broker in KRaft mode, alone, on free loopback ports, for as long as tests need it.
+
+Three listeners lead to the same topics: `address` takes anybody, who may do anything; `login_address` wants TLS and a
+password (SCRAM-SHA-512, or PLAIN), `certificate_address` TLS and a client's certificate. Who is not ANONYMOUS may do
+what the access lists say.
 
 Its jars are fetched by `.ci/kafka/build` into a folder outside the checkout, or are in the folder that
 ATOLL_KAFKA_SERVER names.
@@ -12,20 +16,28 @@ import signal
 import socket
 import subprocess
 import time
-import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from model_delta.keys.certificates import make_request
+from model_delta.keys.keyring import EmbeddedKeyring
 from tests.fakes.ports import free_ports
 from tests.fakes.real_servers import absent, built
 
 VERSION = "4.1.1"
 START_S = 60.0
 STOP_S = 30
+COORDINATOR, READER = "coordinator", "reader"
+"""Who may log in: the first may do anything, the second only what a test allows it."""
+PASSWORDS = {COORDINATOR: "correct-horse", READER: "only-looking"}
+_CLUSTER = urlsafe_b64encode(b"one broker alone").decode().rstrip("=")
 _HEAP = ("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 
 
@@ -48,32 +60,109 @@ class Broker:
 
     def __init__(self, place: Path, libs: Path) -> None:
         self._place, self._libs = place, libs
-        self.port, controller = free_ports(2)
+        self.port, self._login_port, self._certificate_port, controller = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
+        place.mkdir(parents=True, exist_ok=True)
+        self.ca = place / "ca.pem"
+        keyring = EmbeddedKeyring.create(place / "keyring", "brokers")
+        self.ca.write_bytes(keyring.ca_pem())
+        self.server = _identity(keyring, place / "server.pem", "kafka", server=True)
+        self.client = _identity(keyring, place / "client.pem", READER, server=False)
+        listeners = {
+            "PLAINTEXT": self.port,
+            "LOGIN": self._login_port,
+            "CERTIFICATE": self._certificate_port,
+            "CONTROLLER": controller,
+        }
+        addresses = [f"{name}://127.0.0.1:{port}" for name, port in listeners.items()]
+        scram = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        users = " ".join(f'user_{name}="{password}"' for name, password in PASSWORDS.items())
+        plain = f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
         settings = {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
+            "listeners": ",".join(addresses),
+            "advertised.listeners": ",".join(addresses[:-1]),
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,LOGIN:SASL_SSL,CERTIFICATE:SSL,CONTROLLER:PLAINTEXT",
             "controller.listener.names": "CONTROLLER",
+            "sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN",
+            "listener.name.login.scram-sha-512.sasl.jaas.config": scram,
+            "listener.name.login.plain.sasl.jaas.config": plain,
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(self.server),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self.ca),
+            "listener.name.certificate.ssl.client.auth": "required",
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": f"User:ANONYMOUS;User:{COORDINATOR};User:{_name_in(self.client)}",
             "log.dirs": str(place / "data"),
             "offsets.topic.replication.factor": "1",
             "default.replication.factor": "1",
             "auto.create.topics.enable": "false",
+            "broker.heartbeat.interval.ms": "300",
+            "broker.session.timeout.ms": "1500",  # so soon may one that was killed come back
             "num.network.threads": "1",
             "num.io.threads": "2",
         }
-        place.mkdir(parents=True, exist_ok=True)
         (place / "server.properties").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        identity = f"--cluster-id={cluster}"  # one word: it may begin with a dash
-        self._java("kafka.tools.StorageTool", "format", identity, "-c", self._properties).check_returncode()
+        words = [f"SCRAM-SHA-512=[name={name},password={password}]" for name, password in PASSWORDS.items()]
+        scrams = [word for each in words for word in ("--add-scram", each)]
+        self._java("kafka.tools.StorageTool", "format", "-t", _CLUSTER, "-c", self._properties, *scrams)
 
     @property
     def address(self) -> str:
         """host:port for clients."""
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def login_address(self) -> str:
+        """host:port for clients with TLS and a password."""
+        return f"127.0.0.1:{self._login_port}"
+
+    @property
+    def certificate_address(self) -> str:
+        """host:port for clients with TLS and a certificate."""
+        return f"127.0.0.1:{self._certificate_port}"
+
+    def login(self, name: str) -> dict[str, str]:
+        """librdkafka's properties of COORDINATOR or READER, for `login_address`."""
+        return {
+            "security.protocol": "sasl_ssl",
+            "ssl.ca.location": str(self.ca),
+            "sasl.mechanism": "SCRAM-SHA-512",
+            "sasl.username": name,
+            "sasl.password": PASSWORDS[name],
+        }
+
+    def login_file(self, path: Path, name: str) -> Path:
+        """The same as a file, with the password in another one."""
+        properties = self.login(name)
+        secret = path.with_suffix(".password")
+        secret.write_text(properties.pop("sasl.password") + "\n")
+        properties["sasl.password.file"] = secret.name
+        path.write_text("# who we are\n" + "".join(f"{key}={value}\n" for key, value in properties.items()))
+        return path
+
+    def certificate_login(self) -> dict[str, str]:
+        """librdkafka's properties for `certificate_address`."""
+        files = dict.fromkeys(("ssl.certificate.location", "ssl.key.location"), str(self.client))
+        return {"security.protocol": "ssl", "ssl.ca.location": str(self.ca), **files}
+
+    def allow(self, name: str, topic: str, *operations: str) -> None:
+        """Let who logs in as `name` do that with the topic; in force when this returns."""
+        from confluent_kafka import admin as ask
+
+        admin = ask.AdminClient({"bootstrap.servers": self.address})
+        lists = [
+            ask.AclBinding(  # type: ignore[attr-defined]
+                *(ask.ResourceType.TOPIC, topic, ask.ResourcePatternType.LITERAL, f"User:{name}", "*"),  # type: ignore[attr-defined]
+                *(ask.AclOperation[each], ask.AclPermissionType.ALLOW),  # type: ignore[attr-defined]
+            )
+            for each in operations
+        ]
+        for made in admin.create_acls(lists).values():
+            made.result(10)
 
     def start(self) -> None:
         """Start, and return once it takes connections."""
@@ -109,8 +198,22 @@ class Broker:
         java = shutil.which("java") or "java"
         return [java, *_HEAP, "-cp", f"{self._libs}/*", main, *arguments]
 
-    def _java(self, main: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(self._command(main, *arguments), capture_output=True, cwd=self._place, check=False)
+    def _java(self, main: str, *arguments: str) -> None:
+        ran = subprocess.run(self._command(main, *arguments), capture_output=True, cwd=self._place, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def _identity(keyring: EmbeddedKeyring, path: Path, name: str, *, server: bool) -> Path:
+    """A new key and its certificate, one after the other in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    certificate = keyring.issue_certificate(make_request(key, name), name, None, server=server)
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain) + certificate)
+    return path
+
+
+def _name_in(path: Path) -> str:
+    return x509.load_pem_x509_certificate(path.read_bytes()).subject.rfc4514_string()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from fl_coordinator.rounds import Round
 from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import unpack
-from tests.fakes.kafka_server import Broker, running
 from tests.fl_coordinator.admitting_process import DEVICES, Place
 from tests.fl_coordinator.platform_in_memory import until
 from tests.fl_coordinator.test_round_end_to_end import Aggregators
@@ -25,17 +23,11 @@ from tests.fl_coordinator.test_round_end_to_end import Aggregators
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with running(tmp_path_factory.mktemp("kafka")) as found:
-        yield found
-
-
 @pytest.fixture
 def log_place(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> str:
     if kind == "embedded":
         return str(tmp_path / "log")
-    return f"kafka://{request.getfixturevalue('broker').address}/updates-{uuid.uuid4().hex}"
+    return f"kafka://{request.getfixturevalue('kafka').address}/updates-{uuid.uuid4().hex}"
 
 
 def killed_at(folder: Path, log_place: str, stop_at: str, count: int) -> list[str]:

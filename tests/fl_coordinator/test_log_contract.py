@@ -18,15 +18,9 @@ from fl_coordinator.kafka_log import KafkaLog, TopicReader, place_of
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, Unavailable
-from tests.fakes.kafka_server import Broker, running
+from tests.fakes.kafka_server import Broker
 
 Open = Callable[[], UpdatesLog]
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with running(tmp_path_factory.mktemp("kafka")) as found:
-        yield found
 
 
 @pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.slow)])
@@ -34,7 +28,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a log is: a folder, or the URL of a topic that nobody has used."""
     if request.param == "embedded":
         return str(tmp_path)
-    return topic_on(request.getfixturevalue("broker"))
+    return topic_on(request.getfixturevalue("kafka"))
 
 
 @pytest.fixture
@@ -53,8 +47,8 @@ def opened(place: str) -> Iterator[Open]:
         logs[-1].close()
 
 
-def topic_on(broker: Broker) -> str:
-    return f"kafka://{broker.address}/updates-{uuid.uuid4().hex}"
+def topic_on(kafka: Broker) -> str:
+    return f"kafka://{kafka.address}/updates-{uuid.uuid4().hex}"
 
 
 def test_records_are_read_at_their_offsets_by_whoever_opens_the_log_next(opened: Open) -> None:
@@ -240,20 +234,20 @@ def test_what_was_acknowledged_survives_a_writer_that_is_killed(place: str) -> N
 
 
 @pytest.mark.slow
-def test_a_broker_that_is_killed_keeps_what_it_acknowledged_and_is_waited_for(broker: Broker) -> None:
-    url = topic_on(broker)
+def test_a_broker_that_is_killed_keeps_what_it_acknowledged_and_is_waited_for(kafka: Broker) -> None:
+    url = topic_on(kafka)
     log, follower = KafkaLog(url, patience_s=2.0), TopicReader(url, patience_s=2.0)
     offsets = log.append([b"before", b"the end"])
     part = follower.read_from(0)
     assert part.records == ((offsets[0], b"before"), (offsets[1], b"the end"))
-    broker.end(signal.SIGKILL)
+    kafka.end(signal.SIGKILL)
     with pytest.raises(Unavailable, match="updates log kafka://"):
         log.append([b"nobody takes this"])
     with pytest.raises(Unavailable):
         follower.read_from(part.next)
     with pytest.raises(Unavailable):
         assert log.end
-    broker.start()
+    kafka.start()
     [after] = append_soon(log, b"after")
     assert [log.read(offset) for offset in (*offsets, after)] == [b"before", b"the end", b"after"]
     found = followed(follower, part.next)
@@ -276,18 +270,18 @@ def append_soon(log: KafkaLog, record: bytes) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_topic_that_would_lose_or_reorder_records_is_refused(broker: Broker) -> None:
+def test_a_topic_that_would_lose_or_reorder_records_is_refused(kafka: Broker) -> None:
     from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
-    admin = AdminClient({"bootstrap.servers": broker.address})
+    admin = AdminClient({"bootstrap.servers": kafka.address})
     several, short = f"several-{uuid.uuid4().hex}", f"short-{uuid.uuid4().hex}"
     wanted = [NewTopic(several, 3), NewTopic(short, 1, config={"retention.ms": "1000"})]
     for made in admin.create_topics(wanted).values():
         made.result(30)
     with pytest.raises(Malformed, match="1 partition, found 3"):
-        KafkaLog(f"kafka://{broker.address}/{several}")
+        KafkaLog(f"kafka://{kafka.address}/{several}")
     with pytest.raises(Malformed, match=r"retention\.ms to be -1, found 1000"):
-        KafkaLog(f"kafka://{broker.address}/{short}")
+        KafkaLog(f"kafka://{kafka.address}/{short}")
 
 
 @pytest.mark.parametrize(
