@@ -246,10 +246,16 @@ class Span:
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self.size)
-        data = os.pread(self.file, stop - start, self.start + start)
-        if len(data) != stop - start:
-            raise Unavailable(f"kept contribution: expected {stop - start} bytes, found {len(data)}")
-        return data
+        data = bytearray(stop - start)
+        self.read_into(start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, start: int, room: memoryview) -> None:
+        """Fill `room` with the bytes from `start`. Raises Unavailable when the file or the span has fewer."""
+        size = max(0, min(len(room), self.size - start))
+        found = os.preadv(self.file, [room[:size]], self.start + start)
+        if found != len(room):
+            raise Unavailable(f"kept contribution: expected {len(room)} bytes, found {found}")
 
 
 def _seal_of(entry: KeptContribution) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -23,7 +24,6 @@ from fl_coordinator.shares.bounds import BUCKETS, PROJECTIONS, Bounds
 from fl_coordinator.shares.streams import COLUMNS, SEED_BYTES, KeyStream, Rows, Words, expand, expand_bytes
 from model_delta.encoding import pack
 
-_ROWS = 128
 _OCTETS = PROJECTIONS // 4
 
 
@@ -63,8 +63,8 @@ class Coefficients:
             bits = np.unpackbits(random, bitorder="little")[:length].astype(np.uint32)
             self._signs = (bits << np.uint32(1)) - np.uint32(1)
             turns = expand(coin_key(coin, "rotations"), self._copies * blocks).reshape(self._copies, blocks)
-            self._offsets = (turns % np.uint32(BUCKETS)).astype(np.int64)
-            self._added = (turns >> np.uint32(31)).astype(np.bool_)
+            self._offsets: list[list[int]] = (turns % np.uint32(BUCKETS)).tolist()
+            self._added: list[list[int]] = (turns >> np.uint32(31)).tolist()
         self.width = self._copies * BUCKETS if self._copies else length
 
     def ternary(self) -> NDArray[np.float64]:
@@ -74,15 +74,25 @@ class Coefficients:
     def measure(self, *wanted: tuple[Rows, Sequence[int]]) -> list[Measured]:
         """Projections and sketches, modulo 2^32, of the chosen ones of some rows, in one pass over all of them."""
         streams = [rows.blocks(chosen) for rows, chosen in wanted]
-        found = [self._empty(len(chosen)) for _, chosen in wanted]
+        ends = np.cumsum([0, *(len(chosen) for _, chosen in wanted)]).tolist()
+        spans = [slice(*pair) for pair in pairwise(ends)]
+        sums = np.zeros((ends[-1], PROJECTIONS))
+        sketches = [np.zeros((len(chosen), self.width), dtype=np.uint32) for _, chosen in wanted]
         # Memory that is written again costs a fraction of memory that is new.
-        drawn, room, real = KeyStream(self._seed), np.empty((COLUMNS, PROJECTIONS)), np.empty(_ROWS * COLUMNS)
+        drawn, room, reals = KeyStream(self._seed), np.empty((COLUMNS, PROJECTIONS)), np.empty(ends[-1] * COLUMNS)
         for start in range(0, self._length, COLUMNS):
             width = min(COLUMNS, self._length - start)
-            ternary = _coefficients(drawn.take(_OCTETS * width), room)
-            for stream, (sums, sketch) in zip(streams, found, strict=True):
-                self._add(next(stream)[1], start, ternary, sums, sketch, real)
-        return [Measured(_reduced(sums).astype(np.int64).astype(np.uint32), sketch) for sums, sketch in found]
+            real = reals[: ends[-1] * width].reshape(-1, width)
+            for stream, span, sketch in zip(streams, spans, sketches, strict=True):
+                _, block = next(stream)
+                np.copyto(real[span], block.view(np.int32))
+                self._add_to_sketch(sketch, block, start)
+            # Magnitudes up to 2^31 in at most 2^12 columns: each product is below 2^43, and 512 of them below 2^52.
+            sums += real @ _coefficients(drawn.take(_OCTETS * width), room)
+            if start // COLUMNS % 512 == 511:
+                sums = _reduced(sums)
+        projections = _reduced(sums).astype(np.int64).astype(np.uint32)
+        return [Measured(projections[span], sketch) for span, sketch in zip(spans, sketches, strict=True)]
 
     def sketch_exact(self, vector: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sketch of one vector of integers, int64[d], over the integers: int64[w]."""
@@ -90,49 +100,28 @@ class Coefficients:
             return vector
         sketch = np.zeros((self._copies, BUCKETS), dtype=np.int64)
         signed = vector * self._signs.view(np.int32)
-        for block in range(self._offsets.shape[1]):
+        for block in range(-(-self._length // BUCKETS)):
             part = np.zeros(BUCKETS, dtype=np.int64)
             given = signed[block * BUCKETS : (block + 1) * BUCKETS]
             part[: given.size] = given
             for copy in range(self._copies):
-                turned = np.roll(part, -int(self._offsets[copy, block]))
-                sketch[copy] += turned if self._added[copy, block] else -turned
+                turned = np.roll(part, -self._offsets[copy][block])
+                sketch[copy] += turned if self._added[copy][block] else -turned
         return sketch.reshape(-1)
 
-    def _empty(self, count: int) -> tuple[NDArray[np.float64], Words]:
-        return np.zeros((count, PROJECTIONS)), np.zeros((count, self.width), dtype=np.uint32)
-
-    def _add(
-        self,
-        block: Words,
-        start: int,
-        ternary: NDArray[np.float64],
-        sums: NDArray[np.float64],
-        sketch: Words,
-        room: NDArray[np.float64],
-    ) -> None:
-        for top in range(0, len(block), _ROWS):
-            part = block[top : top + _ROWS]
-            real = room[: part.size].reshape(part.shape)
-            np.copyto(real, part.view(np.int32))
-            # Magnitudes up to 2^31 in at most 2^12 columns: each product is below 2^43, and 512 of them below 2^52.
-            sums[top : top + _ROWS] += real @ ternary
-            self._add_to_sketch(sketch[top : top + _ROWS], part, start)
-        if start // COLUMNS % 512 == 511:
-            sums[:] = _reduced(sums)
-
-    def _add_to_sketch(self, sketch: Words, part: Words, start: int) -> None:
+    def _add_to_sketch(self, sketch: Words, words: Words, start: int) -> None:
+        """Add the columns from `start` on to a sketch; `words` are changed."""
         if not self._copies:
-            sketch[:, start : start + part.shape[1]] = part
+            sketch[:, start : start + words.shape[1]] = words
             return
-        for column in range(0, part.shape[1], BUCKETS):
-            signed = part[:, column : column + BUCKETS]
-            np.multiply(signed, self._signs[start + column : start + column + signed.shape[1]], out=signed)
+        np.multiply(words, self._signs[start : start + words.shape[1]], out=words)
+        for column in range(0, words.shape[1], BUCKETS):
+            signed = words[:, column : column + BUCKETS]
             block = (start + column) // BUCKETS
             for copy in range(self._copies):
-                combine = np.add if self._added[copy, block] else np.subtract
+                combine = np.add if self._added[copy][block] else np.subtract
                 own = sketch[:, copy * BUCKETS : (copy + 1) * BUCKETS]
-                turn, size = int(self._offsets[copy, block]), signed.shape[1]
+                turn, size = self._offsets[copy][block], signed.shape[1]
                 if size > turn:
                     combine(own[:, : size - turn], signed[:, turn:], out=own[:, : size - turn])
                 low = own[:, BUCKETS - turn : BUCKETS - turn + min(turn, size)]

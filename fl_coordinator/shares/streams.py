@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
@@ -22,17 +22,22 @@ WORD_BYTES = 4
 COLUMNS = 4_096
 """How many columns of all rows are in memory at a time."""
 
-_AHEAD = 4  # blocks of a file that are read at once
 _SPARE_WORDS = 4  # the cipher wants room for 15 more bytes than it writes
 
 Words = NDArray[np.uint32]
 Words64 = NDArray[np.uint64]
 
 
-class Octets(Protocol):
-    """Bytes somewhere, of which parts can be read: a memoryview, or a span of a file."""
+class Stored(Protocol):
+    """Bytes somewhere else, a span of a file for one, of which parts can be read."""
 
-    def __getitem__(self, part: slice, /) -> Any: ...
+    def __getitem__(self, part: slice, /) -> bytes: ...
+
+    def read_into(self, start: int, room: memoryview) -> None:
+        """Fill `room` with the bytes from `start`."""
+
+
+Octets = bytes | memoryview | Stored
 
 
 class Rows(Protocol):
@@ -78,18 +83,14 @@ class SecretRows:
         """See `Rows.blocks`."""
         ciphers = [_stream(self._secrets[row]) for row in rows]
         room = np.empty((len(rows), COLUMNS + _SPARE_WORDS), dtype=np.uint32)
-        octets = room.view(np.uint8)
-        given = [memoryview(bytes(WORD_BYTES * COLUMNS))] * len(rows)
+        octets = [words.view(np.uint8).data for words in room]
+        given = memoryview(bytearray(WORD_BYTES * COLUMNS))  # zeros, unless a file is read into it
         for start in range(0, self._length, COLUMNS):
             width = min(COLUMNS, self._length - start)
-            behind = 0
-            if self._masked is not None:
-                behind = WORD_BYTES * (start % (_AHEAD * COLUMNS))
-                if behind == 0:
-                    part = slice(WORD_BYTES * start, WORD_BYTES * (start + _AHEAD * COLUMNS))
-                    given = [memoryview(self._masked[row][part]) for row in rows]
-            for place, cipher in enumerate(ciphers):
-                cipher.update_into(given[place][behind : behind + WORD_BYTES * width], octets[place])
+            part = given[: WORD_BYTES * width]
+            for row, cipher, into in zip(rows, ciphers, octets, strict=True):
+                taken = part if self._masked is None else _taken(self._masked[row], WORD_BYTES * start, part)
+                cipher.update_into(taken, into)
             yield start, _native(room[:, :width])
 
 
@@ -185,6 +186,14 @@ def weighted_sum(rows: Rows, chosen: Sequence[int], weights: Sequence[int]) -> W
             np.multiply(block, factors, out=block)
         np.add.reduce(block, axis=0, out=total[start : start + block.shape[1]])
     return total
+
+
+def _taken(source: Octets, start: int, room: memoryview) -> memoryview:
+    """As many bytes from `start` on as there is room for; where they are not in memory, they are read into `room`."""
+    if isinstance(source, bytes | memoryview):
+        return memoryview(source)[start : start + len(room)]
+    source.read_into(start, room)
+    return room
 
 
 def _native(words: Words) -> Words:
