@@ -243,12 +243,8 @@ class SuperLink:
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), 3.0)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+                process.kill()  # it has nothing to save, and would take seconds to say goodbye
+            await process.wait()
         await asyncio.to_thread(end_processes, self._place)
 
     async def supervise(

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from device_sim.payments_csv import COLUMNS
 from tests.atoll.platform_process import (
+    Platform,
     answer,
     atoll,
     free_run,
@@ -25,6 +31,7 @@ from tests.atoll.platform_process import (
     write_mlp,
     write_rollout,
 )
+from tests.fakes import kafka_server
 
 FINDABLE = shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 BROKERS = [
@@ -90,20 +97,62 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
     assert not any(listens(port) for port in ports)
 
 
-@pytest.mark.slow
-def test_any_process_may_die_while_a_device_decides(tmp_path: Path) -> None:
+@pytest.fixture
+def updates_log(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """Options of `atoll up` for contributions in a real Kafka, behind TLS and a password, where there is one."""
+    if not kafka_server.found():
+        return []
+    broker = request.getfixturevalue("kafka")
+    url = f"kafka://{broker.login_address}/updates-{uuid.uuid4().hex}"
+    login = broker.login_file(tmp_path / "kafka.properties", kafka_server.COORDINATOR)
+    return ["--updates-log", url, "--updates-login", str(login)]
+
+
+@contextmanager
+def fleets(data: Path, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Five devices in two processes: three and two. They may be stopped when the block ends."""
+    words = (sys.executable, "-m", "atoll", "fleet", "run", "--devices", "5", "--data", str(data))
+    with (folder / "fleets.log").open("wb") as log:
+        shards = [subprocess.Popen([*words, "--shard", f"{n}/2"], stdout=log, stderr=log) for n in range(2)]
+        try:
+            yield shards
+        finally:
+            for one in shards:
+                one.kill()
+                one.wait()
+
+
+@pytest.mark.slow(seconds=30)
+@pytest.mark.timeout(240)  # 30 s on two cores, three times that on two overloaded ones
+def test_any_process_may_die_while_a_device_decides_and_while_a_fleet_learns(
+    tmp_path: Path, updates_log: list[str]
+) -> None:
     data = tmp_path / "data"
-    with platform(data, "embedded", port=free_run(4)) as running:
-        version = answer(data, "publish", str(write_gemm(tmp_path / "own.onnx")))["manifest"]
+    options = ["--learning", *updates_log]
+    with platform(data, "embedded", port=free_run(16), more=options) as running, fleets(data, tmp_path) as shards:
+        version = answer(data, "publish", str(write_mlp(tmp_path / "own.onnx", 1)))["manifest"]
         answer(data, "rollout", "apply", str(write_rollout(tmp_path / "one.yaml", "one")))
         device = subprocess.Popen(
-            [sys.executable, "-m", "atoll", "device", "run", "--data", str(data), "--rate", "10", "--json"],
+            [
+                sys.executable,
+                "-m",
+                "atoll",
+                "device",
+                "run",
+                "--data",
+                str(data),
+                "--id",
+                "pos-0009",
+                "--rate",
+                "10",
+                "--json",
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         assert device.stdout is not None
-        seen = []
+        seen: list[dict[str, object]] = []
         while len([line for line in seen if line.get("version") == version and line["event"] == "decision"]) < 3:
             seen.append(json.loads(device.stdout.readline()))
         port_of = {"coordinator run": 1, "gateway run": 2, "broker run": 0}
@@ -126,6 +175,52 @@ def test_any_process_may_die_while_a_device_decides(tmp_path: Path) -> None:
         assert [line["connected"] for line in later if line["event"] == "connection"] in ([False, True], [False])
         status = json.loads(http(f"{running.endpoints['coordinator']}/v1/health")[1])
         assert status == {"status": "ok"}
+        _learn_while_an_aggregator_dies(running, shards, tmp_path, on_kafka=bool(updates_log))
+
+
+ROUND = """
+apiVersion: atoll/v1
+kind: Round
+metadata: {name: one}
+spec: {model: fraud, quorum: 5, contributions_max: 5, deadline: 60s, f: 0, m_min: 3, training: {steps: 5}}
+"""
+
+
+def _learn_while_an_aggregator_dies(
+    running: Platform, shards: list[subprocess.Popen[bytes]], folder: Path, *, on_kafka: bool
+) -> None:
+    """One round to its end. An aggregator dies when it has read the first three contributions; when it is back, it has
+    them still, reads the other two and no more, from the log by itself."""
+    data, url = running.data, running.endpoints["aggregators"]["a1"]
+    until(lambda: answer(data, "rollout", "status", "one")["state"] == "completed", 30, "the first version is out")
+    (folder / "round.yaml").write_text(ROUND)
+    shards[1].send_signal(signal.SIGSTOP)
+    round_id = answer(data, "round", "run", "--file", str(folder / "round.yaml"), "--no-wait")["round_id"]
+    until(lambda: _read_of_the_log(url).get("kept") == 3, 30, "three contributions are read")
+    before, reached = running.pid_of("aggregator run --name a1"), _read_of_the_log(url)["offset"]
+    assert reached == 3 or not on_kafka
+    os.kill(before, signal.SIGKILL)
+    port = int(url.rsplit(":", 1)[1])
+    until(lambda: not Path(f"/proc/{before}").exists() and listens(port), 20, "a1 comes back")
+    until(lambda: _read_of_the_log(url).get("offset") == reached, 10, "it goes on where it was")
+    shards[1].send_signal(signal.SIGCONT)
+    told = answer(data, "round", "status", round_id)
+    end = time.monotonic() + 60
+    while told["state"] not in ("PUBLISHED", "FAILED") and time.monotonic() < end:
+        told = answer(data, "round", "status", round_id)
+    assert (told["state"], told["reason"]) == ("PUBLISHED", "")
+    assert len(told["admitted"]) == 5
+    read = _read_of_the_log(url)
+    assert (read["kept"], read["refused"], read["gaps"]) == (2, 0, 0)
+    assert read["offset"] == 5 or not on_kafka
+    assert told["figures"]["relays"]["eu-west"]["contributions"] == 5
+
+
+def _read_of_the_log(url: str) -> dict[str, float]:
+    """What an aggregator says of its reading since its start, by the name of the metric or the result it counts."""
+    text = http(f"{url}/metrics")[1].decode()
+    found = re.findall(r'aggregator_log_(?:records\{result="(.*)"\}|(offset)) (\d\S*)', text)
+    return {result or name: float(count) for result, name, count in found}
 
 
 def _decide_own_payments(data: Path, folder: Path) -> None:

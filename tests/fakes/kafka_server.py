@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from model_delta.keys.certificates import make_request
 from model_delta.keys.keyring import EmbeddedKeyring
 from tests.fakes.ports import free_ports
-from tests.fakes.real_servers import absent, built
+from tests.fakes.real_servers import absent, built, required
 
 VERSION = "4.1.1"
 START_S = 60.0
@@ -45,6 +45,11 @@ def folder() -> Path:
     """Where the broker's jars are, if they were fetched."""
     named = os.environ.get("ATOLL_KAFKA_SERVER")
     return Path(named) if named else built("kafka", VERSION)
+
+
+def found() -> bool:
+    """Whether a broker can be started, or has to be."""
+    return required() or (shutil.which("java") is not None and any((folder() / "libs").glob("kafka_*.jar")))
 
 
 def require_jars() -> Path:

@@ -15,8 +15,13 @@ def built(name: str, version: str) -> Path:
     return cache / "atoll" / f"{name}-{version}"
 
 
+def required() -> bool:
+    """Whether the absence of a server is a failure."""
+    return os.environ.get("ATOLL_REQUIRE_SERVERS") == "1"
+
+
 def absent(what: str) -> NoReturn:
     """Skip a test that needs `what`, unless ATOLL_REQUIRE_SERVERS=1: then fail it."""
-    if os.environ.get("ATOLL_REQUIRE_SERVERS") == "1":
+    if required():
         pytest.fail(f"expected {what}, because ATOLL_REQUIRE_SERVERS=1")
     pytest.skip(f"needs {what}")

@@ -74,7 +74,7 @@ class Aggregator:
     def __init__(self, name: str) -> None:
         self.name = name
         self.calls: list[str] = []
-        self.called = threading.Event()
+        self.called, self.release = threading.Event(), threading.Event()
 
     def __call__(self, command: dict[str, Any]) -> dict[str, Any]:
         self.calls.append(command["question"])
@@ -83,8 +83,35 @@ class Aggregator:
             raise Untrusted("device pos-0007: its two shares differ")
         if command["question"] == "fail":
             raise KeyError("a secret that must not travel")
+        if command["question"] == "wait":
+            assert self.release.wait(60.0)
         time.sleep(command.get("seconds", 0.0))
         return {"name": self.name, "digest": hashlib.sha256(command["salt"]).digest(), "sum": ANSWER, "rows": 3}
+
+
+class WatchedNode(FlowerNode):
+    """A node that takes no message while its `gate` is shut, and says when it has sent an answer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gate, self.answered = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def _serve(self, session: Any) -> None:
+        super()._serve(_WatchedSession(session, self))  # type: ignore[arg-type]
+
+
+class _WatchedSession:
+    def __init__(self, session: Any, node: WatchedNode) -> None:
+        self._session, self._node = session, node
+        self.keep_alive = session.keep_alive
+
+    def pull(self) -> Any:
+        return self._session.pull() if self._node.gate.is_set() else None
+
+    def push(self, message: Any, answer: Any) -> None:
+        self._session.push(message, answer)
+        self._node.answered.set()
 
 
 class Platform:
@@ -105,9 +132,9 @@ class Platform:
         self.superlink = SuperLink(self.place, environment)
         self.url = ""
 
-    def node(self, name: str) -> FlowerNode:
+    def node(self, name: str) -> WatchedNode:
         key = self.folder / f"{name}.key"
-        return FlowerNode(name, self.place.address, self.place.ca, key, self.aggregators[name], 0.1, 0.2)
+        return WatchedNode(name, self.place.address, self.place.ca, key, self.aggregators[name], 0.1, 0.2)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[FlowerBridge]:
@@ -138,10 +165,10 @@ class Platform:
         self.server.should_exit = True
         await self.serving
 
-    async def kill(self, name: str) -> None:
+    async def kill(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
         pids = [pid for pid, command in processes_of(self.place).items() if command == name]
         assert len(pids) == 1, f"expected one {name}"
-        os.kill(pids[0], signal.SIGKILL)
+        os.kill(pids[0], how)
 
     async def all_called(self) -> None:
         for aggregator in self.aggregators.values():
@@ -151,6 +178,7 @@ class Platform:
         for aggregator in self.aggregators.values():
             aggregator.calls.clear()
             aggregator.called.clear()
+            aggregator.release.clear()
 
     def calls(self) -> list[list[str]]:
         return [aggregator.calls for aggregator in self.aggregators.values()]
@@ -293,22 +321,49 @@ async def a_coordinator_that_was_away_is_found_again(platform: Platform, bridge:
 
 
 async def a_killed_superlink_costs_nothing(platform: Platform, bridge: FlowerBridge) -> None:
-    """The next one is told of the nodes; they finish what they do, and it is not done twice."""
+    """It dies with one message that its node has not taken, one that a node works on, and one answer that the ServerApp
+    (stopped meanwhile) has not collected. The next one is told of the nodes; nothing is done twice, nothing is lost."""
     platform.forget_calls()
-    command = asyncio.create_task(bridge.command({"question": "q", "salt": b"3", "seconds": 1.0}, NAMES, 60.0))
-    await platform.all_called()
+    untaken, working, answering = platform.nodes
+    untaken.gate.clear()
+    answering.answered.clear()
+    command = asyncio.create_task(bridge.command({"question": "wait", "salt": b"3"}, NAMES, 60.0))
+    for name in NAMES[1:]:
+        assert await asyncio.to_thread(platform.aggregators[name].called.wait, 60.0)
+    await platform.kill("flwr-serverapp", signal.SIGSTOP)
+    platform.aggregators[answering.name].release.set()
+    assert await asyncio.to_thread(answering.answered.wait, 60.0)
     await platform.kill("superlink")
-    assert set(await command) == set(NAMES)
-    assert platform.calls() == [["q"]] * 3
+    impatient = asyncio.create_task(bridge.command({"question": "late", "salt": b""}, NAMES[:1], 0.5))
+    assert not platform.aggregators[untaken.name].calls
+    untaken.gate.set()
+    for aggregator in platform.aggregators.values():
+        aggregator.release.set()
+    with pytest.raises(CommandFailed) as caught:
+        await impatient
+    assert list(caught.value.failures) == [untaken.name]
+    assert "within 0.5 s" in caught.value.failures[untaken.name]
+    digest = hashlib.sha256(b"3").digest()
+    assert await command == {name: {"name": name, "digest": digest, "sum": ANSWER, "rows": 3} for name in NAMES}
+    assert platform.calls() == [["wait"]] * 3
+    assert working.connected
 
 
 async def a_killed_server_app_is_replaced(platform: Platform, bridge: FlowerBridge) -> None:
+    """It dies with two commands in its hands, which the nodes work on; the next one gets both; each is done once."""
     platform.forget_calls()
-    command = asyncio.create_task(bridge.command({"question": "q", "salt": b"4", "seconds": 0.5}, NAMES, 60.0))
-    await platform.all_called()
+    salts = (b"4", b"5")
+    commands = [asyncio.create_task(bridge.command({"question": "wait", "salt": one}, NAMES, 60.0)) for one in salts]
+    async with asyncio.timeout(60.0):
+        while platform.calls() != [["wait"] * 2] * 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     await platform.kill("flwr-serverapp")
-    assert set(await command) == set(NAMES)
-    assert platform.calls() == [["q"]] * 3
+    for aggregator in platform.aggregators.values():
+        aggregator.release.set()
+    for salt, replies in zip(salts, await asyncio.gather(*commands), strict=True):
+        assert {reply["digest"] for reply in replies.values()} == {hashlib.sha256(salt).digest()}
+        assert set(replies) == set(NAMES)
+    assert platform.calls() == [["wait"] * 2] * 3
 
 
 async def a_killed_superexec_is_replaced(platform: Platform, bridge: FlowerBridge) -> None:

@@ -22,7 +22,7 @@ def new_topic() -> str:
 
 def refused(url: str, login: dict[str, str]) -> str:
     """What a reader is told, which has to be one line without a password in it."""
-    reader = TopicReader(url, login, patience_s=3.0)
+    reader = TopicReader(url, login, patience_s=2.0)
     with pytest.raises(Unavailable) as caught:
         reader.bounds()
     reader.close()

@@ -1,8 +1,10 @@
 """A coordinator killed before each thing that a round writes down: nothing admitted is lost, nothing counts twice, and
 the round ends as if nothing had happened.
 
-Other rows of the matrix: an aggregator in each step of the protocol (`test_aggregator`), the embedded log and Kafka in
-admission (`test_admission_killed`, `test_log_contract`), SuperLink, ServerApp and SuperExec (`test_flower_process`).
+Other rows of the matrix: an aggregator in each step of the protocol (`test_aggregator`), and while it follows the log
+(`test_aggregator_killed`; in a whole platform on Kafka, `tests/atoll/test_user_journey`); the embedded log and Kafka in
+admission (`test_admission_killed`, `test_log_contract`); SuperLink, ServerApp and SuperExec at each step of a command
+(`test_flower_process`).
 """
 
 from __future__ import annotations
