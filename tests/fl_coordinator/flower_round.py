@@ -41,6 +41,8 @@ class FlowerRound(Platform):
     def __init__(self, folder: Path, bridge: FlowerBridge, make_node: MakeNode) -> None:
         self.make_node = make_node
         self.nodes: dict[str, FlowerNode] = {}
+        self.begun: dict[str, threading.Event] = {}
+        """Set when the node of that name has taken up its first command."""
         super().__init__(folder, bridge=bridge)
         rngs = {name: drawing(number) for number, name in enumerate(AGGREGATORS)}
         self.local = LocalAggregators(tuple(rngs.values()), AGGREGATORS)
@@ -107,7 +109,10 @@ class FlowerRound(Platform):
         async def done(command: Mapping[str, Any]) -> dict[str, Any]:
             return await work(command)
 
+        begun = self.begun[name] = threading.Event()
+
         def handle(command: dict[str, Any]) -> Mapping[str, Any]:
+            begun.set()
             return asyncio.run_coroutine_threadsafe(done(command), loop).result(60.0)
 
         self.nodes[name] = self.make_node(name, handle)
