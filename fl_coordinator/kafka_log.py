@@ -144,7 +144,7 @@ class TopicReader:
     def _poll(self, deadline: float) -> tuple[int, bytes] | None:
         """The next record with its offset, or None at the deadline (monotonic seconds), after one look at least.
 
-        Raises NotFound when it was removed."""
+        Raises NotFound when it was removed, Unavailable when the login may not read."""
         while True:
             left = deadline - time.monotonic()
             with self._refusal.told():
@@ -157,7 +157,10 @@ class TopicReader:
                 if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
                     self._ask_bounds()
                     raise NotFound(f"updates log {self._url}: the record was removed; it begins at {self._low}")
-                # Passing troubles are librdkafka's to cure; what lasts ends at the deadline.
+                if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    raise self._refusal.error(_said(error))
+                # Passing troubles are librdkafka's to cure, the right to a group is not needed; what lasts ends at the
+                # deadline.
             if left <= 0:
                 return None
 

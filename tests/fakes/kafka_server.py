@@ -20,6 +20,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -159,15 +160,23 @@ class Broker:
         from confluent_kafka import admin as ask
 
         admin = ask.AdminClient({"bootstrap.servers": self.address})
-        lists = [
+        topics, where = ask.ResourceType.TOPIC, ask.ResourcePatternType.LITERAL  # type: ignore[attr-defined]
+        wanted = [
             ask.AclBinding(  # type: ignore[attr-defined]
-                *(ask.ResourceType.TOPIC, topic, ask.ResourcePatternType.LITERAL, f"User:{name}", "*"),  # type: ignore[attr-defined]
-                *(ask.AclOperation[each], ask.AclPermissionType.ALLOW),  # type: ignore[attr-defined]
+                *(topics, topic, where, f"User:{name}", "*", ask.AclOperation[each]),  # type: ignore[attr-defined]
+                ask.AclPermissionType.ALLOW,  # type: ignore[attr-defined]
             )
             for each in operations
         ]
-        for made in admin.create_acls(lists).values():
+        for made in admin.create_acls(wanted).values():
             made.result(10)
+        anything: Any = (ask.AclOperation.ANY, ask.AclPermissionType.ANY)  # type: ignore[attr-defined]
+        anybody: Any = (None, None)
+        every = ask.AclBindingFilter(topics, topic, where, *anybody, *anything)  # type: ignore[attr-defined]
+        end = time.monotonic() + 10.0
+        while not {one.operation.name for one in admin.describe_acls(every).result(10)}.issuperset(operations):
+            assert time.monotonic() < end, "the broker has not heard of its access lists"
+            time.sleep(0.02)
 
     def start(self) -> None:
         """Start, and return once it takes connections."""

@@ -40,8 +40,11 @@ def test_the_coordinator_appends_and_an_aggregator_may_only_read(kafka: Broker) 
     log = KafkaLog(url, kafka.login(COORDINATOR))
     offsets = log.append([b"one", b"two"])
     assert "the login may not see it" in refused(url, kafka.login(READER))
-    kafka.allow(READER, topic, "READ", "DESCRIBE")
     reader = TopicReader(url, kafka.login(READER))
+    kafka.allow(READER, topic, "DESCRIBE")
+    with pytest.raises(Unavailable, match="the login may not do this"):
+        reader.read_from(0)
+    kafka.allow(READER, topic, "READ")
     assert reader.read_from(0).records == ((offsets[0], b"one"), (offsets[1], b"two"))
     plain = {**kafka.login(READER), "sasl.mechanism": "PLAIN"}
     assert TopicReader(url, plain).read(offsets[1]) == b"two"
