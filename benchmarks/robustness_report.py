@@ -152,11 +152,8 @@ def tables(runs: Runs) -> str:
     tasks = [str(task) for task in runs.having(0)]
     alphas = [alpha for alpha in (math.inf, 1.0, 0.3, 0.1) if alpha in runs.having(1)]
     rules = [str(rule) for rule in runs.having(3) if rule != "centralised"]
-    seeds = ", ".join(f"{_name(alpha)} {_seeds(runs, tasks, alpha, COMPARED)}" for alpha in alphas)
-    fewer = ", ".join(
-        f"{_name(alpha)} {number}" for alpha in alphas if (number := _seeds(runs, tasks, alpha, TEXTBOOK)) != "0"
-    )
-    parts = [f"Seeds under attack: {seeds}; of {', '.join(TEXTBOOK)}: {fewer}. ± is the standard error over them.\n"]
+    seeds = ", ".join(f"{_name(alpha)} {_seeds(runs, tasks, alpha, (*COMPARED, *TEXTBOOK))}" for alpha in alphas)
+    parts = [f"Seeds under attack: {seeds}. ± is the standard error over them.\n"]
 
     parts.append("### Nobody attacks\n\nf = 8 assumed / f = 2 assumed; FedAvg does not know f.\n")
     lines = []
