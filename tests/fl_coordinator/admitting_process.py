@@ -22,9 +22,8 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import SegmentLog
-from tests.fl_coordinator.platform_in_memory import Platform, until
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, fleet, honest
+from tests.fl_coordinator.learning_platform import SPEC, Aggregators, fleet, honest
+from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, until
 
 DEVICES = 12
 

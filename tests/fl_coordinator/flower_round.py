@@ -19,9 +19,8 @@ from fl_coordinator.ports import Tell
 from fl_coordinator.relaying import through
 from fl_coordinator.shares.fixed_point import Rng
 from model_delta.digest import digest_of
-from tests.fl_coordinator.platform_in_memory import Device, Platform
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, honest
+from tests.fl_coordinator.learning_platform import SPEC, Aggregators, honest
+from tests.fl_coordinator.platform_in_memory import Device, Platform, adopt_first
 
 REGIONS = ("eu-west", "ap-south")
 AGGREGATORS = ("a0", "a1", "a2")

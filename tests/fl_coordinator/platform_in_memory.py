@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -40,8 +41,39 @@ from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, latency_bu
 from regional_gateway.relay import Relay
 from tests.fakes.link import FakeBroker, FakeLink
 
+Arguments = ParamSpec("Arguments")
+
 FEATURES = 6
 START = 1_800_000_000.0
+
+FIRST = """
+apiVersion: atoll/v1
+kind: Rollout
+metadata: {name: first}
+spec:
+  model: fraud
+  cohorts: [{name: everyone}]
+  strategy: {canary: {stages: [{share: 100%}]}}
+"""
+
+CANARY = """
+apiVersion: atoll/v1
+kind: Rollout
+metadata: {name: NAME}
+spec:
+  model: fraud
+  cohorts: [{name: everyone}]
+  strategy:
+    canary:
+      stages:
+        - {devices: 1, hold: {minDecisions: 20}}
+        - {share: 50%, hold: {minDecisions: 20}}
+        - {share: 100%, hold: {minDecisions: 20}}
+  guardrails:
+    - {metric: latency_p95_ms, ratioToControl: 4}
+    - {metric: false_positive_rate, maxIncrease: 10%}
+    - {metric: rolled_back, max: 0}
+"""
 
 
 class Clock:
@@ -313,3 +345,33 @@ async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
             await asyncio.sleep(0.005)
+
+
+async def adopt_first(platform: Platform, devices: list[Device]) -> str:
+    """Publish a first version and have every device run it."""
+    record = await platform.coordinator.publish(fraud_model(1), model="fraud")
+    await platform.coordinator.start_rollout(FIRST)
+    await until(lambda: all(device.running == record.manifest for device in devices))
+    await report_all(platform, devices)
+    await until(lambda: state_of(platform, "first") == "completed")
+    return record.manifest
+
+
+async def report_all(platform: Platform, devices: list[Device], decisions: int = 30, **options: object) -> None:
+    for device in devices:
+        await device.report(decisions, **options)
+    await until(lambda: all(device.acked == device.sequence for device in devices))
+
+
+def state_of(platform: Platform, name: str) -> str:
+    return next(one.state for one in platform.coordinator.snapshot().rollouts if one.name == name)
+
+
+def on_a_loop(test: Callable[Arguments, Coroutine[Any, Any, None]]) -> Callable[Arguments, None]:
+    """Make a plain test of one that awaits."""
+
+    @functools.wraps(test)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
+        asyncio.run(test(*arguments, **options))
+
+    return run

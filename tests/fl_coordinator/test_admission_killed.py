@@ -17,8 +17,8 @@ from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import unpack
 from tests.fl_coordinator.admitting_process import DEVICES, Place
+from tests.fl_coordinator.learning_platform import Aggregators
 from tests.fl_coordinator.platform_in_memory import until
-from tests.fl_coordinator.test_round_end_to_end import Aggregators
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,6 @@ or revoked certificates, which admission refuses before the log, are attacked th
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,8 @@ from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
 from tests.fakes.secure_round import SecureRound, measure_words, random_holdings, run_parties
-from tests.fl_coordinator.platform_in_memory import Platform, until
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, honest
+from tests.fl_coordinator.learning_platform import asked, contribute_all, honest, learning
+from tests.fl_coordinator.platform_in_memory import Platform, on_a_loop, until
 from tests.fl_coordinator.test_secure_round import honest_rows
 
 # --- malformed updates ------------------------------------------------------------------------------------------------
@@ -302,46 +300,38 @@ def test_a_device_in_league_with_an_aggregator_learns_products_with_its_own_vect
 # --- sybils, late, stale: through a whole coordinator -----------------------------------------------------------------
 
 
-def test_sybils_replays_and_latecomers_do_not_get_in(tmp_path: Path) -> None:
+@on_a_loop
+async def test_sybils_replays_and_latecomers_do_not_get_in(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [
         *(platform.device(f"pos-{number:04}", batch=f"shop-{number}") for number in range(6)),
         *(platform.device(f"sybil-{number}", batch="stolen") for number in range(5)),
     ]
-    aggregators = Aggregators(platform)
-    spec = msgspec.structs.replace(
-        SPEC, quorum=8, contributions_max=12, quota=Quota(per_group=2, group="batch"), deadline_s=30
-    )
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(spec)
-            await contribute_all(devices[6:], opened.round_id)
-            assert [device.receipts[-1].accepted for device in devices[6:]] == [True, True, False, False, False]
-            assert all(device.receipts[-1].reason.startswith("over quota: ") for device in devices[8:])
-            data = [device.contribution(honest(place)) for place, device in enumerate(devices[:6])]
-            for device, own in zip(devices, data, strict=False):
-                await device.contribute(own)
-            await until(lambda: all(device.receipts for device in devices[:6]))
-            await devices[0].contribute(data[0])  # its own again: acknowledged, counted once
-            await devices[1].contribute(data[0])  # another's under one's own name
-            await devices[2].contribute(devices[2].contribution(honest(40)))  # a second one
-            await until(lambda: all(len(device.receipts) == 2 for device in devices[:3]))
-            assert devices[0].receipts[-1].accepted
-            assert devices[1].receipts[-1].reason.startswith("unknown certificate: ")
-            assert devices[2].receipts[-1].reason.startswith("duplicate: ")
-            platform.clock.now += 31
-            await until(lambda: not coordinator.round(opened.round_id).live, 20)
-            first = coordinator.round(opened.round_id)
-            assert (first.state, len(first.frozen)) == ("PUBLISHED", 8)
-            await devices[0].contribute(data[0])  # when all is over, and into the next round
-            await until(lambda: len(devices[0].receipts) == 3)
-            second = await coordinator.open_round(msgspec.structs.replace(spec, name="next", base=first.task.base))
-            await until(lambda: devices[0].task is not None and devices[0].task.round_id == second.round_id)
-            await devices[3].contribute(data[3])
-            await until(lambda: len(devices[3].receipts) == 2)
-            assert devices[3].receipts[-1].reason.startswith("wrong round: ")
-            assert not platform.ledger.contributions(second.round_id)
-
-    asyncio.run(story())
+    spec = asked(quorum=8, contributions_max=12, quota=Quota(per_group=2, group="batch"), deadline_s=30)
+    async with learning(platform, devices) as at:
+        opened = await at.coordinator.open_round(spec)
+        await contribute_all(devices[6:], opened.round_id)
+        assert [device.receipts[-1].accepted for device in devices[6:]] == [True, True, False, False, False]
+        assert all(device.receipts[-1].reason.startswith("over quota: ") for device in devices[8:])
+        data = [device.contribution(honest(place)) for place, device in enumerate(devices[:6])]
+        for device, own in zip(devices, data, strict=False):
+            await device.contribute(own)
+        await until(lambda: all(device.receipts for device in devices[:6]))
+        await devices[0].contribute(data[0])  # its own again: acknowledged, counted once
+        await devices[1].contribute(data[0])  # another's under one's own name
+        await devices[2].contribute(devices[2].contribution(honest(40)))  # a second one
+        await until(lambda: all(len(device.receipts) == 2 for device in devices[:3]))
+        assert devices[0].receipts[-1].accepted
+        assert devices[1].receipts[-1].reason.startswith("unknown certificate: ")
+        assert devices[2].receipts[-1].reason.startswith("duplicate: ")
+        platform.clock.now += 31
+        first = await at.ended(opened.round_id)
+        assert (first.state, len(first.frozen)) == ("PUBLISHED", 8)
+        await devices[0].contribute(data[0])  # when all is over, and into the next round
+        await until(lambda: len(devices[0].receipts) == 3)
+        second = await at.coordinator.open_round(msgspec.structs.replace(spec, name="next", base=first.task.base))
+        await until(lambda: devices[0].task is not None and devices[0].task.round_id == second.round_id)
+        await devices[3].contribute(data[3])
+        await until(lambda: len(devices[3].receipts) == 2)
+        assert devices[3].receipts[-1].reason.startswith("wrong round: ")
+        assert not at.ledger.contributions(second.round_id)

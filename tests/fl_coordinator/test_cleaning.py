@@ -28,10 +28,9 @@ from model_delta.patch.route import plan_update
 from model_delta.trust.director import ChosenStep, DevicePlan, HeldFile, VersionReport
 from model_delta.trust.signing import seal_envelope
 from monitoring.metrics import Metrics
-from tests.fl_coordinator.platform_in_memory import Platform, fraud_model, until
+from tests.fl_coordinator.learning_platform import Aggregators
+from tests.fl_coordinator.platform_in_memory import FIRST, Platform, adopt_first, fraud_model, on_a_loop, until
 from tests.fl_coordinator.test_control import Call, calling
-from tests.fl_coordinator.test_coordinator import FIRST, adopt_first
-from tests.fl_coordinator.test_round_end_to_end import Aggregators
 
 SHORT = Terms(window_s=30 * DAY_S, grace_s=3600.0)
 
@@ -99,57 +98,51 @@ def test_old_versions_go_and_what_is_left_is_whole(tmp_path: Path) -> None:
     assert following.parents == (records[-1].manifest,)
 
 
-def test_what_was_given_up_cannot_be_rolled_out_trained_from_or_published_again(tmp_path: Path) -> None:
+@on_a_loop
+async def test_what_was_given_up_cannot_be_rolled_out_trained_from_or_published_again(tmp_path: Path) -> None:
     platform = platform_at(tmp_path)
     first, _ = published(platform, 2)
-
-    async def story() -> None:
-        platform.clock.now += 31 * DAY_S
-        assert cleaning(platform).run().retired == (first.manifest,)
-        with pytest.raises(Malformed, match="removed from the store"):
-            await platform.coordinator.start_rollout(FIRST, first.manifest)
-        with pytest.raises(AtollError):
-            await platform.coordinator.open_round(RoundSpec(model="fraud", base=first.manifest))
-        with pytest.raises(Malformed, match="which nothing needed any more"):
-            await platform.coordinator.publish(fraud_model(0), model="fraud", parent=None)
-        assert platform.ledger.rollouts() == platform.ledger.rounds() == []
-
     # Without a parent of its own, version 1's bytes on no parent are version 1 again.
     platform.publisher._parent = lambda model, wanted: None  # type: ignore[method-assign]
-    asyncio.run(story())
+    platform.clock.now += 31 * DAY_S
+    assert cleaning(platform).run().retired == (first.manifest,)
+    with pytest.raises(Malformed, match="removed from the store"):
+        await platform.coordinator.start_rollout(FIRST, first.manifest)
+    with pytest.raises(AtollError):
+        await platform.coordinator.open_round(RoundSpec(model="fraud", base=first.manifest))
+    with pytest.raises(Malformed, match="which nothing needed any more"):
+        await platform.coordinator.publish(fraud_model(0), model="fraud", parent=None)
+    assert platform.ledger.rollouts() == platform.ledger.rounds() == []
 
 
-def test_plans_rounds_and_devices_keep_what_they_need(tmp_path: Path) -> None:
+@on_a_loop
+async def test_plans_rounds_and_devices_keep_what_they_need(tmp_path: Path) -> None:
     platform = platform_at(tmp_path)
     Aggregators(platform)
     device = platform.device("pos-0001")
-
-    async def story() -> None:
-        async with platform.running():
-            first = await adopt_first(platform, [device])
-            published(platform, 3, first=10)
-            round_ = await platform.coordinator.open_round(
-                RoundSpec(model="fraud", quorum=8, deadline_s=86_400.0 * 29, clip_norm_l2=1.0)
-            )
-            platform.clock.now += 28 * DAY_S
-            await device.hello()
-            await until(lambda: platform.ledger.device("pos-0001").last_seen == platform.clock())
-            platform.store.put("blob", "f" * 64, b"left by a crash")
-            os.utime(platform.folder / "store" / "blob" / ("f" * 64), (1_000, 1_000))
-            cleaned = cleaning(platform, Terms(window_s=7 * DAY_S, grace_s=60.0)).run()
-            assert not platform.store.has("blob", "f" * 64)
-            assert first not in cleaned.retired
-            assert cleaned.kept["round"] == 1  # the graph; the base has an earlier reason
-            assert platform.store.has("artifact", round_.task.training_graph)
-            assert cleaned.kept["plan"] > 0
-            assert len(cleaned.retired) == 2
-            require_complete(platform)
-            await platform.coordinator.abort_round(round_.round_id)
-            await until(lambda: not platform.coordinator.round(round_.round_id).live)
-            cleaned = cleaning(platform, Terms(window_s=7 * DAY_S, grace_s=60.0)).run()
-            assert cleaned.removed == {"artifact": 1}
-
-    asyncio.run(story())
+    async with platform.running():
+        first = await adopt_first(platform, [device])
+        published(platform, 3, first=10)
+        round_ = await platform.coordinator.open_round(
+            RoundSpec(model="fraud", quorum=8, deadline_s=86_400.0 * 29, clip_norm_l2=1.0)
+        )
+        platform.clock.now += 28 * DAY_S
+        await device.hello()
+        await until(lambda: platform.ledger.device("pos-0001").last_seen == platform.clock())
+        platform.store.put("blob", "f" * 64, b"left by a crash")
+        os.utime(platform.folder / "store" / "blob" / ("f" * 64), (1_000, 1_000))
+        cleaned = cleaning(platform, Terms(window_s=7 * DAY_S, grace_s=60.0)).run()
+        assert not platform.store.has("blob", "f" * 64)
+        assert first not in cleaned.retired
+        assert cleaned.kept["round"] == 1  # the graph; the base has an earlier reason
+        assert platform.store.has("artifact", round_.task.training_graph)
+        assert cleaned.kept["plan"] > 0
+        assert len(cleaned.retired) == 2
+        require_complete(platform)
+        await platform.coordinator.abort_round(round_.round_id)
+        await until(lambda: not platform.coordinator.round(round_.round_id).live)
+        cleaned = cleaning(platform, Terms(window_s=7 * DAY_S, grace_s=60.0)).run()
+        assert cleaned.removed == {"artifact": 1}
 
 
 def test_a_device_from_the_window_still_gets_its_late_patch(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request, serial_of
 from model_delta.trust.updater import TrustAnchors
-from tests.fl_coordinator.platform_in_memory import Platform, fraud_model, until
-from tests.fl_coordinator.test_coordinator import CANARY, FIRST
+from tests.fl_coordinator.platform_in_memory import CANARY, FIRST, Platform, fraud_model, on_a_loop, until
 
 TOKENS = {"admin": "a" * 32, "gateway": "g" * 32, "aggregator": "r" * 32, "flower": "f" * 32, "join": "j" * 32}
-Call = Callable[..., Awaitable[httpx.Response]]
+Call = Callable[..., Coroutine[Any, Any, httpx.Response]]
 
 
-def calling(platform: Platform, story: Callable[[Call], Awaitable[None]], *, client: str = "127.0.0.1") -> None:
-    """Run `story` with a function that calls the API of a running coordinator."""
+def calls(platform: Platform, *, client: str = "127.0.0.1") -> Call:
+    """What calls the API of a running coordinator, by default as an administrator."""
     app = control_app(platform.coordinator, tokens=TOKENS, flower=platform.bridge)
     transport = httpx.ASGITransport(app, client=(client, 1))
 
@@ -34,9 +33,15 @@ def calling(platform: Platform, story: Callable[[Call], Awaitable[None]], *, cli
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as http:
             return await http.request(method, path, headers=headers, **options)
 
+    return call
+
+
+def calling(platform: Platform, story: Callable[[Call], Awaitable[None]], *, client: str = "127.0.0.1") -> None:
+    """Run `story` with a function that calls the API of a running coordinator."""
+
     async def run() -> None:
         async with platform.running():
-            await story(call)
+            await story(calls(platform, client=client))
 
     asyncio.run(run())
 
@@ -291,46 +296,43 @@ def test_a_body_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
     calling(Platform(tmp_path), story)
 
 
-def test_the_event_stream_carries_snapshots(tmp_path: Path) -> None:
+@on_a_loop
+async def test_the_event_stream_carries_snapshots(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     app = control_app(platform.coordinator, tokens=TOKENS, flower=platform.bridge)
+    async with platform.running():
+        await asyncio.to_thread(platform.coordinator.note, "act", "learn")
+        sent: list[dict[str, Any]] = []
+        gone = asyncio.Event()
+        request = [{"type": "http.request", "body": b"", "more_body": False}]
 
-    async def story() -> None:
-        async with platform.running():
-            await asyncio.to_thread(platform.coordinator.note, "act", "learn")
-            sent: list[dict[str, Any]] = []
-            gone = asyncio.Event()
-            request = [{"type": "http.request", "body": b"", "more_body": False}]
+        async def receive() -> dict[str, Any]:
+            if request:
+                return request.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
 
-            async def receive() -> dict[str, Any]:
-                if request:
-                    return request.pop()
-                await gone.wait()
-                return {"type": "http.disconnect"}
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+            if len(sent) >= 3:
+                gone.set()
 
-            async def send(message: dict[str, Any]) -> None:
-                sent.append(message)
-                if len(sent) >= 3:
-                    gone.set()
-
-            scope = {
-                "type": "http",
-                "method": "GET",
-                "path": "/v1/events",
-                "query_string": b"",
-                "headers": [(b"host", b"127.0.0.1:8080")],
-                "client": ("127.0.0.1", 1),
-                "asgi": {"version": "3.0", "spec_version": "2.3"},
-            }
-            await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
-            assert sent[0]["status"] == 200
-            first = sent[1]["body"]
-            assert first.startswith(b"data: ")
-            assert first.endswith(b"\n\n")
-            snapshot = json.loads(first.removeprefix(b"data: "))
-            assert (snapshot["act"], snapshot["notes"][-1]["text"]) == ("learn", "learn")
-
-    asyncio.run(story())
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/events",
+            "query_string": b"",
+            "headers": [(b"host", b"127.0.0.1:8080")],
+            "client": ("127.0.0.1", 1),
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }
+        await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
+        assert sent[0]["status"] == 200
+        first = sent[1]["body"]
+        assert first.startswith(b"data: ")
+        assert first.endswith(b"\n\n")
+        snapshot = json.loads(first.removeprefix(b"data: "))
+        assert (snapshot["act"], snapshot["notes"][-1]["text"]) == ("learn", "learn")
 
 
 def test_flower_fetches_commands_and_delivers_answers(tmp_path: Path) -> None:

@@ -13,226 +13,166 @@ from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
 from model_delta.keys.certificates import make_request
 from model_delta.trust.updater import read_manifest
 from monitoring.telemetry import Report
-from tests.fl_coordinator.platform_in_memory import START, Device, Platform, fraud_model, until
-
-FIRST = """
-apiVersion: atoll/v1
-kind: Rollout
-metadata: {name: first}
-spec:
-  model: fraud
-  cohorts: [{name: everyone}]
-  strategy: {canary: {stages: [{share: 100%}]}}
-"""
-
-CANARY = """
-apiVersion: atoll/v1
-kind: Rollout
-metadata: {name: NAME}
-spec:
-  model: fraud
-  cohorts: [{name: everyone}]
-  strategy:
-    canary:
-      stages:
-        - {devices: 1, hold: {minDecisions: 20}}
-        - {share: 50%, hold: {minDecisions: 20}}
-        - {share: 100%, hold: {minDecisions: 20}}
-  guardrails:
-    - {metric: latency_p95_ms, ratioToControl: 4}
-    - {metric: false_positive_rate, maxIncrease: 10%}
-    - {metric: rolled_back, max: 0}
-"""
-
-
-async def adopt_first(platform: Platform, devices: list[Device]) -> str:
-    """Publish a first version and have every device run it."""
-    record = await platform.coordinator.publish(fraud_model(1), model="fraud")
-    await platform.coordinator.start_rollout(FIRST)
-    await until(lambda: all(device.running == record.manifest for device in devices))
-    await report_all(platform, devices)
-    await until(lambda: state_of(platform, "first") == "completed")
-    return record.manifest
-
-
-async def report_all(platform: Platform, devices: list[Device], decisions: int = 30, **options: object) -> None:
-    for device in devices:
-        await device.report(decisions, **options)
-    await until(lambda: all(device.acked == device.sequence for device in devices))
-
-
-def state_of(platform: Platform, name: str) -> str:
-    return next(one.state for one in platform.coordinator.snapshot().rollouts if one.name == name)
+from tests.fl_coordinator.platform_in_memory import (
+    CANARY,
+    FIRST,
+    START,
+    Device,
+    Platform,
+    adopt_first,
+    fraud_model,
+    on_a_loop,
+    report_all,
+    state_of,
+    until,
+)
 
 
 def running(platform: Platform, manifest: str) -> list[Device]:
     return [device for device in platform.devices.values() if device.running == manifest]
 
 
-def test_publish_roll_out_report_acknowledge(tmp_path: Path) -> None:
+@on_a_loop
+async def test_publish_roll_out_report_acknowledge(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{number:04}") for number in range(6)]
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            manifest = await adopt_first(platform, devices)
-            snapshot = coordinator.snapshot()
-            assert snapshot.decisions == 6 * 30
-            assert {device.version for device in snapshot.devices} == {"eu-west:1"}
-            assert platform.ledger.stable("fraud") == manifest
-            described = read_manifest(
-                platform.store.get("manifest", manifest), manifest, platform.keyring.tenant, START
-            )
-            assert described.golden[0].outputs["score"].shape == (3, 1)
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        manifest = await adopt_first(platform, devices)
+        snapshot = coordinator.snapshot()
+        assert snapshot.decisions == 6 * 30
+        assert {device.version for device in snapshot.devices} == {"eu-west:1"}
+        assert platform.ledger.stable("fraud") == manifest
+        described = read_manifest(platform.store.get("manifest", manifest), manifest, platform.keyring.tenant, START)
+        assert described.golden[0].outputs["score"].shape == (3, 1)
 
 
-def test_a_canary_grows_from_one_device_to_all(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_canary_grows_from_one_device_to_all(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{number:04}") for number in range(8)]
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            first = await adopt_first(platform, devices)
-            second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
-            await coordinator.start_rollout(CANARY.replace("NAME", "second"))
-            sizes = []
-            for _ in range(200):
-                sizes.append(len(running(platform, second)))
-                await report_all(platform, devices)
-                await asyncio.sleep(0.03)
-                if platform.ledger.stable("fraud") == second:
-                    break
-            await until(lambda: len(running(platform, second)) == 8)
-            assert sizes[0] in (0, 1)
-            assert 1 in sizes
-            assert sizes == sorted(sizes)
-            events = [entry.event for entry in platform.ledger.stage_history("second")]
-            assert events == ["begun", "widened", "widened", "completed"]
-            assert coordinator.ledger.release(second).bytes_patch.keys() == {first}
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        first = await adopt_first(platform, devices)
+        second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
+        await coordinator.start_rollout(CANARY.replace("NAME", "second"))
+        sizes = []
+        for _ in range(200):
+            sizes.append(len(running(platform, second)))
+            await report_all(platform, devices)
+            await asyncio.sleep(0.03)
+            if platform.ledger.stable("fraud") == second:
+                break
+        await until(lambda: len(running(platform, second)) == 8)
+        assert sizes[0] in (0, 1)
+        assert 1 in sizes
+        assert sizes == sorted(sizes)
+        events = [entry.event for entry in platform.ledger.stage_history("second")]
+        assert events == ["begun", "widened", "widened", "completed"]
+        assert coordinator.ledger.release(second).bytes_patch.keys() == {first}
 
 
-def test_a_slow_version_is_stopped_at_the_canary_and_never_comes_back(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_slow_version_is_stopped_at_the_canary_and_never_comes_back(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{number:04}") for number in range(8)]
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            first = await adopt_first(platform, devices)
-            for _ in range(5):
-                await report_all(platform, devices)
-            bad = (await coordinator.publish(fraud_model(3), model="fraud")).manifest
-            await coordinator.start_rollout(CANARY.replace("NAME", "bad"))
-            await until(lambda: len(running(platform, bad)) == 1)
-            canary = running(platform, bad)[0]
-            exposed = set()
-            for _ in range(100):
-                for device in devices:
-                    await device.report(20, latency_us=9_000.0 if device.running == bad else 300.0)
-                await asyncio.sleep(0.03)
-                exposed |= {device.device_id for device in running(platform, bad)}
-                if state_of(platform, "bad") == "stopped":
-                    break
-            await until(lambda: len(running(platform, first)) == 8)
-            assert exposed == {canary.device_id}
-            assert "latency_p95_ms" in platform.ledger.withdrawn("fraud")[bad]
-            with pytest.raises(Malformed, match="withdrawn"):
-                await coordinator.start_rollout(CANARY.replace("NAME", "again"), target=bad)
-            await canary.ask_key(bad)
-            await until(lambda: canary.answers)
-            assert "withdrawn" in canary.answers[0].error
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        first = await adopt_first(platform, devices)
+        for _ in range(5):
+            await report_all(platform, devices)
+        bad = (await coordinator.publish(fraud_model(3), model="fraud")).manifest
+        await coordinator.start_rollout(CANARY.replace("NAME", "bad"))
+        await until(lambda: len(running(platform, bad)) == 1)
+        canary = running(platform, bad)[0]
+        exposed = set()
+        for _ in range(100):
+            for device in devices:
+                await device.report(20, latency_us=9_000.0 if device.running == bad else 300.0)
+            await asyncio.sleep(0.03)
+            exposed |= {device.device_id for device in running(platform, bad)}
+            if state_of(platform, "bad") == "stopped":
+                break
+        await until(lambda: len(running(platform, first)) == 8)
+        assert exposed == {canary.device_id}
+        assert "latency_p95_ms" in platform.ledger.withdrawn("fraud")[bad]
+        with pytest.raises(Malformed, match="withdrawn"):
+            await coordinator.start_rollout(CANARY.replace("NAME", "again"), target=bad)
+        await canary.ask_key(bad)
+        await until(lambda: canary.answers)
+        assert "withdrawn" in canary.answers[0].error
 
 
-def test_a_crash_between_any_two_steps_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_crash_between_any_two_steps_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{number:04}") for number in range(4)]
-
-    async def story() -> None:
-        async with platform.running():
-            await adopt_first(platform, devices)
-        platform.reopen()
-        platform.broker.retained.clear()  # the broker lost its disk as well
-        async with platform.running() as coordinator:
-            await until(lambda: topics.plan_topic("acme", "fraud") in platform.broker.retained)
-            assert coordinator.snapshot().rollouts[0].state == "completed"
-            repeated = devices[0].next_report(5)
-            for _ in range(3):
-                await devices[0].link.publish(topics.up(devices[0].device_id, "report"), pack(repeated))
-            await until(lambda: devices[0].acked == devices[0].sequence)
-            await until(lambda: coordinator.snapshot().decisions == 4 * 30 + 5)
-            assert platform.ledger.summaries()
-
-    asyncio.run(story())
+    async with platform.running():
+        await adopt_first(platform, devices)
+    platform.reopen()
+    platform.broker.retained.clear()  # the broker lost its disk as well
+    async with platform.running() as coordinator:
+        await until(lambda: topics.plan_topic("acme", "fraud") in platform.broker.retained)
+        assert coordinator.snapshot().rollouts[0].state == "completed"
+        repeated = devices[0].next_report(5)
+        for _ in range(3):
+            await devices[0].link.publish(topics.up(devices[0].device_id, "report"), pack(repeated))
+        await until(lambda: devices[0].acked == devices[0].sequence)
+        await until(lambda: coordinator.snapshot().decisions == 4 * 30 + 5)
+        assert platform.ledger.summaries()
 
 
-def test_plans_are_published_again_when_the_broker_comes_back(tmp_path: Path) -> None:
+@on_a_loop
+async def test_plans_are_published_again_when_the_broker_comes_back(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     device = platform.device("pos-0001")
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            await adopt_first(platform, [device])
-            platform.broker.up = False
-            second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
-            begun = await coordinator.start_rollout(FIRST.replace("name: first", "name: second"))
-            assert begun.state == "running"
-            platform.broker.retained.clear()
-            await asyncio.sleep(0.1)
-            platform.broker.up = True
-            await until(lambda: device.running == second)
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        await adopt_first(platform, [device])
+        platform.broker.up = False
+        second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
+        begun = await coordinator.start_rollout(FIRST.replace("name: first", "name: second"))
+        assert begun.state == "running"
+        platform.broker.retained.clear()
+        await asyncio.sleep(0.1)
+        platform.broker.up = True
+        await until(lambda: device.running == second)
 
 
-def test_the_artifact_key_goes_to_enrolled_devices_only(tmp_path: Path) -> None:
+@on_a_loop
+async def test_the_artifact_key_goes_to_enrolled_devices_only(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     device = platform.device("pos-0001")
-
-    async def story() -> None:
-        async with platform.running():
-            manifest = await adopt_first(platform, [device])
-            await device.ask_key(manifest)
-            await until(lambda: len(device.answers) == 1)
-            assert device.open_key(device.answers[0], manifest) == platform.publisher.key(manifest)
-            await device.ask_key(manifest, signed_by=ec.generate_private_key(ec.SECP256R1()))
-            await until(lambda: len(device.answers) == 2)
-            assert "signature" in device.answers[1].error
-            assert device.answers[1].sealed == b""
-            platform.keyring.revoke(int(platform.ledger.device("pos-0001").certificate_serial))
-            await device.ask_key(manifest)
-            await until(lambda: len(device.answers) == 3)
-            assert "revoked" in device.answers[2].error
-
-    asyncio.run(story())
+    async with platform.running():
+        manifest = await adopt_first(platform, [device])
+        await device.ask_key(manifest)
+        await until(lambda: len(device.answers) == 1)
+        assert device.open_key(device.answers[0], manifest) == platform.publisher.key(manifest)
+        await device.ask_key(manifest, signed_by=ec.generate_private_key(ec.SECP256R1()))
+        await until(lambda: len(device.answers) == 2)
+        assert "signature" in device.answers[1].error
+        assert device.answers[1].sealed == b""
+        platform.keyring.revoke(int(platform.ledger.device("pos-0001").certificate_serial))
+        await device.ask_key(manifest)
+        await until(lambda: len(device.answers) == 3)
+        assert "revoked" in device.answers[2].error
 
 
-def test_strangers_and_impostors_do_not_move_the_totals(tmp_path: Path) -> None:
+@on_a_loop
+async def test_strangers_and_impostors_do_not_move_the_totals(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     device, other = platform.device("pos-0001"), platform.device("pos-0002")
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            await adopt_first(platform, [device])
-            forged = other.next_report(1000)
-            await device.link.publish(topics.up("pos-0001", "report"), pack(forged))
-            await device.link.publish(topics.up("pos-0001", "report"), b"\xff\x00")
-            # One report that cannot be written down must not hold up the others of its batch.
-            absurd = msgspec.structs.replace(forged, device_id="pos-0001", last_sequence=2**63)
-            await device.link.publish(topics.up("pos-0001", "report"), pack(absurd))
-            stranger = platform.broker.link("pos-0099")
-            report = Report(
-                device_id="pos-0099", epoch=1, first_sequence=1, last_sequence=2, time=0.0, state="IDLE", running=""
-            )
-            await stranger.publish(topics.up("pos-0099", "report"), pack(report))
-            await report_all(platform, [device], 1)
-            await until(lambda: coordinator.snapshot().decisions == 31)
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        await adopt_first(platform, [device])
+        forged = other.next_report(1000)
+        await device.link.publish(topics.up("pos-0001", "report"), pack(forged))
+        await device.link.publish(topics.up("pos-0001", "report"), b"\xff\x00")
+        # One report that cannot be written down must not hold up the others of its batch.
+        absurd = msgspec.structs.replace(forged, device_id="pos-0001", last_sequence=2**63)
+        await device.link.publish(topics.up("pos-0001", "report"), pack(absurd))
+        stranger = platform.broker.link("pos-0099")
+        report = Report(
+            device_id="pos-0099", epoch=1, first_sequence=1, last_sequence=2, time=0.0, state="IDLE", running=""
+        )
+        await stranger.publish(topics.up("pos-0099", "report"), pack(report))
+        await report_all(platform, [device], 1)
+        await until(lambda: coordinator.snapshot().decisions == 31)
 
 
 def test_enrolment_gives_no_name_away(tmp_path: Path) -> None:
@@ -281,19 +221,16 @@ def test_the_same_bytes_on_the_same_parent_are_the_same_version(tmp_path: Path) 
     assert len(platform.ledger.releases("fraud")) == 2
 
 
-def test_however_many_candidates_came_between_there_is_a_patch_from_what_the_fleet_runs(tmp_path: Path) -> None:
+@on_a_loop
+async def test_however_many_candidates_came_between_there_is_a_patch_from_what_the_fleet_runs(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{number:04}") for number in range(3)]
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            stable = await adopt_first(platform, devices)
-            newest = stable
-            for seed in range(2, 8):
-                newest = (await coordinator.publish(fraud_model(seed), model="fraud", parent=newest)).manifest
-            assert stable in platform.ledger.release(newest).bytes_patch
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        stable = await adopt_first(platform, devices)
+        newest = stable
+        for seed in range(2, 8):
+            newest = (await coordinator.publish(fraud_model(seed), model="fraud", parent=newest)).manifest
+        assert stable in platform.ledger.release(newest).bytes_patch
 
 
 def test_a_full_disk_leaves_nothing_of_a_publication_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,24 +251,21 @@ def test_a_full_disk_leaves_nothing_of_a_publication_behind(tmp_path: Path, monk
     assert platform.publisher.publish(fraud_model(1), model="fraud", now=START).release == 1
 
 
-def test_one_rollout_of_a_model_at_a_time(tmp_path: Path) -> None:
+@on_a_loop
+async def test_one_rollout_of_a_model_at_a_time(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{number:04}") for number in range(3)]
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            first = await adopt_first(platform, devices)
-            await coordinator.publish(fraud_model(2), model="fraud")
-            text = CANARY.replace("NAME", "second")
-            begun = await coordinator.start_rollout(text)
-            assert (await coordinator.start_rollout(text)).name == begun.name  # the same once more: no harm
-            with pytest.raises(Malformed, match="name was used"):
-                await coordinator.start_rollout(text.replace("20}", "21}"))
-            await coordinator.publish(fraud_model(3), model="fraud", parent=first)
-            with pytest.raises(Malformed, match="rollout second of fraud is running"):
-                await coordinator.start_rollout(CANARY.replace("NAME", "third"))
-            await coordinator.abort_rollout("second")
-            await until(lambda: len(running(platform, first)) == 3)
-            assert (await coordinator.start_rollout(CANARY.replace("NAME", "third"))).state == "running"
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        first = await adopt_first(platform, devices)
+        await coordinator.publish(fraud_model(2), model="fraud")
+        text = CANARY.replace("NAME", "second")
+        begun = await coordinator.start_rollout(text)
+        assert (await coordinator.start_rollout(text)).name == begun.name  # the same once more: no harm
+        with pytest.raises(Malformed, match="name was used"):
+            await coordinator.start_rollout(text.replace("20}", "21}"))
+        await coordinator.publish(fraud_model(3), model="fraud", parent=first)
+        with pytest.raises(Malformed, match="rollout second of fraud is running"):
+            await coordinator.start_rollout(CANARY.replace("NAME", "third"))
+        await coordinator.abort_rollout("second")
+        await until(lambda: len(running(platform, first)) == 3)
+        assert (await coordinator.start_rollout(CANARY.replace("NAME", "third"))).state == "running"

@@ -14,10 +14,9 @@ from fl_coordinator.rounds import State
 from model_delta.errors import Unavailable, Untrusted
 from model_delta.keys.keyring import EmbeddedKeyring
 from tests.fakes.keyring import HangingKeyring
-from tests.fl_coordinator.platform_in_memory import Platform, until
+from tests.fl_coordinator.learning_platform import SPEC, Learning
+from tests.fl_coordinator.platform_in_memory import Platform, adopt_first
 from tests.fl_coordinator.test_control import Call, calling
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet
 
 DEADLINE_S = 0.05
 
@@ -136,16 +135,12 @@ def test_a_silent_key_server_does_not_stall_the_coordinator(tmp_path: Path) -> N
 
 def test_a_round_from_end_to_end_asks_for_no_key_on_the_loop(tmp_path: Path) -> None:
     platform = Watched(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
+    at = Learning(platform)  # before there is a loop: devices enrol here
 
     async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(SPEC)
-            await contribute_all(devices, opened.round_id)
-            await until(lambda: not coordinator.round(opened.round_id).live)
-            assert coordinator.round(opened.round_id).at is State.PUBLISHED
+        async with platform.running(), at.aggregators.serving():
+            await adopt_first(platform, at.devices)
+            assert (await at.learned(SPEC)).at is State.PUBLISHED
 
     asyncio.run(story())
     assert platform.behind.on_loop == []

@@ -22,9 +22,8 @@ from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack
 from model_delta.errors import Untrusted
 from tests.fakes.secure_round import SecureRound
-from tests.fl_coordinator.platform_in_memory import Platform
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import LENGTH, SPEC, Aggregators, fleet
+from tests.fl_coordinator.learning_platform import LENGTH, SPEC, Aggregators, asked, fleet
+from tests.fl_coordinator.platform_in_memory import Platform, adopt_first
 from tests.fl_coordinator.test_secure_round import honest_rows, ones_off_balance, opened_sum
 
 # --- nobody sees an update --------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ def test_coordinator_log_broker_and_any_one_aggregator_together_hold_no_update(t
     async def story() -> None:
         async with platform.running() as coordinator, aggregators.serving():
             await adopt_first(platform, devices)
-            opened = await coordinator.open_round(msgspec.structs.replace(SPEC, policy="robust"))
+            opened = await coordinator.open_round(asked(policy="robust"))
             fraction_bits.append(opened.task.fraction_bits)
             rng = np.random.default_rng(2)
             for device in devices:

@@ -20,7 +20,15 @@ from model_delta.patch.route import plan_update
 from model_delta.release import open_release
 from model_delta.segments import read_tensor, stored_tensors
 from model_delta.version import concurrent, dominates, dot_of, show
-from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, SumModel, fraud_model, golden_inputs, until
+from tests.fl_coordinator.platform_in_memory import (
+    FEATURES,
+    Platform,
+    SumModel,
+    fraud_model,
+    golden_inputs,
+    on_a_loop,
+    until,
+)
 from tests.fl_coordinator.test_control import Call, calling
 
 ALL = """
@@ -239,58 +247,50 @@ def test_releases_far_behind_get_a_direct_patch_beside_the_delivery(tmp_path: Pa
     assert eu.offer_direct(records[-1].manifest, records[0].manifest), "on demand, also backwards"
 
 
-def test_a_device_that_greets_from_far_behind_finds_a_direct_patch(tmp_path: Path) -> None:
-    async def story() -> None:
-        platform = Platform(tmp_path)
-        records = many(platform.publisher, 6)
-        base, target = records[0].manifest, records[-1].manifest
-        async with platform.running() as coordinator:
-            device = platform.device("pos-0001")
-            await coordinator.start_rollout(ALL, target)
-            device.running = base
+@on_a_loop
+async def test_a_device_that_greets_from_far_behind_finds_a_direct_patch(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    records = many(platform.publisher, 6)
+    base, target = records[0].manifest, records[-1].manifest
+    async with platform.running() as coordinator:
+        device = platform.device("pos-0001")
+        await coordinator.start_rollout(ALL, target)
+        device.running = base
+        await device.hello()
+        await until(lambda: platform.store.has("delivery", late_delivery_name(target, base)))
+
+
+@on_a_loop
+async def test_direct_patches_are_made_soon_after_publication(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    records = many(platform.publisher, 5)
+    async with platform.running() as coordinator:
+        source = moved(platform.publisher.source(records[-1].manifest), "layer0.weight", 0.001, at=9)
+        record = await coordinator.publish(source, model="fraud", parent=records[-1].manifest)
+        late = [late_delivery_name(record.manifest, other.manifest) for other in records[:2]]
+        await until(lambda: all(platform.store.has("delivery", name) for name in late))
+
+
+@on_a_loop
+async def test_a_changed_file_and_a_device_set_back_are_noticed(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    old, new = many(platform.publisher, 2)
+    roots = [platform.publisher.manifest(record.manifest).merkle_root for record in (old, new)]
+    async with platform.running():
+        device = platform.device("pos-0001")
+
+        async def says(running: ReleaseRecord, root: str, events: int = 0) -> list[str]:
+            device.running, device.root = running.manifest, root
+            before = len(platform.ledger.events(1000))
             await device.hello()
-            await until(lambda: platform.store.has("delivery", late_delivery_name(target, base)))
+            await until(lambda: platform.ledger.device("pos-0001").running == running.manifest)
+            await until(lambda: len(platform.ledger.events(1000)) >= before + events)
+            await asyncio.sleep(0.02)  # for what should not be there
+            return [event.text for event in platform.ledger.events(1000)[before:]]
 
-    asyncio.run(story())
-
-
-def test_direct_patches_are_made_soon_after_publication(tmp_path: Path) -> None:
-    async def story() -> None:
-        platform = Platform(tmp_path)
-        records = many(platform.publisher, 5)
-        async with platform.running() as coordinator:
-            source = moved(platform.publisher.source(records[-1].manifest), "layer0.weight", 0.001, at=9)
-            record = await coordinator.publish(source, model="fraud", parent=records[-1].manifest)
-            late = [late_delivery_name(record.manifest, other.manifest) for other in records[:2]]
-            await until(lambda: all(platform.store.has("delivery", name) for name in late))
-
-    asyncio.run(story())
-
-
-def test_a_changed_file_and_a_device_set_back_are_noticed(tmp_path: Path) -> None:
-    async def story() -> None:
-        platform = Platform(tmp_path)
-        old, new = many(platform.publisher, 2)
-        roots = [platform.publisher.manifest(record.manifest).merkle_root for record in (old, new)]
-        async with platform.running():
-            device = platform.device("pos-0001")
-
-            async def says(running: ReleaseRecord, root: str, events: int = 0) -> list[str]:
-                device.running, device.root = running.manifest, root
-                before = len(platform.ledger.events(1000))
-                await device.hello()
-                await until(lambda: platform.ledger.device("pos-0001").running == running.manifest)
-                await until(lambda: len(platform.ledger.events(1000)) >= before + events)
-                await asyncio.sleep(0.02)  # for what should not be there
-                return [event.text for event in platform.ledger.events(1000)[before:]]
-
-            assert await says(new, roots[1]) == []
-            (changed,) = await says(new, "ab" * 32, events=1)
-            assert (
-                changed == "pos-0001: its file is no release but device:pos-0001:1+eu-west:2: damaged, or changed there"
-            )
-            (back,) = await says(old, roots[0], events=1)
-            assert back == "pos-0001: back with release 1 after 2: set back?"
-            assert await says(old, "") == []
-
-    asyncio.run(story())
+        assert await says(new, roots[1]) == []
+        (changed,) = await says(new, "ab" * 32, events=1)
+        assert changed == "pos-0001: its file is no release but device:pos-0001:1+eu-west:2: damaged, or changed there"
+        (back,) = await says(old, roots[0], events=1)
+        assert back == "pos-0001: back with release 1 after 2: set back?"
+        assert await says(old, "") == []

@@ -16,7 +16,7 @@ from fl_coordinator.ledger import Ledger
 from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.keys.wrapping import KeyVersions, version_of
-from tests.fl_coordinator.platform_in_memory import START, Platform, fraud_model
+from tests.fl_coordinator.platform_in_memory import START, Platform, fraud_model, on_a_loop
 
 
 def published(platform: Platform, count: int = 3) -> list[str]:
@@ -64,19 +64,16 @@ def test_a_shredded_version_opens_nowhere_and_the_others_do(tmp_path: Path) -> N
         platform.publisher.keys.shred("0" * 64)
 
 
-def test_what_devices_fall_back_to_is_not_shredded(tmp_path: Path) -> None:
+@on_a_loop
+async def test_what_devices_fall_back_to_is_not_shredded(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            record = await coordinator.publish(fraud_model(1), model="fraud")
-            with platform.ledger._write() as db:
-                db.execute("UPDATE models SET stable = ? WHERE model = 'fraud'", (record.manifest,))
-            with pytest.raises(Malformed, match="is the stable one"):
-                platform.publisher.keys.shred(record.manifest)
-            assert platform.publisher.source(record.manifest) == fraud_model(1)
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        record = await coordinator.publish(fraud_model(1), model="fraud")
+        with platform.ledger._write() as db:
+            db.execute("UPDATE models SET stable = ? WHERE model = 'fraud'", (record.manifest,))
+        with pytest.raises(Malformed, match="is the stable one"):
+            platform.publisher.keys.shred(record.manifest)
+        assert platform.publisher.source(record.manifest) == fraud_model(1)
 
 
 class PowerCut(BaseException):
@@ -160,37 +157,34 @@ class Waiting(EmbeddedKeyring):
         return super().rewrap(records)
 
 
-def test_a_rotation_tells_how_far_it_is_and_ends_though_who_asked_for_it_left(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_rotation_tells_how_far_it_is_and_ends_though_who_asked_for_it_left(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     digests = published(platform, 5)
     before = [platform.publisher.key(digest) for digest in digests]
     platform.publisher.keys._keyring = ring = Waiting(platform.keyring)
     platform.publisher.keys._rewrap_batch = 2
     app = control_app(platform.coordinator, tokens={"admin": "a" * 32}, flower=platform.bridge)
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    admin = {"Authorization": f"Bearer {'a' * 32}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=admin) as http:
 
-    async def story() -> None:
-        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
-        admin = {"Authorization": f"Bearer {'a' * 32}"}
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=admin) as http:
+        async def told() -> tuple[int, int]:
+            found = (await http.get("/v1/keys")).json()
+            return found["rewrapped"], found["to_rewrap"]
 
-            async def told() -> tuple[int, int]:
-                found = (await http.get("/v1/keys")).json()
-                return found["rewrapped"], found["to_rewrap"]
-
-            assert await told() == (0, 0)
-            asking = asyncio.create_task(http.post("/v1/keys/rotate", json={}))
-            for done in (0, 2, 4):
-                assert await asyncio.to_thread(ring.came.acquire, timeout=10)
-                assert await told() == (done, 5)
-                if done == 2:
-                    asking.cancel()
-                    await asyncio.gather(asking, return_exceptions=True)
-                    assert asking.cancelled()
-                ring.let.release()
-        await asyncio.to_thread(platform.publisher._one_at_a_time.acquire, timeout=10)
-        platform.publisher._one_at_a_time.release()
-
-    asyncio.run(story())
+        assert await told() == (0, 0)
+        asking = asyncio.create_task(http.post("/v1/keys/rotate", json={}))
+        for done in (0, 2, 4):
+            assert await asyncio.to_thread(ring.came.acquire, timeout=10)
+            assert await told() == (done, 5)
+            if done == 2:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+                assert asking.cancelled()
+            ring.let.release()
+    await asyncio.to_thread(platform.publisher._one_at_a_time.acquire, timeout=10)
+    platform.publisher._one_at_a_time.release()
     assert ring.batches == [2, 2, 1]
     assert platform.publisher.keys.rewrapping == (0, 0)
     assert {version_of(record.wrapped_key) for record in platform.ledger.releases()} == {2}

@@ -22,9 +22,8 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.replay import replay
 from model_delta.digest import digest_of
 from model_delta.errors import Unavailable
-from tests.fl_coordinator.platform_in_memory import Device, Platform, until
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, fleet, honest
+from tests.fl_coordinator.learning_platform import SPEC, Aggregators, fleet, honest
+from tests.fl_coordinator.platform_in_memory import Device, Platform, adopt_first, until
 
 
 class DyingLedger(Ledger):

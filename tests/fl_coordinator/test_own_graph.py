@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from model_delta.errors import Malformed
 from model_delta.graphs.mlp import mlp_training_graph
 from model_delta.graphs.training import Trained, TrainingStep, contracted
 from model_delta.segments import read_tensor, stored_tensors
-from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, fraud_model
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet, honest, until
+from tests.fl_coordinator.learning_platform import SPEC, Aggregators, contribute_all, fleet, honest
+from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, fraud_model, on_a_loop, until
 
 NAMES = {"layer0.weight": "body.0.w", "layer0.bias": "body.0.b", "layer1.weight": "body.2.w", "layer1.bias": "body.2.b"}
 SHAPES = {"body.0.w": (FEATURES, 4), "body.0.b": (4,), "body.2.w": (4, 1), "body.2.b": (1,)}
@@ -50,68 +49,62 @@ def somebodys_graph(*, momentum: bool = True, **changed: tuple[int, ...]) -> str
     return base64.b64encode(contracted(model, step)).decode()
 
 
-def test_a_round_trains_the_tensors_that_the_graph_names_and_publishes(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_round_trains_the_tensors_that_the_graph_names_and_publishes(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = fleet(platform)
     aggregators = Aggregators(platform)
     spec: dict[str, Any] = {name: getattr(SPEC, name) for name in SPEC.__struct_fields__}
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            first = await coordinator.publish(somebodys_model(0), model="fraud", name="theirs", quantize="none")
-            for device in devices:
-                device.running = first.manifest
-                await device.hello()
-            with pytest.raises(Malformed, match=r"needs tensors layer0\.weight"):
-                await coordinator.open_round(RoundSpec(**{**spec, "base": first.manifest}))
-            wanted = RoundSpec(**{**spec, "base": first.manifest, "graph": somebodys_graph()})
-            opened = await coordinator.open_round(wanted)
-            assert [(one.tensor, one.shape, one.scale) for one in opened.task.parameters] == [
-                (name, shape, "") for name, shape in SHAPES.items()
-            ]
-            assert opened.task.momentum == 0.9
-            assert opened.spec.graph == "", "it is in the store"
-            assert platform.store.has("artifact", opened.task.training_graph)
-            await contribute_all(devices, opened.round_id)
-            await until(lambda: not coordinator.round(opened.round_id).live)
-            ended = coordinator.round(opened.round_id)
-            assert (ended.state, ended.reason) == ("PUBLISHED", "")
-            before, after = (platform.publisher.source(digest) for digest in (first.manifest, ended.candidate))
-            result = platform.ledger.round_result(opened.round_id)
-            assert result is not None
-            mean, start = np.frombuffer(result[0], "<f4"), 0
-            assert np.abs(mean - np.mean([honest(seed) for seed in range(8)], axis=0)).max() < 0.01
-            stored = {tensor.name: tensor for tensor in stored_tensors(before)}
-            for name, shape in SHAPES.items():
-                moved = read_tensor(after, stored[name]) - read_tensor(before, stored[name])
-                size = int(np.prod(shape))
-                np.testing.assert_allclose(moved.reshape(-1), mean[start : start + size], atol=1e-6)
-                start += size
-
-    asyncio.run(story())
+    async with platform.running() as coordinator, aggregators.serving():
+        first = await coordinator.publish(somebodys_model(0), model="fraud", name="theirs", quantize="none")
+        for device in devices:
+            device.running = first.manifest
+            await device.hello()
+        with pytest.raises(Malformed, match=r"needs tensors layer0\.weight"):
+            await coordinator.open_round(RoundSpec(**{**spec, "base": first.manifest}))
+        wanted = RoundSpec(**{**spec, "base": first.manifest, "graph": somebodys_graph()})
+        opened = await coordinator.open_round(wanted)
+        assert [(one.tensor, one.shape, one.scale) for one in opened.task.parameters] == [
+            (name, shape, "") for name, shape in SHAPES.items()
+        ]
+        assert opened.task.momentum == 0.9
+        assert opened.spec.graph == "", "it is in the store"
+        assert platform.store.has("artifact", opened.task.training_graph)
+        await contribute_all(devices, opened.round_id)
+        await until(lambda: not coordinator.round(opened.round_id).live)
+        ended = coordinator.round(opened.round_id)
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        before, after = (platform.publisher.source(digest) for digest in (first.manifest, ended.candidate))
+        result = platform.ledger.round_result(opened.round_id)
+        assert result is not None
+        mean, start = np.frombuffer(result[0], "<f4"), 0
+        assert np.abs(mean - np.mean([honest(seed) for seed in range(8)], axis=0)).max() < 0.01
+        stored = {tensor.name: tensor for tensor in stored_tensors(before)}
+        for name, shape in SHAPES.items():
+            moved = read_tensor(after, stored[name]) - read_tensor(before, stored[name])
+            size = int(np.prod(shape))
+            np.testing.assert_allclose(moved.reshape(-1), mean[start : start + size], atol=1e-6)
+            start += size
 
 
-def test_a_graph_that_does_not_go_with_the_round_or_the_model_is_refused(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_graph_that_does_not_go_with_the_round_or_the_model_is_refused(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            first = await coordinator.publish(somebodys_model(0), model="fraud", name="theirs", quantize="none")
-            for graph, momentum, message in (
-                ("nothing!", 0.9, "expected a training graph as base64"),
-                (base64.b64encode(b"nothing").decode(), 0.9, "expected an ONNX model"),
-                (somebodys_graph(momentum=False), 0.9, "expected one with momentum, as the round's momentum is 0.9"),
-                (somebodys_graph(), 0.0, "expected one without momentum"),
-                (somebodys_graph(**{"body_0_w": (4, FEATURES)}), 0.9, r"tensor 'body.0.w': expected float32\[4, "),
-            ):
-                with pytest.raises(Malformed, match=message):
-                    await coordinator.open_round(
-                        RoundSpec(model="fraud", base=first.manifest, graph=graph, momentum=momentum, quorum=8)
-                    )
-            assert platform.ledger.rounds() == []
-
-    asyncio.run(story())
+    async with platform.running() as coordinator:
+        first = await coordinator.publish(somebodys_model(0), model="fraud", name="theirs", quantize="none")
+        for graph, momentum, message in (
+            ("nothing!", 0.9, "expected a training graph as base64"),
+            (base64.b64encode(b"nothing").decode(), 0.9, "expected an ONNX model"),
+            (somebodys_graph(momentum=False), 0.9, "expected one with momentum, as the round's momentum is 0.9"),
+            (somebodys_graph(), 0.0, "expected one without momentum"),
+            (somebodys_graph(**{"body_0_w": (4, FEATURES)}), 0.9, r"tensor 'body.0.w': expected float32\[4, "),
+        ):
+            with pytest.raises(Malformed, match=message):
+                await coordinator.open_round(
+                    RoundSpec(model="fraud", base=first.manifest, graph=graph, momentum=momentum, quorum=8)
+                )
+        assert platform.ledger.rounds() == []
 
 
 def test_masters_that_lack_a_trained_tensor_are_refused() -> None:

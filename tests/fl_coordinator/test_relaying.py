@@ -18,9 +18,8 @@ from model_delta.errors import Malformed, Unavailable
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope
 from regional_gateway.relay import Relay
-from tests.fl_coordinator.platform_in_memory import Device, Platform, until
-from tests.fl_coordinator.test_coordinator import adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all
+from tests.fl_coordinator.learning_platform import asked, contribute_all, learning
+from tests.fl_coordinator.platform_in_memory import Device, Platform, on_a_loop, until
 
 REGIONS = ("eu-west", "ap-south")
 
@@ -75,173 +74,130 @@ class Regions(Platform):
         ]
 
 
-ASKED = msgspec.structs.replace(SPEC, quorum=4, selected_min=3, hostile_max=0, contributions_max=4)
+ASKED = asked(quorum=4, selected_min=3, hostile_max=0, contributions_max=4)
 
 
 def alerts(platform: Platform) -> list[str]:
     return [event.text for event in platform.ledger.events() if event.kind == "alert"]
 
 
-def test_every_regions_devices_hear_of_a_round_from_their_own_relay(tmp_path: Path) -> None:
+@on_a_loop
+async def test_every_regions_devices_hear_of_a_round_from_their_own_relay(tmp_path: Path) -> None:
     platform = Regions(tmp_path)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        devices = platform.fleet()
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(msgspec.structs.replace(ASKED, quorum=8, contributions_max=8))
-            await contribute_all(devices, opened.round_id)
-            await until(lambda: not coordinator.round(opened.round_id).live)
-            ended = coordinator.round(opened.round_id)
-            assert (ended.state, ended.reason) == ("PUBLISHED", "")
-            told = ended.figures["relays"]
-            assert {region: (one["devices"], one["contributions"]) for region, one in told.items()} == {
-                "eu-west": (-1, 4),
-                "ap-south": (-1, 4),
-            }
-            await until(lambda: all(not device.task.open for device in devices if device.task is not None))
-            # One message for the opening, one for the end; nothing goes over the coordinator's own line.
-            assert [len(node.messages) for node in platform.nodes.values()] == [2, 2]
-            assert topics.round_topic("acme", "fraud") not in platform.broker.retained
-
-    asyncio.run(story())
+    async with learning(platform, platform.fleet()) as at:
+        ended = await at.learned(msgspec.structs.replace(ASKED, quorum=8, contributions_max=8))
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        told = ended.figures["relays"]
+        assert {region: (one["devices"], one["contributions"]) for region, one in told.items()} == {
+            "eu-west": (-1, 4),
+            "ap-south": (-1, 4),
+        }
+        await until(lambda: all(not device.task.open for device in at.devices if device.task is not None))
+        # One message for the opening, one for the end; nothing goes over the coordinator's own line.
+        assert [len(node.messages) for node in platform.nodes.values()] == [2, 2]
+        assert topics.round_topic("acme", "fraud") not in platform.broker.retained
 
 
 @pytest.mark.parametrize("fault", ["down", "lying", "hanging"])
-def test_a_relay_that_fails_stops_nobody_and_is_named(tmp_path: Path, fault: str) -> None:
+@on_a_loop
+async def test_a_relay_that_fails_stops_nobody_and_is_named(tmp_path: Path, fault: str) -> None:
     platform = Regions(tmp_path)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        devices = platform.fleet()
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            bad = platform.nodes["ap-south"]
-            setattr(bad, fault, True)
-            opened = await coordinator.open_round(ASKED)
-            if fault != "hanging":
-                await until(lambda: bad.asked > 1)  # asked again: its first answer has been heard
-            await contribute_all(devices[:4], opened.round_id)
-            await until(lambda: not coordinator.round(opened.round_id).live)
-            ended = coordinator.round(opened.round_id)
-            assert (ended.state, ended.reason) == ("PUBLISHED", "")
-            assert bad.announced() is None
-            assert ended.figures["relays"]["eu-west"]["contributions"] == 4
-            why = {
-                "down": "is not online",
-                "lying": "it did not say that it took this announcement",
-                "hanging": "did not answer yet",
-            }[fault]
-            assert ended.figures["relays"]["ap-south"] == {"failure": why, "contributions": 0}
-            assert f"round {ended.round_id}: relay of ap-south did not announce it: {why}" in alerts(platform)
-
-    asyncio.run(story())
+    async with learning(platform, platform.fleet()) as at:
+        bad = platform.nodes["ap-south"]
+        setattr(bad, fault, True)
+        opened = await at.coordinator.open_round(ASKED)
+        if fault != "hanging":
+            await until(lambda: bad.asked > 1)  # asked again: its first answer has been heard
+        await contribute_all(at.devices[:4], opened.round_id)
+        ended = await at.ended(opened.round_id)
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        assert bad.announced() is None
+        assert ended.figures["relays"]["eu-west"]["contributions"] == 4
+        why = {
+            "down": "is not online",
+            "lying": "it did not say that it took this announcement",
+            "hanging": "did not answer yet",
+        }[fault]
+        assert ended.figures["relays"]["ap-south"] == {"failure": why, "contributions": 0}
+        assert f"round {ended.round_id}: relay of ap-south did not announce it: {why}" in alerts(platform)
 
 
-def test_a_relay_whose_region_stays_silent_is_named(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_relay_whose_region_stays_silent_is_named(tmp_path: Path) -> None:
     """It says that it announced the round, and did not: only its devices' silence shows."""
     platform = Regions(tmp_path)
-    aggregators = Aggregators(platform)
+    async with learning(platform, platform.fleet()) as at:
+        bad = platform.nodes["ap-south"]
+        honest = bad.relay.carry_out
 
-    async def story() -> None:
-        devices = platform.fleet()
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            bad = platform.nodes["ap-south"]
-            honest = bad.relay.carry_out
+        async def silent(command: Mapping[str, Any]) -> dict[str, Any]:
+            platform.broker.lose = lambda topic, payload: topic.endswith("/ap-south")
+            return {**await honest(command), "reachable": 4}
 
-            async def silent(command: Mapping[str, Any]) -> dict[str, Any]:
-                platform.broker.lose = lambda topic, payload: topic.endswith("/ap-south")
-                return {**await honest(command), "reachable": 4}
-
-            bad.relay.carry_out = silent  # type: ignore[method-assign]
-            opened = await coordinator.open_round(ASKED)
-            await contribute_all(devices[:4], opened.round_id)
-            await until(lambda: not coordinator.round(opened.round_id).live)
-            said = f"round {opened.round_id}: relay of ap-south says that it announced it, but none of its 4 devices"
-            assert f"{said} came" in alerts(platform)
-
-    asyncio.run(story())
+        bad.relay.carry_out = silent  # type: ignore[method-assign]
+        opened = await at.coordinator.open_round(ASKED)
+        await contribute_all(at.devices[:4], opened.round_id)
+        await at.ended(opened.round_id)
+        said = f"round {opened.round_id}: relay of ap-south says that it announced it, but none of its 4 devices"
+        assert f"{said} came" in alerts(platform)
 
 
 @pytest.mark.parametrize("when", ["before it heard", "after it announced"])
-def test_a_killed_relay_that_returns_gets_the_open_announcement_again(tmp_path: Path, when: str) -> None:
+@on_a_loop
+async def test_a_killed_relay_that_returns_gets_the_open_announcement_again(tmp_path: Path, when: str) -> None:
     platform = Regions(tmp_path)
-    Aggregators(platform)
-
-    async def story() -> None:
-        devices = platform.fleet()
-        async with platform.running() as coordinator:
-            await adopt_first(platform, devices)
-            node = platform.nodes["ap-south"]
-            node.down, node.dies = when == "before it heard", when == "after it announced"
-            opened = await coordinator.open_round(ASKED)
-            await until(lambda: coordinator.round(opened.round_id).state == "COLLECTING")
-            await until(lambda: "ap-south" not in coordinator._relaying.record(opened) or node.down)
-            node.down = node.dies = False
-            node.start()
-            await until(lambda: "announced_s" in coordinator._relaying.record(opened)["ap-south"])
-            task = node.announced()
-            assert task is not None
-            assert task.round_id == opened.round_id
-            assert task.open
-            await coordinator.abort_round(opened.round_id)
-            await until(lambda: not (node.announced() or task).open)
-
-    asyncio.run(story())
+    async with learning(platform, platform.fleet()) as at:
+        node = platform.nodes["ap-south"]
+        node.down, node.dies = when == "before it heard", when == "after it announced"
+        opened = await at.coordinator.open_round(ASKED)
+        await until(lambda: at.coordinator.round(opened.round_id).state == "COLLECTING")
+        await until(lambda: "ap-south" not in at.coordinator._relaying.record(opened) or node.down)
+        node.down = node.dies = False
+        node.start()
+        await until(lambda: "announced_s" in at.coordinator._relaying.record(opened)["ap-south"])
+        task = node.announced()
+        assert task is not None
+        assert task.round_id == opened.round_id
+        assert task.open
+        await at.coordinator.abort_round(opened.round_id)
+        await until(lambda: not (node.announced() or task).open)
 
 
-def test_no_relay_at_all_ends_the_round_by_name(tmp_path: Path) -> None:
+@on_a_loop
+async def test_no_relay_at_all_ends_the_round_by_name(tmp_path: Path) -> None:
     platform = Regions(tmp_path)
-    Aggregators(platform)
-
-    async def story() -> None:
-        devices = platform.fleet()
-        async with platform.running() as coordinator:
-            await adopt_first(platform, devices)
-            for node in platform.nodes.values():
-                node.down = True
-            opened = await coordinator.open_round(ASKED)
-            await until(lambda: "is not online" in str(coordinator._relaying.record(opened)))
-            platform.clock.now += 60
-            await until(lambda: not coordinator.round(opened.round_id).live)
-            ended = coordinator.round(opened.round_id)
-            assert ended.state == "FAILED"
-            assert ended.reason == (
-                "the deadline passed before it could be announced: relay of eu-west did not announce it: "
-                "is not online; relay of ap-south did not announce it: is not online"
-            )
-
-    asyncio.run(story())
+    async with learning(platform, platform.fleet()) as at:
+        for node in platform.nodes.values():
+            node.down = True
+        opened = await at.coordinator.open_round(ASKED)
+        await until(lambda: "is not online" in str(at.coordinator._relaying.record(opened)))
+        platform.clock.now += 60
+        ended = await at.ended(opened.round_id)
+        assert ended.state == "FAILED"
+        assert ended.reason == (
+            "the deadline passed before it could be announced: relay of eu-west did not announce it: "
+            "is not online; relay of ap-south did not announce it: is not online"
+        )
 
 
-def test_a_coordinator_that_died_tells_the_relays_again(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_coordinator_that_died_tells_the_relays_again(tmp_path: Path) -> None:
     platform = Regions(tmp_path)
-    Aggregators(platform)
-
-    async def story() -> None:
-        devices = platform.fleet()
-        async with platform.running() as coordinator:
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(ASKED)
-        platform.reopen()
-        async with platform.running() as coordinator:
-            await until(lambda: coordinator.round(opened.round_id).state == "COLLECTING")
-            await until(lambda: all(node.announced() is not None for node in platform.nodes.values()))
-
-    asyncio.run(story())
+    async with learning(platform, platform.fleet()) as at:
+        opened = await at.coordinator.open_round(ASKED)
+    platform.reopen()
+    async with platform.running():
+        await until(lambda: at.coordinator.round(opened.round_id).state == "COLLECTING")
+        await until(lambda: all(node.announced() is not None for node in platform.nodes.values()))
 
 
-def test_a_relay_is_one_node_and_somebody_must_be_told(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_relay_is_one_node_and_somebody_must_be_told(tmp_path: Path) -> None:
     class Bridge:
         async def command(self, payload: Any, nodes: Any, deadline_s: float) -> dict[str, dict[str, Any]]:
             return {node: {"asked": dict(payload), "nodes": list(nodes)} for node in nodes}
 
-    async def story() -> None:
-        answer = await through(Bridge(), "relay-eu-west")({"announcements": {}})
-        assert answer == {"asked": {"announcements": {}}, "nodes": ["relay-eu-west"]}
-        with pytest.raises(Malformed, match="at least one"):
-            Relaying(ledger=Platform(tmp_path).ledger, relays={}, clock=lambda: 0.0, tick_s=1.0)
-
-    asyncio.run(story())
+    answer = await through(Bridge(), "relay-eu-west")({"announcements": {}})
+    assert answer == {"asked": {"announcements": {}}, "nodes": ["relay-eu-west"]}
+    with pytest.raises(Malformed, match="at least one"):
+        Relaying(ledger=Platform(tmp_path).ledger, relays={}, clock=lambda: 0.0, tick_s=1.0)

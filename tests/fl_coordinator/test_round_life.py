@@ -14,8 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.privacy import Spend, epsilon
 from fl_coordinator.promotion import Evaluation, Limits
-from fl_coordinator.replay import replay
-from fl_coordinator.rounds import Privacy, Quota, Round, RoundSpec, State
+from fl_coordinator.rounds import Privacy, Quota, Round, State
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
 from fl_coordinator.updates_log import unpacked_part
 from model_delta.digest import digest_of
@@ -24,97 +23,67 @@ from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope, pre_authentication_encoding
-from tests.fl_coordinator.platform_in_memory import Device, Platform, fraud_model, until
-from tests.fl_coordinator.test_control import Call, calling
-from tests.fl_coordinator.test_coordinator import CANARY, adopt_first
-from tests.fl_coordinator.test_round_end_to_end import SPEC, Aggregators, contribute_all, fleet, honest
-
-
-def asked(**changes: Any) -> RoundSpec:
-    return msgspec.structs.replace(SPEC, **changes)
-
-
-async def learned(platform: Platform, devices: list[Device], spec: RoundSpec) -> Round:
-    """A round from its announcement to its end."""
-    opened = await platform.coordinator.open_round(spec)
-    await contribute_all(devices, opened.round_id)
-    await until(lambda: not platform.coordinator.round(opened.round_id).live, 20)
-    return platform.coordinator.round(opened.round_id)
+from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, learning
+from tests.fl_coordinator.platform_in_memory import CANARY, Device, Platform, fraud_model, on_a_loop, until
+from tests.fl_coordinator.test_control import calls
 
 
 def rollouts(platform: Platform) -> dict[str, Any]:
     return {found.name: found for found in platform.coordinator.snapshot().rollouts}
 
 
-def test_a_candidate_starts_its_canary_by_itself(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            ended = await learned(platform, devices, asked(autopilot=True))
-            assert (ended.state, ended.reason) == ("PUBLISHED", "")
-            assert ended.figures["autopilot"] == f"rollout {ended.round_id} began"
-            begun = rollouts(platform)[ended.round_id]
-            assert begun.target == ended.candidate
-            await until(lambda: all(device.running == ended.candidate for device in devices))
-            manifest = platform.publisher.manifest(ended.candidate)
-            assert (manifest.lineage.round_id, manifest.lineage.contributions_root) == (ended.round_id, ended.root)
-            # Died after the canary began, before the round said so: what is there already is not begun again.
-            again = msgspec.structs.replace(ended, state=State.APPLIED.value, candidate="", figures={})
-            platform.ledger.save_round(
-                round_id=ended.round_id, model="fraud", state=again.state, created=ended.opened, record=pack(again)
-            )
-        platform.reopen()
-        async with platform.running() as coordinator:
-            await until(lambda: not coordinator.round(ended.round_id).live)
-            assert coordinator.round(ended.round_id).candidate == ended.candidate
-            assert coordinator.round(ended.round_id).figures["autopilot"] == f"rollout {ended.round_id} began"
-            assert list(rollouts(platform)) == ["first", ended.round_id]
-            assert len(platform.ledger.releases("fraud")) == 2
-
-    asyncio.run(story())
+def wind_back(at: Learning, ended: Round, **changes: Any) -> None:
+    """Have a round stand in the ledger as before its last step."""
+    again = msgspec.structs.replace(ended, **changes)
+    at.ledger.save_round(
+        round_id=ended.round_id, model="fraud", state=again.state, created=ended.opened, record=pack(again)
+    )
 
 
-def test_the_canary_follows_the_yaml_that_the_round_was_given(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
+@on_a_loop
+async def test_a_candidate_starts_its_canary_by_itself(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        ended = await at.learned(asked(autopilot=True))
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        assert ended.figures["autopilot"] == f"rollout {ended.round_id} began"
+        begun = rollouts(at.platform)[ended.round_id]
+        assert begun.target == ended.candidate
+        await until(lambda: all(device.running == ended.candidate for device in at.devices))
+        manifest = at.platform.publisher.manifest(ended.candidate)
+        assert (manifest.lineage.round_id, manifest.lineage.contributions_root) == (ended.round_id, ended.root)
+        # Died after the canary began, before the round said so: what is there already is not begun again.
+        wind_back(at, ended, state=State.APPLIED.value, candidate="", figures={})
+    at.platform.reopen()
+    async with at.platform.running():
+        await at.ended(ended.round_id)
+        assert at.coordinator.round(ended.round_id).candidate == ended.candidate
+        assert at.coordinator.round(ended.round_id).figures["autopilot"] == f"rollout {ended.round_id} began"
+        assert list(rollouts(at.platform)) == ["first", ended.round_id]
+        assert len(at.ledger.releases("fraud")) == 2
 
-    async def story() -> None:
-        async with platform.running(), aggregators.serving():
-            await adopt_first(platform, devices)
-            ended = await learned(platform, devices, asked(autopilot=True, rollout=CANARY.replace("NAME", "any")))
-            assert rollouts(platform)[ended.round_id].state == "running"
-            assert len(rollouts(platform)[ended.round_id].stages) == 3
-            await until(lambda: sum(device.running == ended.candidate for device in devices) == 1)
 
-    asyncio.run(story())
+@on_a_loop
+async def test_the_canary_follows_the_yaml_that_the_round_was_given(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        ended = await at.learned(asked(autopilot=True, rollout=CANARY.replace("NAME", "any")))
+        assert rollouts(at.platform)[ended.round_id].state == "running"
+        assert len(rollouts(at.platform)[ended.round_id].stages) == 3
+        await until(lambda: sum(device.running == ended.candidate for device in at.devices) == 1)
 
 
-def test_a_canary_that_cannot_begin_is_told_and_does_not_undo_the_round(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(asked(autopilot=True))
-            await until(lambda: all(device.task is not None for device in devices))
-            await coordinator.publish(fraud_model(7), model="fraud")
-            await coordinator.start_rollout(CANARY.replace("NAME", "meanwhile"))
-            await contribute_all(devices, opened.round_id)
-            await until(lambda: not coordinator.round(opened.round_id).live, 20)
-            ended = coordinator.round(opened.round_id)
-            assert ended.state == "PUBLISHED"
-            assert "did not begin: rollout" in ended.figures["autopilot"]
-            assert "meanwhile" in ended.figures["autopilot"]
-            assert any("its canary did not begin" in event.text for event in platform.ledger.events())
-
-    asyncio.run(story())
+@on_a_loop
+async def test_a_canary_that_cannot_begin_is_told_and_does_not_undo_the_round(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        opened = await at.coordinator.open_round(asked(autopilot=True))
+        await until(lambda: all(device.task is not None for device in at.devices))
+        await at.coordinator.publish(fraud_model(7), model="fraud")
+        await at.coordinator.start_rollout(CANARY.replace("NAME", "meanwhile"))
+        await contribute_all(at.devices, opened.round_id)
+        ended = await at.ended(opened.round_id)
+        assert ended.state == "PUBLISHED"
+        assert "did not begin: rollout" in ended.figures["autopilot"]
+        assert "meanwhile" in ended.figures["autopilot"]
+        assert any("its canary did not begin" in event.text for event in at.ledger.events())
 
 
 @pytest.mark.parametrize(
@@ -124,267 +93,190 @@ def test_a_canary_that_cannot_begin_is_told_and_does_not_undo_the_round(tmp_path
         (CANARY.replace("NAME", "any").replace("model: fraud", "model: other"), "expected a rollout of 'fraud'"),
     ],
 )
-def test_a_canary_that_could_never_begin_is_refused_at_the_announcement(
+@on_a_loop
+async def test_a_canary_that_could_never_begin_is_refused_at_the_announcement(
     tmp_path: Path, rollout: str, words: str
 ) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform, 3)
-    Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            await adopt_first(platform, devices)
-            with pytest.raises(Malformed, match=words):
-                await coordinator.open_round(asked(autopilot=True, rollout=rollout))
-            assert platform.ledger.rounds() == []
-
-    asyncio.run(story())
+    async with learning(tmp_path, 3) as at:
+        with pytest.raises(Malformed, match=words):
+            await at.coordinator.open_round(asked(autopilot=True, rollout=rollout))
+        assert at.ledger.rounds() == []
 
 
-def test_a_round_has_gates_of_its_own(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_round_has_gates_of_its_own(tmp_path: Path) -> None:
     def evaluate(manifest: Manifest, file: bytes) -> Evaluation:
         return Evaluation(average_precision=0.55 if manifest.parents else 0.6, size_bytes=len(file))
 
-    platform = Platform(tmp_path, evaluate)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running(), aggregators.serving():
-            await adopt_first(platform, devices)
-            strict = await learned(platform, devices, asked(name="strict"))
-            assert (strict.state, "allowed loss 0.01" in strict.reason) == ("REFUSED", True)
-            mild = await learned(platform, devices, asked(name="mild", gates=Limits(precision_loss_max=0.1)))
-            assert (mild.state, mild.reason) == ("PUBLISHED", "")
-
-    asyncio.run(story())
+    async with learning(Platform(tmp_path, evaluate)) as at:
+        strict = await at.learned(asked(name="strict"))
+        assert (strict.state, "allowed loss 0.01" in strict.reason) == ("REFUSED", True)
+        mild = await at.learned(asked(name="mild", gates=Limits(precision_loss_max=0.1)))
+        assert (mild.state, mild.reason) == ("PUBLISHED", "")
 
 
-def test_quotas_count_rounds_of_a_device_and_devices_of_a_group(tmp_path: Path) -> None:
+@on_a_loop
+async def test_quotas_count_rounds_of_a_device_and_devices_of_a_group(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = [platform.device(f"pos-{n:04}", batch="old" if n < 5 else f"new-{n}") for n in range(10)]
-    aggregators = Aggregators(platform)
     quota = Quota(per_device=1, per_group=3, group="batch")
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            first = await coordinator.open_round(asked(name="first", quota=quota, contributions_max=10))
-            await contribute_all(devices, first.round_id)
-            entries = platform.ledger.contributions(first.round_id)
-            assert [entry.device_id for entry in entries] == [f"pos-{n:04}" for n in (0, 1, 2, 5, 6, 7, 8, 9)]
-            assert platform.ledger.refusals(first.round_id) == {"over quota": 2}
-            assert "over quota: round" in devices[3].receipts[-1].reason
-            await coordinator.abort_round(first.round_id)
-            await until(lambda: not coordinator.round(first.round_id).live)
-            second = await coordinator.open_round(asked(name="second", quota=quota, contributions_max=10))
-            await contribute_all(devices[:4], second.round_id)
-            entries = platform.ledger.contributions(second.round_id)
-            assert [entry.device_id for entry in entries] == ["pos-0003"]
-            assert "over quota: 1 rounds took this device" in devices[0].receipts[-1].reason
-            counted = coordinator.metrics.render().decode()
-            assert 'contributions_refused_total{reason="over quota"} 5.0' in counted
-
-    asyncio.run(story())
+    async with learning(platform, devices) as at:
+        first = await at.coordinator.open_round(asked(name="first", quota=quota, contributions_max=10))
+        await contribute_all(at.devices, first.round_id)
+        entries = at.ledger.contributions(first.round_id)
+        assert [entry.device_id for entry in entries] == [f"pos-{n:04}" for n in (0, 1, 2, 5, 6, 7, 8, 9)]
+        assert at.ledger.refusals(first.round_id) == {"over quota": 2}
+        assert "over quota: round" in at.devices[3].receipts[-1].reason
+        await at.coordinator.abort_round(first.round_id)
+        await at.ended(first.round_id)
+        second = await at.coordinator.open_round(asked(name="second", quota=quota, contributions_max=10))
+        await contribute_all(at.devices[:4], second.round_id)
+        entries = at.ledger.contributions(second.round_id)
+        assert [entry.device_id for entry in entries] == ["pos-0003"]
+        assert "over quota: 1 rounds took this device" in at.devices[0].receipts[-1].reason
+        counted = at.coordinator.metrics.render().decode()
+        assert 'contributions_refused_total{reason="over quota"} 5.0' in counted
 
 
-def test_each_refusal_is_counted_by_the_first_reason_that_applies(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform, 8)
-    Aggregators(platform)
-
+@on_a_loop
+async def test_each_refusal_is_counted_by_the_first_reason_that_applies(tmp_path: Path) -> None:
     def resigned(device: Device, by: Device, **changes: Any) -> bytes:
         found = parse(device.contribution(honest(0)))
         claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
         message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
         return pack(Contribution(claim, by.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
 
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(SPEC)
-            await until(lambda: all(device.task is not None for device in devices))
-            forger, stranger, revoked, other_round, other_base, short, late = devices[:7]
-            platform.coordinator.revoke(revoked.device_id)
-            cases = [
-                (forger, resigned(forger, stranger, base="0" * 64), "bad signature"),
-                (revoked, resigned(revoked, stranger), "bad signature"),  # asked before anything about certificates
-                (stranger, forger.contribution(honest(1)), "unknown certificate"),
-                (revoked, resigned(revoked, revoked, base="0" * 64), "revoked certificate"),
-                (other_round, resigned(other_round, other_round, round_id="fraud-0", base="0" * 64), "wrong round"),
-                (other_base, resigned(other_base, other_base, base="0" * 64, length=1), "wrong base"),
-                (short, resigned(short, short, length=5), "wrong length"),
-                (short, resigned(short, short, fraction_bits=1), "malformed"),
-            ]
-            for device, data, reason in cases:
-                before = len(device.receipts)
-                await device.contribute(data)
-                await until(lambda: len(device.receipts) > before)  # noqa: B023 - awaited within its turn
-                assert device.receipts[-1].reason.startswith(f"{reason}: "), device.receipts[-1].reason
-            platform.clock.now += 3600
-            await late.contribute(late.contribution(honest(2)))
-            await until(lambda: late.receipts)
-            assert late.receipts[-1].reason.startswith("late: ")
-            counts = platform.ledger.refusals(opened.round_id)
-            expected = ["bad signature", "late", "malformed", "revoked certificate", "unknown certificate"]
-            assert sorted(counts) == sorted([*expected, "wrong base", "wrong length"])
-            assert counts["bad signature"] == 2
-
-    asyncio.run(story())
+    async with learning(tmp_path, 8) as at:
+        opened = await at.coordinator.open_round(SPEC)
+        await until(lambda: all(device.task is not None for device in at.devices))
+        forger, stranger, revoked, other_round, other_base, short, late = at.devices[:7]
+        at.coordinator.revoke(revoked.device_id)
+        cases = [
+            (forger, resigned(forger, stranger, base="0" * 64), "bad signature"),
+            (revoked, resigned(revoked, stranger), "bad signature"),  # asked before anything about certificates
+            (stranger, forger.contribution(honest(1)), "unknown certificate"),
+            (revoked, resigned(revoked, revoked, base="0" * 64), "revoked certificate"),
+            (other_round, resigned(other_round, other_round, round_id="fraud-0", base="0" * 64), "wrong round"),
+            (other_base, resigned(other_base, other_base, base="0" * 64, length=1), "wrong base"),
+            (short, resigned(short, short, length=5), "wrong length"),
+            (short, resigned(short, short, fraction_bits=1), "malformed"),
+        ]
+        for device, data, reason in cases:
+            before = len(device.receipts)
+            await device.contribute(data)
+            await until(lambda: len(device.receipts) > before)  # noqa: B023 - awaited within its turn
+            assert device.receipts[-1].reason.startswith(f"{reason}: "), device.receipts[-1].reason
+        at.platform.clock.now += 3600
+        await late.contribute(late.contribution(honest(2)))
+        await until(lambda: late.receipts)
+        assert late.receipts[-1].reason.startswith("late: ")
+        counts = at.ledger.refusals(opened.round_id)
+        expected = ["bad signature", "late", "malformed", "revoked certificate", "unknown certificate"]
+        assert sorted(counts) == sorted([*expected, "wrong base", "wrong length"])
+        assert counts["bad signature"] == 2
 
 
-def test_an_expired_certificate_is_said_to_be_expired(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform, 3)
-    Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator:
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(asked(deadline_s=29 * 86_400))
-            await until(lambda: devices[0].task is not None)
-            data = devices[0].contribution(np.zeros(opened.task.length))
-            platform.clock.now += 3650 * 86_400
-            platform.coordinator.revoke(devices[0].device_id)
-            await devices[0].contribute(data)
-            await until(lambda: devices[0].receipts)
-            assert devices[0].receipts[-1].reason.startswith("expired certificate: ")
-
-    asyncio.run(story())
+@on_a_loop
+async def test_an_expired_certificate_is_said_to_be_expired(tmp_path: Path) -> None:
+    async with learning(tmp_path, 3) as at:
+        opened = await at.coordinator.open_round(asked(deadline_s=29 * 86_400))
+        await until(lambda: at.devices[0].task is not None)
+        data = at.devices[0].contribution(np.zeros(opened.task.length))
+        at.platform.clock.now += 3650 * 86_400
+        at.coordinator.revoke(at.devices[0].device_id)
+        await at.devices[0].contribute(data)
+        await until(lambda: at.devices[0].receipts)
+        assert at.devices[0].receipts[-1].reason.startswith("expired certificate: ")
 
 
 @pytest.mark.slow
-def test_a_round_with_privacy_is_paid_for_once_and_told_in_its_transcript(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
-    aggregators.down = {"a1"}
+@on_a_loop
+async def test_a_round_with_privacy_is_paid_for_once_and_told_in_its_transcript(tmp_path: Path) -> None:
     private = asked(privacy=Privacy(epsilon=4, delta=1e-5, noise_multiplier=2.0))
     once = [Spend(2.0)]
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(msgspec.structs.replace(private, name="one"))
-            await contribute_all(devices, opened.round_id)
-            await until(lambda: len(coordinator.round(opened.round_id).failures) >= 1, 15)
-            aggregators.down = set()
-            await until(lambda: not coordinator.round(opened.round_id).live, 20)
-            ended = coordinator.round(opened.round_id)
-            assert (ended.state, ended.reason) == ("PUBLISHED", "")
-            assert platform.ledger.privacy_of_release("fraud") == once == [Spend(2.0)]
-            spent = ended.figures["privacy"]
-            assert (
-                spent["epsilon_release"] == spent["epsilon_device"] == pytest.approx(epsilon([Spend(2.0)], 1e-5), 1e-3)
-            )
-            result = platform.ledger.round_result(opened.round_id)
-            assert result is not None
-            told = replay(result[1], platform.keyring.anchors())
-            assert told.holds, told.checks
-            assert told.epsilon_release == pytest.approx(spent["epsilon_release"], abs=1e-3)
-            mean = np.frombuffer(result[0], "<f4")
-            assert 0.01 < float(np.std(mean)) < 5  # the updates' own spread is 0.002
-            with pytest.raises(Malformed, match=r"would bring the release to epsilon [\d.]+ .*the budget is 2\.5"):
-                await coordinator.open_round(asked(privacy=Privacy(epsilon=2.5, delta=1e-5, noise_multiplier=2.0)))
-
-    asyncio.run(story())
+    async with learning(tmp_path) as at:
+        at.aggregators.down = {"a1"}
+        opened = await at.coordinator.open_round(msgspec.structs.replace(private, name="one"))
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: len(at.coordinator.round(opened.round_id).failures) >= 1, 15)
+        at.aggregators.down = set()
+        ended = await at.ended(opened.round_id)
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        assert at.ledger.privacy_of_release("fraud") == once == [Spend(2.0)]
+        spent = ended.figures["privacy"]
+        assert spent["epsilon_release"] == spent["epsilon_device"] == pytest.approx(epsilon([Spend(2.0)], 1e-5), 1e-3)
+        assert at.replayed(ended).epsilon_release == pytest.approx(spent["epsilon_release"], abs=1e-3)
+        assert 0.01 < float(np.std(at.mean(ended))) < 5  # the updates' own spread is 0.002
+        with pytest.raises(Malformed, match=r"would bring the release to epsilon [\d.]+ .*the budget is 2\.5"):
+            await at.coordinator.open_round(asked(privacy=Privacy(epsilon=2.5, delta=1e-5, noise_multiplier=2.0)))
 
 
 @pytest.mark.slow
-def test_a_round_whose_devices_have_spent_their_budget_does_not_open(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
+@on_a_loop
+async def test_a_round_whose_devices_have_spent_their_budget_does_not_open(tmp_path: Path) -> None:
     private = asked(privacy=Privacy(epsilon=100, epsilon_device=2.5, delta=1e-5, noise_multiplier=2.0))
-
-    async def story() -> None:
-        async with platform.running(), aggregators.serving():
-            await adopt_first(platform, devices)
-            first = await learned(platform, devices, msgspec.structs.replace(private, name="one"))
-            assert first.state == "PUBLISHED"
-            second = await learned(platform, devices, msgspec.structs.replace(private, name="two"))
-            assert second.state == "FAILED"
-            assert "would bring 8 of 8 devices (first: pos-0000) to epsilon" in second.reason
-            assert platform.ledger.round_result(second.round_id) is None
-            assert len(aggregators.commands) == 1  # nobody was even asked
-            assert len(platform.ledger.privacy_of_release("fraud")) == 1
-
-    asyncio.run(story())
+    async with learning(tmp_path) as at:
+        first = await at.learned(msgspec.structs.replace(private, name="one"))
+        assert first.state == "PUBLISHED"
+        second = await at.learned(msgspec.structs.replace(private, name="two"))
+        assert second.state == "FAILED"
+        assert "would bring 8 of 8 devices (first: pos-0000) to epsilon" in second.reason
+        assert at.ledger.round_result(second.round_id) is None
+        assert len(at.aggregators.commands) == 1  # nobody was even asked
+        assert len(at.ledger.privacy_of_release("fraud")) == 1
 
 
 @pytest.mark.slow
-def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
+@on_a_loop
+async def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_path: Path) -> None:
     private = asked(name="private", privacy=Privacy(epsilon=100, delta=1e-5, noise_multiplier=2.0))
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            bare = await learned(platform, devices, asked(name="bare"))
-            assert bare.state == "PUBLISHED"
-            told = rf"1 round\(s\) of 'fraud' opened without noise \(first: {bare.round_id}\)"
-            with pytest.raises(Malformed, match=told):
-                await coordinator.open_round(private)
-
-    asyncio.run(story())
+    async with learning(tmp_path) as at:
+        bare = await at.learned(asked(name="bare"))
+        assert bare.state == "PUBLISHED"
+        told = rf"1 round\(s\) of 'fraud' opened without noise \(first: {bare.round_id}\)"
+        with pytest.raises(Malformed, match=told):
+            await at.coordinator.open_round(private)
 
 
-def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform, 6)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            ended = await learned(platform, devices, asked(policy="robust", selected_min=5))
-            assert ended.state == "FAILED"
-            assert "4 updates selected, a sum of fewer than 5 is not opened" in ended.reason
-            result = platform.ledger.round_result(ended.round_id)
-            assert result is not None
-            assert result[0] == b""
-            told = replay(result[1], platform.keyring.anchors())
-            assert told.holds, told.checks
-            assert (told.chosen, told.mean, told.policy) == ((), "", "robust")
-            assert "4 updates selected" in told.refusal
-            # Died after the refusal was written down, before the round said so: nobody is asked again.
-            again = msgspec.structs.replace(ended, state=State.AGGREGATING.value, reason="")
-            platform.ledger.save_round(
-                round_id=ended.round_id, model="fraud", state=again.state, created=ended.opened, record=pack(again)
-            )
-        platform.reopen()
-        async with platform.running() as coordinator:
-            await until(lambda: not coordinator.round(ended.round_id).live)
-            assert coordinator.round(ended.round_id).reason == ended.reason
-            assert len(aggregators.commands) == 1
-
-    asyncio.run(story())
+@on_a_loop
+async def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> None:
+    async with learning(tmp_path, 6) as at:
+        ended = await at.learned(asked(policy="robust", selected_min=5))
+        assert ended.state == "FAILED"
+        assert "4 updates selected, a sum of fewer than 5 is not opened" in ended.reason
+        assert at.mean(ended).size == 0
+        told = at.replayed(ended)
+        assert (told.chosen, told.mean, told.policy) == ((), "", "robust")
+        assert "4 updates selected" in told.refusal
+        # Died after the refusal was written down, before the round said so: nobody is asked again.
+        wind_back(at, ended, state=State.AGGREGATING.value, reason="")
+    at.platform.reopen()
+    async with at.platform.running():
+        await at.ended(ended.round_id)
+        assert at.coordinator.round(ended.round_id).reason == ended.reason
+        assert len(at.aggregators.commands) == 1
 
 
-def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    Aggregators(platform)
-
-    async def story(call: Call) -> None:
-        await adopt_first(platform, devices)
-        opened = await platform.coordinator.open_round(SPEC)
+@on_a_loop
+async def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        call = calls(at.platform)
+        at.aggregators.down = {"a0"}  # the round stays open
+        opened = await at.coordinator.open_round(SPEC)
         path = f"/v1/rounds/{opened.round_id}"
         announced = await call("GET", f"{path}/announcement", "aggregator")
         assert unpack(open_envelope(announced.content).payload, RoundTask).round_id == opened.round_id
         early = await call("GET", f"{path}/contributions/{'0' * 64}", "aggregator")
         assert (early.status_code, "not frozen yet" in early.text) == (503, True)
         waiting = asyncio.create_task(call("GET", "/v1/log?from=0&wait=20", "aggregator"))
-        await contribute_all(devices, opened.round_id)
+        await contribute_all(at.devices, opened.round_id)
         part = unpacked_part((await asyncio.wait_for(waiting, 10.0)).content)
         records = list(part.records)
         while part.records:
             part = unpacked_part((await call("GET", f"/v1/log?from={part.next}&wait=0", "aggregator")).content)
             records += part.records
-        await until(lambda: platform.coordinator.round(opened.round_id).root)
-        frozen = platform.coordinator.round(opened.round_id).frozen
+        await until(lambda: at.coordinator.round(opened.round_id).root)
+        frozen = at.coordinator.round(opened.round_id).frozen
         assert tuple(digest_of(record) for _, record in records) == frozen
         for digest, (_, record) in zip(frozen, records, strict=True):
             found = await call("GET", f"{path}/contributions/{digest}", "aggregator")
@@ -394,32 +286,17 @@ def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(tmp_pat
         for bad in ("-1", "1.5", "x", "9" * 19):
             assert (await call("GET", f"/v1/log?from={bad}", "aggregator")).status_code == 400
 
-    calling(platform, story)
-
 
 @pytest.mark.parametrize(("reveal", "policy"), [("graph", "cluster"), ("selection", "multikrum")])
-def test_a_round_may_reveal_less_than_distances(tmp_path: Path, reveal: str, policy: str) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
-
-    async def story() -> None:
-        async with platform.running() as coordinator, aggregators.serving():
-            await adopt_first(platform, devices)
-            opened = await coordinator.open_round(asked(reveal=reveal, policy=policy))
-            await contribute_all(devices, opened.round_id, hostile=1)
-            await until(lambda: not coordinator.round(opened.round_id).live, 20)
-            ended = coordinator.round(opened.round_id)
-            assert (ended.state, ended.reason) == ("PUBLISHED", "")
-            assert ended.rejected.keys() == {"pos-0000"}
-            assert "not revealed" in ended.rejected["pos-0000"]
-            assert [one.reveal for one in coordinator.snapshot().rounds] == [reveal]
-            result = platform.ledger.round_result(ended.round_id)
-            assert result is not None
-            told = replay(result[1], platform.keyring.anchors())
-            assert told.holds, told.checks
-            assert (told.reveal, told.policy, len(told.chosen)) == (reveal, policy, len(devices) - 1)
-            with pytest.raises(Malformed, match=f"policy: expected policy {policy} with `reveal: {reveal}`"):
-                await coordinator.open_round(asked(reveal=reveal, policy="robust"))
-
-    asyncio.run(story())
+@on_a_loop
+async def test_a_round_may_reveal_less_than_distances(tmp_path: Path, reveal: str, policy: str) -> None:
+    async with learning(tmp_path) as at:
+        ended = await at.learned(asked(reveal=reveal, policy=policy), hostile=1)
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        assert ended.rejected.keys() == {"pos-0000"}
+        assert "not revealed" in ended.rejected["pos-0000"]
+        assert [one.reveal for one in at.coordinator.snapshot().rounds] == [reveal]
+        told = at.replayed(ended)
+        assert (told.reveal, told.policy, len(told.chosen)) == (reveal, policy, len(at.devices) - 1)
+        with pytest.raises(Malformed, match=f"policy: expected policy {policy} with `reveal: {reveal}`"):
+            await at.coordinator.open_round(asked(reveal=reveal, policy="robust"))

@@ -1,0 +1,233 @@
+"""A platform that learns: its devices and three aggregators, and what tests of rounds do with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fl_coordinator.aggregator import Aggregator
+from fl_coordinator.coordinator import Coordinator
+from fl_coordinator.flower_bridge import read_command, write_reply
+from fl_coordinator.following import Following
+from fl_coordinator.ledger import Ledger
+from fl_coordinator.replay import Replay, replay
+from fl_coordinator.rounds import Round, RoundSpec
+from fl_coordinator.shares.fixed_point import Rng
+from fl_coordinator.tables.records import AggregatorRecord
+from fl_coordinator.updates_log import LogPart
+from model_delta.encoding import pack, unpack_plain
+from model_delta.errors import AtollError, Unavailable
+from tests.fl_coordinator.platform_in_memory import FEATURES, Device, Platform, adopt_first, until
+
+LENGTH = FEATURES * 4 + 4 + 4 + 1
+SPEC = RoundSpec(
+    model="fraud",
+    quorum=6,
+    hostile_max=1,
+    selected_min=4,
+    deadline_s=30,
+    clip_norm_l2=1.0,
+    aggregation_s=20,
+    policy="krum",
+)
+
+
+def asked(**changes: Any) -> RoundSpec:
+    """The round that most tests ask for, with changes."""
+    return msgspec.structs.replace(SPEC, **changes)
+
+
+class CoordinatorsLog:
+    """The log as the coordinator hands it out."""
+
+    name = "embedded"
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+
+    async def read_from(self, offset: int) -> LogPart:
+        return await self._platform.coordinator.log_from(offset, 0.5)
+
+
+class Aggregators:
+    """Three aggregators in this process, and the ServerApp that fetches commands for them."""
+
+    def __init__(self, platform: Platform, rngs: Mapping[str, Rng] | None = None) -> None:
+        self.platform = platform
+        self.down: set[str] = set()
+        self.commands: list[dict[str, Any]] = []
+        self.memories_asked = 0
+        self.fetched = 0
+        self._rngs = rngs or {}
+        self.members: dict[str, Aggregator] = {}
+        for name in ("a0", "a1", "a2"):
+            self.start(name)
+            platform.coordinator.register_aggregator(AggregatorRecord(self.members[name].key, f"http://{name}"))
+
+    def start(self, name: str) -> None:
+        """(Re)start an aggregator on its folder, as after a kill."""
+        if name in self.members:
+            self.members[name].close()
+        self.members[name] = Aggregator(
+            name,
+            self.platform.folder / name,
+            anchors=self.platform.keyring.anchors(),
+            ca_pem=self.platform.keyring.ca_pem(),
+            revoked=self.platform.keyring.revoked,
+            fetch=self._fetch,
+            send=self._sender(name),
+            fetch_memory=self._fetch_memory,
+            clock=self.platform.clock,
+            step_timeout_s=1.0,
+            rng=self._rngs.get(name, os.urandom),
+        )
+
+    def following(self, name: str) -> Following:
+        """What keeps copies of the platform's log for an aggregator."""
+        return self.members[name].following(CoordinatorsLog(self.platform), self._announcement)
+
+    def copies(self, name: str, round_id: str) -> list[str]:
+        """The digests of what an aggregator keeps of a round, in the order in which it came."""
+        return list(self.members[name]._copies.devices(round_id))
+
+    async def _announcement(self, round_id: str) -> bytes:
+        return await asyncio.to_thread(self.platform.coordinator.announcement, round_id)
+
+    async def _fetch(self, round_id: str, digest: str) -> bytes:
+        self.fetched += 1
+        return await asyncio.to_thread(self.platform.coordinator.frozen_contribution, round_id, digest)
+
+    async def _fetch_memory(self, round_id: str) -> bytes:
+        self.memories_asked += 1
+        return await asyncio.to_thread(self.platform.coordinator.memory_proof, round_id)
+
+    def _sender(self, sender: str) -> Any:
+        async def send(peer: str, name: str, data: bytes) -> None:
+            if peer in self.down:
+                raise Unavailable(f"{peer} is down")
+            self.members[peer].deliver(sender, name, data)
+
+        return send
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[dict[str, Following]]:
+        """All three follow the log; leaving is a kill."""
+        followings = {name: self.following(name) for name in self.members}
+        tasks = [asyncio.create_task(self.members[name].follow(followings[name])) for name in followings]
+        try:
+            yield followings
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._serve())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        while True:
+            wire = await self.platform.bridge.next_command(1.0)
+            if wire is None:
+                continue
+            command_id, nodes, payload, _ = read_command(wire)
+            command = unpack_plain(payload)
+            self.commands.append(command)
+            replies, failures = {}, {}
+            for name, answer in zip(
+                nodes, await asyncio.gather(*(self._run(name, command) for name in nodes)), strict=True
+            ):
+                if isinstance(answer, str):
+                    failures[name] = answer
+                else:
+                    replies[name] = pack(answer)
+            self.platform.bridge.reply(write_reply(command_id, replies, failures))
+
+    async def _run(self, name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+        if name in self.down:
+            return "is down"
+        try:
+            return await self.members[name].run_round(command)
+        except AtollError as error:
+            return str(error)
+
+
+def fleet(platform: Platform, count: int = 8) -> list[Device]:
+    return [platform.device(f"pos-{number:04}") for number in range(count)]
+
+
+def honest(seed: int) -> Any:
+    return np.full(LENGTH, 0.05, np.float32) + np.random.default_rng(seed).normal(0, 0.002, LENGTH).astype(np.float32)
+
+
+async def contribute_all(devices: list[Device], round_id: str, *, hostile: int = 0) -> None:
+    await until(lambda: all(device.task is not None and device.task.round_id == round_id for device in devices))
+    for index, device in enumerate(devices):
+        update = -20 * honest(index) if index < hostile else honest(index)
+        await device.contribute(device.contribution(update))
+    await until(lambda: all(any(r.round_id == round_id for r in device.receipts) for device in devices))
+
+
+class Learning:
+    """What a test of rounds has at hand. The coordinator and the ledger are those of the newest start."""
+
+    def __init__(self, place: Path | Platform, devices: int | Sequence[Device] = 8) -> None:
+        self.platform = place if isinstance(place, Platform) else Platform(place)
+        self.devices = fleet(self.platform, devices) if isinstance(devices, int) else list(devices)
+        self.aggregators = Aggregators(self.platform)
+        self.base = ""
+
+    @property
+    def coordinator(self) -> Coordinator:
+        return self.platform.coordinator
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.platform.ledger
+
+    async def ended(self, round_id: str) -> Round:
+        """A round, once it has ended."""
+        await until(lambda: not self.coordinator.round(round_id).live)
+        return self.coordinator.round(round_id)
+
+    async def learned(self, spec: RoundSpec, *, hostile: int = 0) -> Round:
+        """A round from its announcement to its end, with every device in it."""
+        opened = await self.coordinator.open_round(spec)
+        await contribute_all(self.devices, opened.round_id, hostile=hostile)
+        return await self.ended(opened.round_id)
+
+    def mean(self, ended: Round) -> Any:
+        """The mean that the aggregators opened, (LENGTH,) or empty."""
+        return np.frombuffer(self._result(ended)[0], "<f4")
+
+    def replayed(self, ended: Round) -> Replay:
+        """The replay of a round's transcript, which has to hold."""
+        told = replay(self._result(ended)[1], self.platform.keyring.anchors())
+        assert told.holds, told.checks
+        return told
+
+    def _result(self, ended: Round) -> tuple[bytes, bytes]:
+        result = self.ledger.round_result(ended.round_id)
+        assert result is not None
+        return result
+
+
+@contextlib.asynccontextmanager
+async def learning(place: Path | Platform, devices: int | Sequence[Device] = 8) -> AsyncIterator[Learning]:
+    """A new platform at work, whose devices have adopted its first version; leaving is a crash."""
+    at = Learning(place, devices)
+    async with at.platform.running(), at.aggregators.serving():
+        at.base = await adopt_first(at.platform, at.devices)
+        yield at
