@@ -171,7 +171,9 @@ class Installation:
         found = step(before, happened.event)
         if isinstance(found, Refusal):
             raise RuntimeError(found.reason)  # events come from `_perform` only: a bug there
-        _log.info("%s: %s, %s: %s, %s", self._traits.device_id, before, happened.event, found.state, found.command)
+        why = f" ({happened.outcome.reason})" if happened.outcome is not None and happened.outcome.reason else ""
+        device = self._traits.device_id
+        _log.info("%s: %s, %s%s: %s, %s", device, before, happened.event, why, found.state, found.command)
         changes = dict(happened.changes)
         if happened.outcome is not None:
             changes |= self._journal.note(happened.outcome)

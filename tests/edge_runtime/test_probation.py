@@ -12,7 +12,7 @@ from tests.edge_runtime.world import tensor
 
 EXPECTED = np.array([[0.1], [0.9]], np.float32)
 CASE = GoldenCase({"features": tensor(np.zeros((2, 4), np.float32))}, {"score": tensor(EXPECTED)}, tolerance=1e-3)
-RULES = ProbationRules(decisions=20, seconds=10.0, error_share_max=0.02, latency_quantile=0.9)
+RULES = ProbationRules(decisions=20, latency_decisions=60, seconds=10.0, error_share_max=0.02, latency_quantile=0.9)
 NEEDS = Requirements(latency_ms_max=5.0)
 
 
@@ -52,8 +52,13 @@ def test_a_broken_golden_case_is_the_publishers_mistake() -> None:
         (LiveRecord((1.0,) * 5, 0, 10.0), "healthy"),
         (LiveRecord((), 0, 10.0), "healthy"),
         (LiveRecord((1.0,) * 18 + (9.0,) * 2, 0, 1.0), "healthy"),
-        (LiveRecord((1.0,) * 17 + (9.0,) * 3, 0, 1.0), "unhealthy"),
-        (LiveRecord((9.0,) * 3, 0, 0.1), "unhealthy"),
+        (LiveRecord((1.0,) * 17 + (9.0,) * 3, 0, 1.0), "wait"),
+        (LiveRecord((9.0,) * 6, 0, 0.1), "wait"),
+        (LiveRecord((9.0,) * 6 + (1.0,) * 53, 0, 1.0), "wait"),
+        (LiveRecord((9.0,) * 6 + (1.0,) * 54, 0, 1.0), "healthy"),
+        (LiveRecord((9.0,) * 7, 0, 0.1), "unhealthy"),
+        (LiveRecord((9.0,) * 7 + (1.0,) * 60, 0, 1.0), "unhealthy"),
+        (LiveRecord((1.0,) * 17 + (9.0,) * 3, 0, 10.0), "unhealthy"),
         (LiveRecord((9.0,), 0, 10.0), "unhealthy"),
         (LiveRecord((1.0,) * 3, 1, 0.1), "unhealthy"),
     ],
