@@ -59,7 +59,8 @@ def test_a_broken_golden_case_is_the_publishers_mistake() -> None:
         (LiveRecord((9.0,) * 7, 0, 0.1), "unhealthy"),
         (LiveRecord((9.0,) * 7 + (1.0,) * 60, 0, 1.0), "unhealthy"),
         (LiveRecord((1.0,) * 17 + (9.0,) * 3, 0, 10.0), "unhealthy"),
-        (LiveRecord((9.0,), 0, 10.0), "unhealthy"),
+        (LiveRecord((9.0,), 0, 10.0), "healthy"),
+        (LiveRecord((9.0, 1.0, 9.0), 0, 10.0), "unhealthy"),
         (LiveRecord((1.0,) * 3, 1, 0.1), "unhealthy"),
     ],
 )
