@@ -24,8 +24,8 @@ from fl_coordinator.control import control_app
 from fl_coordinator.copies import Copies
 from tests.fakes.ports import free_ports
 from tests.fl_coordinator.admitting_process import Place
-from tests.fl_coordinator.learning_platform import SPEC, Aggregators, contribute_all, fleet
-from tests.fl_coordinator.platform_in_memory import adopt_first
+from tests.fl_coordinator.learning_platform import SPEC, Aggregators, contribute_all
+from tests.fl_coordinator.platform_in_memory import adopt_first, fleet
 
 ROOT = Path(__file__).parents[2]
 

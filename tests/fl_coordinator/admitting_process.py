@@ -22,8 +22,8 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import SegmentLog
-from tests.fl_coordinator.learning_platform import SPEC, Aggregators, fleet, honest
-from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, until
+from tests.fl_coordinator.learning_platform import SPEC, Aggregators, honest
+from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, fleet, until
 
 DEVICES = 12
 

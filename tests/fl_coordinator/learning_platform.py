@@ -24,7 +24,7 @@ from fl_coordinator.tables.records import AggregatorRecord
 from fl_coordinator.updates_log import LogPart
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import AtollError, Unavailable
-from tests.fl_coordinator.platform_in_memory import FEATURES, Device, Platform, adopt_first, until
+from tests.fl_coordinator.platform_in_memory import FEATURES, Device, Platform, adopt_first, fleet, until
 
 LENGTH = FEATURES * 4 + 4 + 4 + 1
 SPEC = RoundSpec(
@@ -164,10 +164,6 @@ class Aggregators:
             return str(error)
 
 
-def fleet(platform: Platform, count: int = 8) -> list[Device]:
-    return [platform.device(f"pos-{number:04}") for number in range(count)]
-
-
 def honest(seed: int) -> Any:
     return np.full(LENGTH, 0.05, np.float32) + np.random.default_rng(seed).normal(0, 0.002, LENGTH).astype(np.float32)
 
@@ -212,9 +208,12 @@ class Learning:
         """The mean that the aggregators opened, (LENGTH,) or empty."""
         return np.frombuffer(self._result(ended)[0], "<f4")
 
+    def transcript(self, ended: Round) -> bytes:
+        return self._result(ended)[1]
+
     def replayed(self, ended: Round) -> Replay:
         """The replay of a round's transcript, which has to hold."""
-        told = replay(self._result(ended)[1], self.platform.keyring.anchors())
+        told = replay(self.transcript(ended), self.platform.keyring.anchors())
         assert told.holds, told.checks
         return told
 

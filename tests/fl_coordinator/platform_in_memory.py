@@ -347,6 +347,10 @@ async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
             await asyncio.sleep(0.005)
 
 
+def fleet(platform: Platform, count: int = 8) -> list[Device]:
+    return [platform.device(f"pos-{number:04}") for number in range(count)]
+
+
 async def adopt_first(platform: Platform, devices: list[Device]) -> str:
     """Publish a first version and have every device run it."""
     record = await platform.coordinator.publish(fraud_model(1), model="fraud")

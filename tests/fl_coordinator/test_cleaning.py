@@ -28,9 +28,9 @@ from model_delta.patch.route import plan_update
 from model_delta.trust.director import ChosenStep, DevicePlan, HeldFile, VersionReport
 from model_delta.trust.signing import seal_envelope
 from monitoring.metrics import Metrics
+from tests.fl_coordinator.control_calls import calling
 from tests.fl_coordinator.learning_platform import Aggregators
 from tests.fl_coordinator.platform_in_memory import FIRST, Platform, adopt_first, fraud_model, on_a_loop, until
-from tests.fl_coordinator.test_control import Call, calling
 
 SHORT = Terms(window_s=30 * DAY_S, grace_s=3600.0)
 
@@ -360,12 +360,12 @@ def test_in_a_bucket(tmp_path: Path) -> None:
     assert cleaning(platform).run().removed == {}
 
 
-def test_over_http_and_by_itself(tmp_path: Path) -> None:
+@on_a_loop
+async def test_over_http_and_by_itself(tmp_path: Path) -> None:
     platform = platform_at(tmp_path)
     published(platform, 2)
     platform.clock.now += 200 * DAY_S
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         for role in ("gateway", "aggregator", "join"):
             assert (await call("POST", "/v1/store/clean", role, json={})).status_code == 403
         assert (await call("POST", "/v1/store/clean", json={"dry_run": "yes"})).status_code == 400
@@ -374,17 +374,11 @@ def test_over_http_and_by_itself(tmp_path: Path) -> None:
         assert foreseen["freed_bytes"] == done["freed_bytes"] > 0
         assert (foreseen["dry_run"], done["dry_run"]) == (True, False)
         assert b"atoll_store_freed_bytes_total" in (await call("GET", "/metrics")).content
-
-    calling(platform, story)
     platform.clock.now += 1
     older = published(platform, 2, first=20)[0]
     platform.clock.now += 200 * DAY_S
     platform.reopen()
     platform.coordinator._clean_pause_s = platform.coordinator._clean_every_s = 0.01
-
-    async def waits() -> None:
-        async with platform.running():
-            await until(lambda: older.manifest in platform.ledger.retired())
-            await until(lambda: any("removed" in event.text for event in platform.ledger.events()))
-
-    asyncio.run(waits())
+    async with platform.running():
+        await until(lambda: older.manifest in platform.ledger.retired())
+        await until(lambda: any("removed" in event.text for event in platform.ledger.events()))

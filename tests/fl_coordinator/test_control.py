@@ -1,11 +1,9 @@
 import asyncio
 import base64
 import json
-from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -16,41 +14,15 @@ from model_delta.encoding import unpack
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request, serial_of
 from model_delta.trust.updater import TrustAnchors
+from tests.fl_coordinator.control_calls import TOKENS, calling
 from tests.fl_coordinator.platform_in_memory import CANARY, FIRST, Platform, fraud_model, on_a_loop, until
 
-TOKENS = {"admin": "a" * 32, "gateway": "g" * 32, "aggregator": "r" * 32, "flower": "f" * 32, "join": "j" * 32}
-Call = Callable[..., Coroutine[Any, Any, httpx.Response]]
 
-
-def calls(platform: Platform, *, client: str = "127.0.0.1") -> Call:
-    """What calls the API of a running coordinator, by default as an administrator."""
-    app = control_app(platform.coordinator, tokens=TOKENS, flower=platform.bridge)
-    transport = httpx.ASGITransport(app, client=(client, 1))
-
-    async def call(method: str, path: str, role: str | None = "admin", **options: Any) -> httpx.Response:
-        headers = {b"Authorization": f"Bearer {TOKENS.get(role, role)}".encode("latin-1")} if role is not None else {}
-        headers |= options.pop("headers", {})
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as http:
-            return await http.request(method, path, headers=headers, **options)
-
-    return call
-
-
-def calling(platform: Platform, story: Callable[[Call], Awaitable[None]], *, client: str = "127.0.0.1") -> None:
-    """Run `story` with a function that calls the API of a running coordinator."""
-
-    async def run() -> None:
-        async with platform.running():
-            await story(calls(platform, client=client))
-
-    asyncio.run(run())
-
-
-def test_a_version_is_published_looked_at_and_rolled_out_over_http(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_version_is_published_looked_at_and_rolled_out_over_http(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     device = platform.device("pos-0001")
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         answer = await call("POST", "/v1/models?model=fraud&name=v1&threshold=0.4", content=fraud_model(1))
         published = answer.json()
         assert (answer.status_code, published["version"], published["release"]) == (200, "eu-west:1", 1)
@@ -76,10 +48,9 @@ def test_a_version_is_published_looked_at_and_rolled_out_over_http(tmp_path: Pat
         assert shown["history"][0]["event"] == "begun"
         assert [one["name"] for one in (await call("GET", "/v1/rollouts")).json()] == ["first"]
 
-    calling(platform, story)
 
-
-def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
+@on_a_loop
+async def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     allowed = {
         ("POST", "/v1/models?model=fraud"): {"admin"},
@@ -100,8 +71,7 @@ def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
         ("POST", "/v1/keys/rotate"): {"admin"},
         ("POST", "/v1/releases/" + "0" * 64 + "/shred"): {"admin"},
     }
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         for (method, path), roles in allowed.items():
             for role in TOKENS:
                 status = (await call(method, path, role, content=b"")).status_code
@@ -109,14 +79,12 @@ def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> None:
             for nobody in (None, "wrong", "", "é"):
                 assert (await call(method, path, nobody)).status_code == 401, (method, path)
 
-    calling(platform, story)
 
-
-def test_a_revoked_device_gets_no_key_counts_no_more_and_cannot_come_back_by_itself(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_revoked_device_gets_no_key_counts_no_more_and_cannot_come_back_by_itself(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     lost, kept = platform.device("pos-0001"), platform.device("pos-0002")
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         version = await platform.coordinator.publish(fraud_model(1), model="fraud", name="v1")
         assert (await call("POST", "/v1/identities/pos-0001/revoke")).status_code == 200
         assert (await call("POST", "/v1/identities/pos-0009/revoke")).status_code == 404
@@ -135,11 +103,10 @@ def test_a_revoked_device_gets_no_key_counts_no_more_and_cannot_come_back_by_its
         lost.enrol(replace=True)
         assert str(serial_of(lost.certificate)) not in serials
 
-    calling(platform, story)
 
-
-def test_no_web_page_and_no_proxy_borrows_the_loopback(tmp_path: Path) -> None:
-    async def story(call: Call) -> None:
+@on_a_loop
+async def test_no_web_page_and_no_proxy_borrows_the_loopback(tmp_path: Path) -> None:
+    async with calling(Platform(tmp_path)) as call:
         for host in (b"localhost:8080", b"127.0.0.1:8080", b"[::1]:8080"):
             assert (await call("GET", "/v1/state", None, headers={b"Host": host})).status_code == 200, host
         for headers in (
@@ -153,15 +120,14 @@ def test_no_web_page_and_no_proxy_borrows_the_loopback(tmp_path: Path) -> None:
                 assert (await call("GET", path, None, headers=headers)).status_code == 401, (headers, path)
             assert (await call("GET", "/v1/state", headers=headers)).status_code == 200, "a token is enough anywhere"
 
-    calling(Platform(tmp_path), story)
 
-
-def test_an_aggregator_cannot_register_keys_in_the_name_of_another(tmp_path: Path) -> None:
+@on_a_loop
+async def test_an_aggregator_cannot_register_keys_in_the_name_of_another(tmp_path: Path) -> None:
     def keys(name: str, letter: bytes) -> dict[str, str]:
         key = base64.b64encode(letter * 32).decode()
         return {"name": name, "sealing": key, "verifying": key, "url": f"http://{name}"}
 
-    async def story(call: Call) -> None:
+    async with calling(Platform(tmp_path)) as call:
         for name in ("a0", "a1", "a2"):
             assert (await call("POST", "/v1/aggregators", "aggregator", json=keys(name, b"h"))).status_code == 200
         assert (await call("POST", "/v1/aggregators", "aggregator", json=keys("a1", b"h"))).status_code == 200, (
@@ -175,26 +141,22 @@ def test_an_aggregator_cannot_register_keys_in_the_name_of_another(tmp_path: Pat
         assert known == {name: keys(name, b"h")["sealing"] for name in ("a0", "a1", "a2")}
         assert (await call("POST", "/v1/aggregators", "admin", json=keys("a1", b"x"))).status_code == 200
 
-    calling(Platform(tmp_path), story)
 
-
-def test_the_page_needs_no_token_on_loopback_and_one_from_elsewhere(tmp_path: Path) -> None:
-    async def near(call: Call) -> None:
+@on_a_loop
+async def test_the_page_needs_no_token_on_loopback_and_one_from_elsewhere(tmp_path: Path) -> None:
+    async with calling(Platform(tmp_path / "near")) as call:
         assert (await call("GET", "/v1/health", None)).json() == {"status": "ok"}
         metrics = await call("GET", "/metrics", None)
         assert b"atoll_devices" in metrics.content
         assert "atoll_records_missing 0.0" in metrics.text
-
-    async def far(call: Call) -> None:
+    async with calling(Platform(tmp_path / "far"), client="192.0.2.7") as call:
         for path in ("/v1/health", "/v1/state", "/v1/events", "/metrics"):
             assert (await call("GET", path, None)).status_code == 401
         assert (await call("GET", "/v1/health", "admin")).status_code == 200
 
-    calling(Platform(tmp_path / "near"), near)
-    calling(Platform(tmp_path / "far"), far, client="192.0.2.7")
 
-
-def test_enrolment_over_http_and_what_a_join_token_cannot_do(tmp_path: Path) -> None:
+@on_a_loop
+async def test_enrolment_over_http_and_what_a_join_token_cannot_do(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     key = ec.generate_private_key(ec.SECP256R1())
 
@@ -209,7 +171,7 @@ def test_enrolment_over_http_and_what_a_join_token_cannot_do(tmp_path: Path) -> 
         }
         return {**wanted, **changes}
 
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         answer = await call("POST", "/v1/enroll", "join", json=body())
         anchors = unpack(base64.b64decode(answer.json()["anchors"]), TrustAnchors)
         assert anchors.tenant == "acme"
@@ -234,13 +196,11 @@ def test_enrolment_over_http_and_what_a_join_token_cannot_do(tmp_path: Path) -> 
             assert answer.status_code == 400, broken
             assert answer.json()["error"].count("\n") == 0
 
-    calling(platform, story)
 
-
-def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+@on_a_loop
+async def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         for method, path, content, words in (
             ("POST", "/v1/models?model=fraud", b"PK\x03\x04 not a model", "model fraud"),
             ("POST", "/v1/models", b"x", "query parameter model"),
@@ -275,11 +235,10 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
         platform.store.put("tuf", "timestamp.json", b"{}")
         assert (await call("GET", "/v1/store/tuf/timestamp.json")).content == b"{}"
 
-    calling(platform, story)
 
-
-def test_a_body_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
-    async def story(call: Call) -> None:
+@on_a_loop
+async def test_a_body_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
+    async with calling(Platform(tmp_path)) as call:
         sent = 0
 
         async def endless() -> Any:
@@ -292,8 +251,6 @@ def test_a_body_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
         assert answer.status_code == 400
         assert "at most" in answer.json()["error"]
         assert sent < 2**20
-
-    calling(Platform(tmp_path), story)
 
 
 @on_a_loop
@@ -335,10 +292,10 @@ async def test_the_event_stream_carries_snapshots(tmp_path: Path) -> None:
         assert (snapshot["act"], snapshot["notes"][-1]["text"]) == ("learn", "learn")
 
 
-def test_flower_fetches_commands_and_delivers_answers(tmp_path: Path) -> None:
+@on_a_loop
+async def test_flower_fetches_commands_and_delivers_answers(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         assert (await call("GET", "/v1/flower/commands?wait=0", "flower")).status_code == 204
         pending = asyncio.create_task(platform.bridge.command({"x": 1}, ["a0"], 5.0))
         wire = (await call("GET", "/v1/flower/commands?wait=2", "flower")).json()
@@ -347,18 +304,14 @@ def test_flower_fetches_commands_and_delivers_answers(tmp_path: Path) -> None:
         assert (await call("POST", "/v1/flower/replies", "flower", json=reply)).json() == {"wanted": True}
         assert await pending == {"a0": {"x": 1}}
 
-    calling(platform, story)
 
-
-def test_an_artifact_is_stored_under_its_digest(tmp_path: Path) -> None:
+@on_a_loop
+async def test_an_artifact_is_stored_under_its_digest(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         path = f"/v1/store/artifact/{digest_of(b'baseline')}"
         assert (await call("PUT", path, content=b"baseline")).json()["size"] == 8
         assert (await call("GET", path, "gateway")).content == b"baseline"
-
-    calling(platform, story)
 
 
 @pytest.mark.parametrize(
@@ -369,10 +322,10 @@ def test_one_table_maps_errors_to_http(error: type[AtollError], status: int) -> 
     assert next(code for kind, code in STATUS if issubclass(error, kind)) == status
 
 
-def test_keys_are_rotated_and_a_version_is_shredded_over_http(tmp_path: Path) -> None:
+@on_a_loop
+async def test_keys_are_rotated_and_a_version_is_shredded_over_http(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         published = (await call("POST", "/v1/models?model=fraud&name=v1", content=fraud_model(1))).json()
         kept = (await call("POST", "/v1/models?model=fraud&name=v2", content=fraud_model(2))).json()
         asked = (await call("GET", "/v1/keys")).json()
@@ -385,13 +338,11 @@ def test_keys_are_rotated_and_a_version_is_shredded_over_http(tmp_path: Path) ->
         assert (await call("GET", f"{place}/source")).status_code == 403
         assert (await call("GET", f"/v1/releases/{kept['manifest']}/source")).content == fraud_model(2)
 
-    calling(platform, story)
 
-
-def test_a_release_tells_its_form_and_what_was_asked_for_is_checked(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_release_tells_its_form_and_what_was_asked_for_is_checked(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         answer = await call("POST", "/v1/models?model=fraud&quantize=none", content=fraud_model(1))
         assert answer.json()["form"]["int8"] is False
         seen = (await call("GET", f"/v1/releases/{answer.json()['manifest']}")).json()
@@ -401,5 +352,3 @@ def test_a_release_tells_its_form_and_what_was_asked_for_is_checked(tmp_path: Pa
         refused = await call("POST", "/v1/models?model=fraud&quantize=int4", content=fraud_model(3))
         assert refused.status_code == 400
         assert "quantize: expected auto, int8 or none, found 'int4'" in refused.text
-
-    calling(platform, story)

@@ -20,6 +20,7 @@ from tests.fl_coordinator.platform_in_memory import (
     Device,
     Platform,
     adopt_first,
+    fleet,
     fraud_model,
     on_a_loop,
     report_all,
@@ -35,7 +36,7 @@ def running(platform: Platform, manifest: str) -> list[Device]:
 @on_a_loop
 async def test_publish_roll_out_report_acknowledge(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-    devices = [platform.device(f"pos-{number:04}") for number in range(6)]
+    devices = fleet(platform, 6)
     async with platform.running() as coordinator:
         manifest = await adopt_first(platform, devices)
         snapshot = coordinator.snapshot()
@@ -49,7 +50,7 @@ async def test_publish_roll_out_report_acknowledge(tmp_path: Path) -> None:
 @on_a_loop
 async def test_a_canary_grows_from_one_device_to_all(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-    devices = [platform.device(f"pos-{number:04}") for number in range(8)]
+    devices = fleet(platform, 8)
     async with platform.running() as coordinator:
         first = await adopt_first(platform, devices)
         second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
@@ -73,7 +74,7 @@ async def test_a_canary_grows_from_one_device_to_all(tmp_path: Path) -> None:
 @on_a_loop
 async def test_a_slow_version_is_stopped_at_the_canary_and_never_comes_back(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-    devices = [platform.device(f"pos-{number:04}") for number in range(8)]
+    devices = fleet(platform, 8)
     async with platform.running() as coordinator:
         first = await adopt_first(platform, devices)
         for _ in range(5):
@@ -103,7 +104,7 @@ async def test_a_slow_version_is_stopped_at_the_canary_and_never_comes_back(tmp_
 @on_a_loop
 async def test_a_crash_between_any_two_steps_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-    devices = [platform.device(f"pos-{number:04}") for number in range(4)]
+    devices = fleet(platform, 4)
     async with platform.running():
         await adopt_first(platform, devices)
     platform.reopen()
@@ -224,7 +225,7 @@ def test_the_same_bytes_on_the_same_parent_are_the_same_version(tmp_path: Path) 
 @on_a_loop
 async def test_however_many_candidates_came_between_there_is_a_patch_from_what_the_fleet_runs(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-    devices = [platform.device(f"pos-{number:04}") for number in range(3)]
+    devices = fleet(platform, 3)
     async with platform.running() as coordinator:
         stable = await adopt_first(platform, devices)
         newest = stable
@@ -254,7 +255,7 @@ def test_a_full_disk_leaves_nothing_of_a_publication_behind(tmp_path: Path, monk
 @on_a_loop
 async def test_one_rollout_of_a_model_at_a_time(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
-    devices = [platform.device(f"pos-{number:04}") for number in range(3)]
+    devices = fleet(platform, 3)
     async with platform.running() as coordinator:
         first = await adopt_first(platform, devices)
         await coordinator.publish(fraud_model(2), model="fraud")

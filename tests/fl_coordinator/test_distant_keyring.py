@@ -14,9 +14,9 @@ from fl_coordinator.rounds import State
 from model_delta.errors import Unavailable, Untrusted
 from model_delta.keys.keyring import EmbeddedKeyring
 from tests.fakes.keyring import HangingKeyring
+from tests.fl_coordinator.control_calls import calling
 from tests.fl_coordinator.learning_platform import SPEC, Learning
-from tests.fl_coordinator.platform_in_memory import Platform, adopt_first
-from tests.fl_coordinator.test_control import Call, calling
+from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, on_a_loop
 
 DEADLINE_S = 0.05
 
@@ -109,10 +109,10 @@ class Watched(Platform):
         self.keyring = near
 
 
-def test_a_silent_key_server_does_not_stall_the_coordinator(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_silent_key_server_does_not_stall_the_coordinator(tmp_path: Path) -> None:
     platform = FarKeys(tmp_path)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         first = await call("GET", "/v1/revoked", "aggregator")
         assert first.json() == {"serials": []}
         platform.behind.answering.clear()
@@ -129,8 +129,6 @@ def test_a_silent_key_server_does_not_stall_the_coordinator(tmp_path: Path) -> N
             assert (await keys).status_code == 503
         finally:
             platform.behind.answering.set()
-
-    calling(platform, story)
 
 
 def test_a_round_from_end_to_end_asks_for_no_key_on_the_loop(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from model_delta.patch.route import plan_update
 from model_delta.release import open_release
 from model_delta.segments import read_tensor, stored_tensors
 from model_delta.version import concurrent, dominates, dot_of, show
+from tests.fl_coordinator.control_calls import calling
 from tests.fl_coordinator.platform_in_memory import (
     FEATURES,
     Platform,
@@ -29,7 +30,6 @@ from tests.fl_coordinator.platform_in_memory import (
     on_a_loop,
     until,
 )
-from tests.fl_coordinator.test_control import Call, calling
 
 ALL = """
 apiVersion: atoll/v1
@@ -184,13 +184,13 @@ def test_a_withdrawn_sibling_is_not_joined(tmp_path: Path) -> None:
         eu.join_siblings(model="unheard-of", now=1.8e9)
 
 
-def test_siblings_are_joined_over_http_once(tmp_path: Path) -> None:
+@on_a_loop
+async def test_siblings_are_joined_over_http_once(tmp_path: Path) -> None:
     platform, eu, ap = two_regions(tmp_path)
     base = publish(eu, fraud_model())
     for publisher, name in ((eu, "layer0.weight"), (ap, "layer1.weight")):
         publish(publisher, moved(fraud_model(), name, 0.1), base)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         assert (await call("POST", "/v1/releases/join", "gateway", json={"model": "fraud"})).status_code == 403
         assert (await call("POST", "/v1/releases/join", json={})).status_code == 400
         answer = await call("POST", "/v1/releases/join", json={"model": "fraud", "name": "both"})
@@ -206,8 +206,6 @@ def test_siblings_are_joined_over_http_once(tmp_path: Path) -> None:
             platform.ledger.events()[-1].text
             == "join of eu-west:2, ap-south:1: updates added is fraud ap-south:1+eu-west:3"
         )
-
-    calling(platform, story)
 
 
 # Roots and late devices.

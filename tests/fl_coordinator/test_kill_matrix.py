@@ -15,15 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.replay import replay
 from model_delta.digest import digest_of
 from model_delta.errors import Unavailable
-from tests.fl_coordinator.learning_platform import SPEC, Aggregators, fleet, honest
-from tests.fl_coordinator.platform_in_memory import Device, Platform, adopt_first, until
+from tests.fl_coordinator.learning_platform import Learning, asked, honest
+from tests.fl_coordinator.platform_in_memory import Device, Platform, adopt_first, on_a_loop, until
 
 
 class DyingLedger(Ledger):
@@ -95,16 +93,17 @@ async def offer(devices: list[Device], round_id: str, sent: dict[str, bytes]) ->
 
 
 @pytest.mark.slow
-def test_a_kill_before_anything_that_a_round_writes_loses_nothing(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_kill_before_anything_that_a_round_writes_loses_nothing(tmp_path: Path) -> None:
     platform = Place(tmp_path)
-    devices = fleet(platform, 7)
-    aggregators = Aggregators(platform)
+    at = Learning(platform, 7)
+    devices, aggregators = at.devices, at.aggregators
 
     async def one_round(point: tuple[str, int]) -> None:
-        spec = msgspec.structs.replace(SPEC, name=f"{point[0]} {point[1]}", contributions_max=7)
+        spec = asked(name=f"{point[0]} {point[1]}", contributions_max=7)
         sent: dict[str, bytes] = {}
         platform.ledger.doom = point
-        asked, heard = len(aggregators.commands), "none"
+        commanded, heard = len(aggregators.commands), "none"
         async with platform.running() as coordinator, aggregators.serving():
             try:
                 opened = await coordinator.open_round(spec)
@@ -122,29 +121,23 @@ def test_a_kill_before_anything_that_a_round_writes_loses_nothing(tmp_path: Path
             opened = await coordinator.open_round(spec)
             if coordinator.round(opened.round_id).state in ("ANNOUNCED", "COLLECTING"):
                 await offer(devices, opened.round_id, sent)
-            await until(lambda: not coordinator.round(opened.round_id).live, 20)
-            ended = coordinator.round(opened.round_id)
+            ended = await at.ended(opened.round_id)
         assert ended.state == "PUBLISHED", (point, ended.reason)
         assert sorted(ended.frozen) == sorted(digest_of(data) for data in sent.values()), point
         assert promised <= set(ended.frozen)
         entries = platform.ledger.contributions(ended.round_id)
         assert len(entries) == len({entry.device_id for entry in entries}) == 7
-        result = platform.ledger.round_result(ended.round_id)
-        assert result is not None
-        assert replay(result[1], platform.keyring.anchors()).holds
-        assert platform.store.get("transcript", ended.transcript) == result[1]
+        assert at.replayed(ended).holds
+        assert platform.store.get("transcript", ended.transcript) == at.transcript(ended)
         assert len([one for one in platform.ledger.releases() if one.name == ended.round_id]) == 1
         # However often they were asked, the aggregators opened one set, and one decision.
-        commands = aggregators.commands[asked:]
+        commands = aggregators.commands[commanded:]
         assert {command["root"] for command in commands} == {ended.root}
         assert [command["attempt"] for command in commands] == list(range(1, len(commands) + 1))
 
-    async def story() -> None:
-        async with platform.running():
-            await adopt_first(platform, devices)
+    async with platform.running():
+        await adopt_first(platform, devices)
+    platform.reopen()
+    for point in POINTS:
+        await one_round(point)
         platform.reopen()
-        for point in POINTS:
-            await one_round(point)
-            platform.reopen()
-
-    asyncio.run(story())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,8 +15,8 @@ from model_delta.errors import Malformed
 from model_delta.graphs.mlp import mlp_training_graph
 from model_delta.graphs.training import Trained, TrainingStep, contracted
 from model_delta.segments import read_tensor, stored_tensors
-from tests.fl_coordinator.learning_platform import SPEC, Aggregators, contribute_all, fleet, honest
-from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, fraud_model, on_a_loop, until
+from tests.fl_coordinator.learning_platform import Aggregators, Learning, asked, contribute_all, honest
+from tests.fl_coordinator.platform_in_memory import FEATURES, Platform, fraud_model, on_a_loop
 
 NAMES = {"layer0.weight": "body.0.w", "layer0.bias": "body.0.b", "layer1.weight": "body.2.w", "layer1.bias": "body.2.b"}
 SHAPES = {"body.0.w": (FEATURES, 4), "body.0.b": (4,), "body.2.w": (4, 1), "body.2.b": (1,)}
@@ -51,19 +50,16 @@ def somebodys_graph(*, momentum: bool = True, **changed: tuple[int, ...]) -> str
 
 @on_a_loop
 async def test_a_round_trains_the_tensors_that_the_graph_names_and_publishes(tmp_path: Path) -> None:
-    platform = Platform(tmp_path)
-    devices = fleet(platform)
-    aggregators = Aggregators(platform)
-    spec: dict[str, Any] = {name: getattr(SPEC, name) for name in SPEC.__struct_fields__}
-    async with platform.running() as coordinator, aggregators.serving():
+    at = Learning(tmp_path)
+    platform, coordinator, devices = at.platform, at.coordinator, at.devices
+    async with platform.running(), at.aggregators.serving():
         first = await coordinator.publish(somebodys_model(0), model="fraud", name="theirs", quantize="none")
         for device in devices:
             device.running = first.manifest
             await device.hello()
         with pytest.raises(Malformed, match=r"needs tensors layer0\.weight"):
-            await coordinator.open_round(RoundSpec(**{**spec, "base": first.manifest}))
-        wanted = RoundSpec(**{**spec, "base": first.manifest, "graph": somebodys_graph()})
-        opened = await coordinator.open_round(wanted)
+            await coordinator.open_round(asked(base=first.manifest))
+        opened = await coordinator.open_round(asked(base=first.manifest, graph=somebodys_graph()))
         assert [(one.tensor, one.shape, one.scale) for one in opened.task.parameters] == [
             (name, shape, "") for name, shape in SHAPES.items()
         ]
@@ -71,13 +67,10 @@ async def test_a_round_trains_the_tensors_that_the_graph_names_and_publishes(tmp
         assert opened.spec.graph == "", "it is in the store"
         assert platform.store.has("artifact", opened.task.training_graph)
         await contribute_all(devices, opened.round_id)
-        await until(lambda: not coordinator.round(opened.round_id).live)
-        ended = coordinator.round(opened.round_id)
+        ended = await at.ended(opened.round_id)
         assert (ended.state, ended.reason) == ("PUBLISHED", "")
         before, after = (platform.publisher.source(digest) for digest in (first.manifest, ended.candidate))
-        result = platform.ledger.round_result(opened.round_id)
-        assert result is not None
-        mean, start = np.frombuffer(result[0], "<f4"), 0
+        mean, start = at.mean(ended), 0
         assert np.abs(mean - np.mean([honest(seed) for seed in range(8)], axis=0)).max() < 0.01
         stored = {tensor.name: tensor for tensor in stored_tensors(before)}
         for name, shape in SHAPES.items():

@@ -20,8 +20,8 @@ from fl_coordinator.provenance import verified_bundle
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed, SignatureInvalid
 from model_delta.manifest import Lineage, manifest_digest
-from tests.fl_coordinator.platform_in_memory import Platform, fraud_model
-from tests.fl_coordinator.test_control import Call, calling
+from tests.fl_coordinator.control_calls import calling
+from tests.fl_coordinator.platform_in_memory import Platform, fraud_model, on_a_loop
 
 MODEL = b"a model, for all that a signature cares"
 
@@ -192,12 +192,12 @@ def _certificate(
     return made.sign(issuer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def test_a_version_carries_the_digest_of_its_bundle(tmp_path: Path) -> None:
+@on_a_loop
+async def test_a_version_carries_the_digest_of_its_bundle(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     bundle = b'{"mediaType": "a bundle"}'
     digest = digest_of(bundle)
-
-    async def story(call: Call) -> None:
+    async with calling(platform) as call:
         path = f"/v1/models?model=fraud&provenance={digest}"
         early = await call("POST", path, content=fraud_model(1))
         assert (early.status_code, "put it there first" in early.json()["error"]) == (404, True)
@@ -220,8 +220,6 @@ def test_a_version_carries_the_digest_of_its_bundle(tmp_path: Path) -> None:
         for wrong in ("../../etc", "x"):
             answer = await call("POST", f"/v1/models?model=fraud&provenance={wrong}", content=fraud_model(3))
             assert answer.status_code == 400
-
-    calling(platform, story)
 
 
 def test_a_version_without_a_bundle_keeps_the_identity_that_it_had(tmp_path: Path) -> None:

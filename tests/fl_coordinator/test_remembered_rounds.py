@@ -13,9 +13,9 @@ from fl_coordinator.replay import replay, replay_chain
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.shares.remembering import memory_name
 from fl_coordinator.transcript import decision_in
+from tests.fl_coordinator.control_calls import calls
 from tests.fl_coordinator.learning_platform import asked, contribute_all, learning
 from tests.fl_coordinator.platform_in_memory import Platform, on_a_loop, until
-from tests.fl_coordinator.test_control import calls
 
 
 def remembering(name: str, **changes: Any) -> RoundSpec:

@@ -8,8 +8,8 @@ from fl_coordinator.promotion import Evaluation
 from fl_coordinator.rounds import RoundSpec, State
 from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
-from tests.fl_coordinator.learning_platform import LENGTH, SPEC, asked, contribute_all, fleet, honest, learning
-from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, fraud_model, on_a_loop, until
+from tests.fl_coordinator.learning_platform import LENGTH, SPEC, asked, contribute_all, honest, learning
+from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, fleet, fraud_model, on_a_loop, until
 
 
 @on_a_loop

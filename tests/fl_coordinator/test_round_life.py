@@ -23,9 +23,9 @@ from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope, pre_authentication_encoding
+from tests.fl_coordinator.control_calls import calls
 from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, learning
 from tests.fl_coordinator.platform_in_memory import CANARY, Device, Platform, fraud_model, on_a_loop, until
-from tests.fl_coordinator.test_control import calls
 
 
 def rollouts(platform: Platform) -> dict[str, Any]:
