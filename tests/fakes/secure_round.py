@@ -6,6 +6,7 @@ keeps what each of them received, so that a test can look at one party's complet
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -342,3 +343,24 @@ def random_holdings(rows: Words, seed: int) -> list[Holding]:
         Holding(digests, names, {}, ArrayRows(pair.first), ArrayRows(pair.second))
         for pair in random_sharing(rows, seed)
     ]
+
+
+def honest_rows(world: SecureRound, count: int, seed: int = 0) -> Words:
+    """Encoded updates of devices that learn about the same thing."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=world.task.length)
+    return np.stack([world.encode(0.05 * (common + rng.normal(size=world.task.length))) for _ in range(count)])
+
+
+def opened_sum(outcomes: list[Outcome]) -> Words:
+    """What the three open together, each of them two of the three summands."""
+    pairs = [outcome.opened for outcome in outcomes if outcome.opened is not None]
+    for place in range(3):
+        assert np.array_equal(pairs[place].second, pairs[(place + 1) % 3].first)
+    return pairs[0].first + pairs[1].first + pairs[2].first
+
+
+def ones_off_balance(data: bytes) -> float:
+    """How far the share of one bits is from a half, in standard deviations of random data."""
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    return abs(float(bits.sum()) - bits.size / 2) / math.sqrt(bits.size / 4)

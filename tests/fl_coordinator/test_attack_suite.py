@@ -24,10 +24,9 @@ from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
-from tests.fakes.secure_round import SecureRound, measure_words, random_holdings, run_parties
+from tests.fakes.secure_round import SecureRound, honest_rows, measure_words, random_holdings, run_parties
 from tests.fl_coordinator.learning_platform import asked, contribute_all, honest, learning
 from tests.fl_coordinator.platform_in_memory import Platform, on_a_loop, until
-from tests.fl_coordinator.test_secure_round import honest_rows
 
 # --- malformed updates ------------------------------------------------------------------------------------------------
 

@@ -21,10 +21,9 @@ from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack
 from model_delta.errors import Untrusted
-from tests.fakes.secure_round import SecureRound
+from tests.fakes.secure_round import SecureRound, honest_rows, ones_off_balance, opened_sum
 from tests.fl_coordinator.learning_platform import LENGTH, SPEC, Aggregators, asked
 from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, fleet
-from tests.fl_coordinator.test_secure_round import honest_rows, ones_off_balance, opened_sum
 
 # --- nobody sees an update --------------------------------------------------------------------------------------------
 

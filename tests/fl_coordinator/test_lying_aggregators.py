@@ -27,8 +27,7 @@ from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
 from model_delta.trust.signing import open_envelope
-from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, random_holdings, run_parties
-from tests.fl_coordinator.test_secure_round import honest_rows
+from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, honest_rows, random_holdings, run_parties
 
 Change = Callable[[SecureRound, bytes], bytes]
 LIAR = 1

@@ -22,14 +22,18 @@ from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
 from model_delta.trust.signing import open_envelope
-from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, measure_words, random_holdings, run_parties, whole
-
-
-def honest_rows(world: SecureRound, count: int, seed: int = 0) -> Words:
-    """Encoded updates of devices that learn about the same thing."""
-    rng = np.random.default_rng(seed)
-    common = rng.normal(size=world.task.length)
-    return np.stack([world.encode(0.05 * (common + rng.normal(size=world.task.length))) for _ in range(count)])
+from tests.fakes.secure_round import (
+    NAMES,
+    ArrayRows,
+    SecureRound,
+    honest_rows,
+    measure_words,
+    ones_off_balance,
+    opened_sum,
+    random_holdings,
+    run_parties,
+    whole,
+)
 
 
 def plain_choice(world: SecureRound, rows: Words, decision: Decision) -> tuple[tuple[int, ...], list[int], str]:
@@ -50,13 +54,6 @@ def plain_choice(world: SecureRound, rows: Words, decision: Decision) -> tuple[t
     chosen = judge(task, gram, names, len(rows) - len(inside)).choice
     weights = [int(weight) for weight in chosen.integers if weight]
     return tuple(inside[i] for i in chosen.selected), weights, chosen.refusal
-
-
-def opened_sum(outcomes: list[Outcome]) -> Words:
-    total = outcomes[0].opened.first + outcomes[1].opened.first + outcomes[2].opened.first
-    for index in range(3):
-        assert np.array_equal(outcomes[index].opened.second, outcomes[(index + 1) % 3].opened.first)
-    return total
 
 
 def test_thirty_honest_and_four_hostile_from_device_to_sum() -> None:
@@ -203,12 +200,6 @@ def test_a_partys_view_can_be_made_from_what_is_opened_alone(index: int) -> None
     again = unpack(outcome.decision, Decision)
     assert again.devices == decision.devices
     assert (again.gram, again.selected) == (decision.gram, decision.selected)
-
-
-def ones_off_balance(data: bytes) -> float:
-    """How far the share of one bits is from a half, in standard deviations of random data."""
-    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
-    return abs(float(bits.sum()) - bits.size / 2) / math.sqrt(bits.size / 4)
 
 
 @pytest.mark.parametrize("row", ["zero", "honest"])
