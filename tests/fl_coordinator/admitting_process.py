@@ -15,14 +15,12 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from fl_coordinator.kafka_log import KafkaLog
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import SegmentLog
-from tests.fl_coordinator.learning_platform import SPEC, Aggregators, honest
+from tests.fl_coordinator.learning_platform import Aggregators, asked, honest
 from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, fleet, until
 
 DEVICES = 12
@@ -98,7 +96,7 @@ async def admit(platform: Place, sent: Path) -> None:
     Aggregators(platform)
     async with platform.running() as coordinator:
         await adopt_first(platform, devices)
-        await coordinator.open_round(msgspec.structs.replace(SPEC, quorum=DEVICES, contributions_max=DEVICES))
+        await coordinator.open_round(asked(quorum=DEVICES, contributions_max=DEVICES))
         await until(lambda: all(device.task is not None for device in devices))
         for number, device in enumerate(devices):
             (sent / device.device_id).write_bytes(device.contribution(honest(number)))

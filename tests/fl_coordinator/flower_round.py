@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import msgspec
-
 from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.flower_node import FlowerNode, Handler
 from fl_coordinator.local_round import LocalAggregators
@@ -19,12 +17,12 @@ from fl_coordinator.ports import Tell
 from fl_coordinator.relaying import through
 from fl_coordinator.shares.fixed_point import Rng
 from model_delta.digest import digest_of
-from tests.fl_coordinator.learning_platform import SPEC, Aggregators, honest
+from tests.fl_coordinator.learning_platform import Aggregators, asked, honest
 from tests.fl_coordinator.platform_in_memory import Device, Platform, adopt_first
 
 REGIONS = ("eu-west", "ap-south")
 AGGREGATORS = ("a0", "a1", "a2")
-ROUND = msgspec.structs.replace(SPEC, policy="robust", quorum=8, contributions_max=8, aggregation_s=60)
+ROUND = asked(policy="robust", quorum=8, contributions_max=8, aggregation_s=60)
 
 MakeNode = Callable[[str, Handler], FlowerNode]
 

@@ -209,6 +209,7 @@ class Learning:
         return np.frombuffer(self._result(ended)[0], "<f4")
 
     def transcript(self, ended: Round) -> bytes:
+        """The packed transcript of a round that the aggregators have decided."""
         return self._result(ended)[1]
 
     def replayed(self, ended: Round) -> Replay:
