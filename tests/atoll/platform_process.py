@@ -136,9 +136,19 @@ def listens(port: int) -> bool:
 def free_run(count: int) -> int:
     """The first of `count` free ports in a row, below the range that the system hands out."""
     for first in range(21_000 + os.getpid() % 1_000 * 8, 32_000, count):
-        if not any(listens(port) for port in range(first, first + count)):
+        if all(_is_free(port) for port in range(first, first + count)):
             return first
     raise AssertionError("no free ports in a row")
+
+
+def _is_free(port: int) -> bool:
+    """Whether anybody could listen there: the last connections of a server that has ended keep its port for a minute."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def until(condition: Any, seconds: float, what: str) -> None:

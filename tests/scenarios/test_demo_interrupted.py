@@ -41,7 +41,8 @@ def _reach(running: Demo, at: str | None) -> None:
     if at is None:
         time.sleep(0.5)
         return
-    assert running.wait_for(at, 90), [line for _, line in running.lines[-8:]]
+    if not running.wait_for(at, 90):
+        pytest.fail(f"the demo did not come to {at!r}:\n" + "\n".join(line for _, line in running.lines))
     end = time.monotonic() + 0.7
     while time.monotonic() < end:
         running.below()
