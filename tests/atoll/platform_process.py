@@ -142,7 +142,7 @@ def free_run(count: int) -> int:
 
 
 def _is_free(port: int) -> bool:
-    """Whether anybody could listen there: the last connections of a server that has ended keep its port for a minute."""
+    """Whether anybody could listen there: the last connections of a server that ended keep its port a minute."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
