@@ -171,7 +171,8 @@ async def over_mqtt(site: Site, folder: Path, rounds: int) -> tuple[list[int], i
         async def ask(number: int) -> tuple[int, bytes]:
             before = await counter.settled()
             await device.publish(up(DEVICE, f"trust/{REGION}"), trust.check_in(number))
-            answer = await asyncio.wait_for(answers.get(), 5.0)
+            async with asyncio.timeout(5.0):
+                answer = await answers.get()
             return await counter.settled() - before, answer
 
         for number in range(rounds):

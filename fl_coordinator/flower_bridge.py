@@ -90,7 +90,8 @@ class FlowerBridge:
         self._pending[command_id] = pending
         self._arrived.set()
         try:
-            body = await asyncio.wait_for(pending.answer, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                body = await pending.answer
         except TimeoutError:
             why = "did not answer" if pending.handed_out else "was not asked: the ServerApp fetched no command"
             failures = dict.fromkeys(pending.nodes, f"{why} within {deadline_s:g} s")
@@ -116,7 +117,8 @@ class FlowerBridge:
                     return {"id": command_id, "nodes": nodes, "payload": pending.payload, "deadline_s": left}
             self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), max(0.0, deadline - now))
+                async with asyncio.timeout(max(0.0, deadline - now)):
+                    await self._arrived.wait()
             except TimeoutError:
                 self._contact = self._clock()
                 return None

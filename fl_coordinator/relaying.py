@@ -142,7 +142,8 @@ class Relaying:
                 await relay.wanted.wait()
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(relay.wanted.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await relay.wanted.wait()
             pause_s = min(PAUSE_MAX_S, 2 * pause_s)
 
     def _lacks(self, relay: _Relay) -> dict[str, Round]:

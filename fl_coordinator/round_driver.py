@@ -256,9 +256,9 @@ class RoundDriver:
             if left <= 0:
                 reason = f"expected a quorum of {found.spec.quorum} contributions, found {admitted} at the deadline"
                 return msgspec.structs.replace(found, reason=reason), Event.TOO_FEW
-            async with self._intake.admitted:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._intake.admitted.wait(), min(left, self._tick_s))
+            with contextlib.suppress(TimeoutError):
+                async with self._intake.admitted, asyncio.timeout(min(left, self._tick_s)):
+                    await self._intake.admitted.wait()
 
     def _able(self, found: Round) -> int:
         """How many devices may take part: those heard lately that run the base. The quorum is always waited for."""

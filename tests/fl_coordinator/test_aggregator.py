@@ -123,7 +123,8 @@ class Platform:
             command = self.command(1)
             doomed = asyncio.create_task(self.aggregators[victim].run_round(command))
             runs = [asyncio.create_task(self.aggregators[name].run_round(command)) for name in others]
-            await asyncio.wait_for(self.died.wait(), 20.0)
+            async with asyncio.timeout(20.0):
+                await self.died.wait()
             died = time.monotonic()
             doomed.cancel()
             failures = await asyncio.gather(*runs, return_exceptions=True)

@@ -283,7 +283,8 @@ async def test_the_event_stream_carries_snapshots(tmp_path: Path) -> None:
             "client": ("127.0.0.1", 1),
             "asgi": {"version": "3.0", "spec_version": "2.3"},
         }
-        await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
+        async with asyncio.timeout(10):
+            await app(scope, receive, send)  # type: ignore[arg-type]
         assert sent[0]["status"] == 200
         first = sent[1]["body"]
         assert first.startswith(b"data: ")

@@ -171,3 +171,28 @@ def test_a_command_that_is_held_is_not_handed_out_again_and_keeps_no_other_waiti
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_caller_that_gives_up_just_as_its_answer_comes_ends(steps: int) -> None:
+    """At shutdown both can happen in the same step of the loop; who is cancelled must not wait on."""
+
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        fetching = asyncio.create_task(bridge.next_command(30.0))
+        await asyncio.sleep(0)
+        asking = asyncio.create_task(bridge.command({"n": 1}, NODES, 30.0))
+        for _ in range(1 + steps):
+            await asyncio.sleep(0)
+        if fetching.cancel():
+            await asyncio.wait([fetching])
+            assert fetching.cancelled()
+        command_id = (await fetch(bridge))[0]
+        bridge.reply(write_reply(command_id, {node: pack({}) for node in NODES}, {}))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if asking.cancel():
+            await asyncio.wait([asking])
+            assert asking.cancelled()
+
+    asyncio.run(scenario())

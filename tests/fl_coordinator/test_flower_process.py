@@ -402,7 +402,8 @@ async def a_death_in_the_middle_of_an_answer_costs_seconds(platform: Platform, b
         command = asyncio.create_task(
             bridge.command({"seconds": 0.0, "question": "q", "salt": b"6"}, (*NAMES[:2], "aggregator-4"), 90.0)
         )
-        assert await asyncio.wait_for(dying.wait(), 30.0) == 9
+        async with asyncio.timeout(30.0):
+            assert await dying.wait() == 9
         died = time.monotonic()
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE_PROCESS, *words)
         assert (await command)["aggregator-4"] == {"pid": process.pid}
@@ -429,7 +430,8 @@ async def a_whole_round_survives_and_is_the_same_in_one_process(platform: Platfo
         devices = await networked.ready()
         dying = networked.dies_with_its_first_command("ap-south")
         opened = await networked.coordinator.open_round(ROUND)
-        await asyncio.wait_for(dying.wait(), 60.0)
+        async with asyncio.timeout(60.0):
+            await dying.wait()
         await asyncio.to_thread(networked.nodes["relay-ap-south"].stop)
         networked.start_relay("ap-south")
         async with asyncio.timeout(60.0):

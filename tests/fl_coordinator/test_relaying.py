@@ -191,6 +191,31 @@ async def test_a_coordinator_that_died_tells_the_relays_again(tmp_path: Path) ->
         await until(lambda: all(node.announced() is not None for node in platform.nodes.values()))
 
 
+@pytest.mark.parametrize("steps", range(5))
+@on_a_loop
+async def test_relaying_ends_even_when_there_is_news_in_the_same_moment(tmp_path: Path, steps: int) -> None:
+    async def away(command: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise Unavailable("is not online")
+
+    platform = Regions(tmp_path)
+    async with learning(platform, platform.fleet()) as at:
+        await at.coordinator.open_round(ASKED)
+    relaying = Relaying(ledger=platform.ledger, relays={"eu-west": away}, clock=platform.clock, tick_s=15.0)
+
+    async def relayed() -> None:
+        async with asyncio.TaskGroup() as group:
+            relaying.start(group)
+
+    work = asyncio.create_task(relayed())
+    await until(lambda: relaying._relays["eu-west"].failure == "is not online")
+    relaying.wake()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    work.cancel()
+    await asyncio.wait([work], timeout=10.0)
+    assert work.cancelled()
+
+
 @on_a_loop
 async def test_a_relay_is_one_node_and_somebody_must_be_told(tmp_path: Path) -> None:
     class Bridge:

@@ -270,7 +270,8 @@ async def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(t
         assert (early.status_code, "not frozen yet" in early.text) == (503, True)
         waiting = asyncio.create_task(call("GET", "/v1/log?from=0&wait=20", "aggregator"))
         await contribute_all(at.devices, opened.round_id)
-        part = unpacked_part((await asyncio.wait_for(waiting, 10.0)).content)
+        async with asyncio.timeout(10.0):
+            part = unpacked_part((await waiting).content)
         records = list(part.records)
         while part.records:
             part = unpacked_part((await call("GET", f"/v1/log?from={part.next}&wait=0", "aggregator")).content)

@@ -43,7 +43,8 @@ class Line:
         number = next(self._numbers)
         self._waiting[number] = self._loop.create_future()
         await self._link.publish(up(DEVICE, f"req/{REGION}"), pack(ChunkRequest(number, "tuf", name, at, length)))
-        return await asyncio.wait_for(self._waiting[number], 5.0)
+        async with asyncio.timeout(5.0):
+            return await self._waiting[number]
 
     def _heard(self, topic: str, payload: bytes) -> None:
         answer = unpack(payload, ChunkResponse)
