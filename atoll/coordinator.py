@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from atoll.http_server import serving
 from atoll.platform import COORDINATOR, open_keyring, port_of, relay_name, revocation_list_of
 from atoll.revocation import keep_list
 from atoll.settings import INT8_WORTH, MODEL, MODEL_OF_CSV, TENANT, DataFolder, quiet_environment, write_private
+from atoll.timing import medians_us
 from atoll.trust import hold_automatically
 from atoll.trust_publishing import trust_of
 from atoll.updates import open_log, place_of
@@ -57,7 +59,6 @@ REGION = "core"
 
 GOLDEN_ROWS = 16
 LATENCY_ROWS = 200
-LATENCY_S = 2.0
 HELD_OUT = "held_out.npz"
 """In the coordinator's folder, if candidates of rounds are to be measured: `features` float32[n, F], `fraud` bool[n],
 and `slice` str[n]."""
@@ -117,7 +118,7 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
                 golden_inputs=golden_inputs,
                 feature_counts={MODEL: len(FEATURES), MODEL_OF_CSV: len(CSV_FEATURES)},
                 vouch=vouching.published,
-                latency_us=latency_us,
+                latencies_us=latencies_us,
                 worth={name: Worth(**figures) for name, figures in INT8_WORTH.items()},
             ),
             evaluate=evaluation_on(folder / HELD_OUT),
@@ -215,15 +216,9 @@ def evaluation_on(path: Path) -> Evaluate:
     return evaluate
 
 
-def latency_us(model: LoadedModel, row: Mapping[str, Array]) -> float:
-    """Median processor time of one row; see `_latency_p95_us`."""
-    seconds: list[float] = []
-    model.run(row)
-    while len(seconds) < LATENCY_ROWS and sum(seconds) < LATENCY_S:
-        started = time.thread_time()
-        model.run(row)
-        seconds.append(time.thread_time() - started)
-    return float(np.median(seconds)) * 1e6
+def latencies_us(models: Sequence[LoadedModel], row: Mapping[str, Array]) -> list[float]:
+    """Median processor time of one row, of each model; see `medians_us`."""
+    return medians_us([partial(model.run, row) for model in models])
 
 
 def _latency_p95_us(run: Callable[[npt.NDArray[np.float32]], object], rows: npt.NDArray[np.float32]) -> float:

@@ -96,6 +96,7 @@ class AbsentDevice:
                 threshold=str(model.decision_threshold),
                 created=str(int(then)),
                 valid_days=str(VALID_DAYS),
+                quantize="int8",
             )
         )
         manifest = release["manifest"]

@@ -10,9 +10,8 @@ other rows than they were chosen on, where the model takes any number of rows.
 
 from __future__ import annotations
 
-import statistics
-import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,9 @@ import numpy.typing as npt
 
 from atoll.output import show
 from atoll.settings import ConfigurationError, write_private
-from edge_runtime.onnx_model import run_graph
+from atoll.timing import medians_us
+from edge_runtime.onnx_model import OnnxModel, run_graph
+from model_delta.digest import digest_of
 from model_delta.errors import Malformed
 from model_delta.graphs.inspection import inspect, made_up_inputs
 from model_delta.graphs.int8 import Quantized, form_of, quantize, weight_changes
@@ -31,7 +32,6 @@ from model_delta.patch.fidelity import Fidelity
 
 FILE_BYTES_MAX = 512 * 2**20
 FORMS = ("weights", "dynamic", "static")
-_RUNS, _RUNS_S = 30, 2.0
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -94,7 +94,8 @@ def quantize_file(
     reasons = fidelity.refusals(measured)
     if reasons:
         raise Malformed(f"{out}: not written; {'; '.join(reasons)}")
-    choice = quantization.choose_by_measuring(made.file, source, lambda file: _latency_us(file, inputs))
+    int8, plain = _measured((made.file, source), inputs)
+    choice = quantization.choose(int8, plain)
     write_private(out, made.file)
     out.chmod(0o644)
     _tell(out, source, made, measured, choice, as_json)
@@ -166,19 +167,15 @@ def _distance(found: dict[str, npt.NDArray[np.generic]], expected: dict[str, npt
     return max((fidelity.distance(found[name], expected[name]) for name in outputs), default=None)
 
 
-def _latency_us(file: bytes, inputs: Inputs) -> float:
-    """Median time of one row; NaN when the model does not run on one."""
+def _measured(files: tuple[bytes, bytes], inputs: Inputs) -> list[quantization.Measured]:
+    """What each file costs here; NaN when one of the models does not run on a single row."""
     row = {name: value[:1] for name, value in inputs.items()}
-    taken: list[float] = []
+    models = [OnnxModel(digest_of(file), file, "model", repeated=True) for file in files]
     try:
-        run_graph(file, row)
-        while len(taken) < _RUNS and sum(taken) < _RUNS_S:
-            start = time.perf_counter()
-            run_graph(file, row)
-            taken.append(time.perf_counter() - start)
+        times = medians_us([partial(model.run, row) for model in models])
     except Malformed:
-        return float("nan")
-    return 1e6 * statistics.median(taken)
+        times = [float("nan")] * len(files)
+    return [quantization.Measured(len(file), time) for file, time in zip(files, times, strict=True)]
 
 
 def _tell(

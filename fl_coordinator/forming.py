@@ -45,8 +45,9 @@ OpenModel = Callable[[Manifest, bytes], LoadedModel]
 GoldenInputs = Callable[[str, Sequence[TensorSpec]], Sequence[Mapping[str, Array]]]
 """(model, its inputs) -> a few batches of inputs that a publisher wants every device to try."""
 Cases = Sequence[Mapping[str, Array]]
-LatencyUs = Callable[[LoadedModel, Mapping[str, Array]], float]
-"""(a loaded model, inputs of one row) -> median microseconds of an answer on this machine."""
+LatenciesUs = Callable[[Sequence[LoadedModel], Mapping[str, Array]], Sequence[float]]
+"""(loaded models, inputs of one row) -> median microseconds of an answer on this machine, of each. They are measured
+together, so that what else the machine does in the meantime slows all of them alike."""
 
 
 class Forming:
@@ -59,7 +60,7 @@ class Forming:
         ledger: Ledger,
         open_model: OpenModel,
         golden_inputs: GoldenInputs,
-        latency_us: LatencyUs | None,
+        latencies_us: LatenciesUs | None,
         worth: Mapping[str, Worth],
     ) -> None:
         """`published` has the parents; the other arguments are those of `Publisher`."""
@@ -67,7 +68,7 @@ class Forming:
         self._ledger = ledger
         self._open_model = open_model
         self._golden_inputs = golden_inputs
-        self._latency_us = latency_us
+        self._latencies_us = latencies_us
         self._worth = dict(worth)
 
     def formed(self, source: bytes, like: Manifest, base: ReleaseRecord | None, asked: Asked) -> tuple[bytes, Form]:
@@ -90,9 +91,8 @@ class Forming:
         cases = self._golden_inputs(like.model, like.inputs)
         if base is not None:
             file, form = self._alike(source, fresh, base, form, like, cases)
-        if self._latency_us is not None:
-            both = {"float32": source, "int8": file}
-            measured = {name: Measured(len(one), self._latency(like, one, cases[:1])) for name, one in both.items()}
+        if self._latencies_us is not None:
+            measured = self._measured({"float32": source, "int8": file}, like, cases[:1])
             devices = Counter(record.device_class for record in self._ledger.devices() if record.kind == "device")
             better, reason, classes = forms.decide(measured["int8"], measured["float32"], self._worth, devices)
             form = msgspec.structs.replace(
@@ -153,17 +153,17 @@ class Forming:
             _log.info("model %s: quantized afresh: %s", base.model, "; ".join(refused))
         return (fresh if refused else file), form
 
-    def _latency(self, like: Manifest, file: bytes, cases: Cases) -> float:
-        """Microseconds of the first row of `cases`; NaN for a model that does not answer it."""
-        if self._latency_us is None or not cases:
-            return float("nan")
-        free = {spec.name for spec in like.inputs if spec.shape[:1] == (-1,)}
-        row = {name: value[:1] if name in free else value for name, value in cases[0].items()}
-        try:
-            return self._latency_us(self._opened(like, file), row)
-        except Malformed as error:
-            _log.info("model %s: its latency cannot be measured: %s", like.model, error)
-            return float("nan")
+    def _measured(self, files: Mapping[str, bytes], like: Manifest, cases: Cases) -> dict[str, Measured]:
+        """Bytes of each file, and microseconds of the first row of `cases`; NaN where a model does not answer it."""
+        times: Sequence[float] = [float("nan")] * len(files)
+        if self._latencies_us is not None and cases:
+            free = {spec.name for spec in like.inputs if spec.shape[:1] == (-1,)}
+            row = {name: value[:1] if name in free else value for name, value in cases[0].items()}
+            try:
+                times = self._latencies_us([self._opened(like, file) for file in files.values()], row)
+            except Malformed as error:
+                _log.info("model %s: its latency cannot be measured: %s", like.model, error)
+        return {name: Measured(len(file), time) for (name, file), time in zip(files.items(), times, strict=True)}
 
     def _answers(self, like: Manifest, file: bytes, cases: Cases) -> list[Mapping[str, Array]]:
         """What a file with the inputs of `like` answers."""

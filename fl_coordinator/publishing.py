@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from fl_coordinator.forming import Forming, GoldenInputs, LatencyUs, OpenModel
+from fl_coordinator.forming import Forming, GoldenInputs, LatenciesUs, OpenModel
 from fl_coordinator.forms import Asked, Form
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger
@@ -68,12 +68,12 @@ class Publisher(Published):
         golden_inputs: GoldenInputs,
         feature_counts: Mapping[str, int],
         vouch: Callable[[], None] = lambda: None,
-        latency_us: LatencyUs | None = None,
+        latencies_us: LatenciesUs | None = None,
         worth: Mapping[str, Worth] | None = None,
     ) -> None:
         """`region` is whose counter of the version vector a publication raises; `feature_counts` says for which models
         the input must be `features` of that width; `vouch` is called after every publication, before anybody can
-        roll it out. `latency_us` measures both forms of a version, and `worth` by device class says what it must gain
+        roll it out. `latencies_us` measures both forms of a version, and `worth` by device class says what it must gain
         to be int8 (see `forms`); unmeasured it always is."""
         super().__init__(tenant=tenant, ledger=ledger, store=store, keyring=keyring)
         self._region = region
@@ -82,7 +82,7 @@ class Publisher(Published):
             ledger=ledger,
             open_model=open_model,
             golden_inputs=golden_inputs,
-            latency_us=latency_us,
+            latencies_us=latencies_us,
             worth=worth or {},
         )
         self._feature_counts = dict(feature_counts)

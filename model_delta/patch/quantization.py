@@ -19,7 +19,6 @@ means one scale, float32[], for the whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -157,16 +156,6 @@ def choose(int8: Measured, float32: Measured, worth: Worth = Worth()) -> Choice:
     smaller = size <= worth.smaller and latency <= worth.slower_max
     verdict = "faster" if faster else "smaller enough" if smaller else "neither faster nor smaller enough"
     return Choice(faster or smaller, f"int8 is {verdict}: {size:.2f} of the bytes, {latency:.2f} of the time")
-
-
-def choose_by_measuring(
-    int8: bytes,
-    float32: bytes,
-    latency_us: Callable[[bytes], float],
-    worth: Worth = Worth(),  # noqa: B008 - a frozen value
-) -> Choice:
-    """`choose`, with what `latency_us` measures on the class of device it runs on."""
-    return choose(Measured(len(int8), latency_us(int8)), Measured(len(float32), latency_us(float32)), worth)
 
 
 def _magnitudes(weight: Weights, axis: int | None) -> Weights:

@@ -1,10 +1,20 @@
-"""What the demo makes of deaths in the middle of an act."""
+"""What the demo makes of deaths in the middle of an act, and of a machine that measures what it likes."""
 
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
 import pytest
 
+from atoll.demo_absence import AbsentDevice
 from atoll.demo_regions import increase
 from atoll.demo_stage import ActFailed, Deaths
 from atoll.processes import ProcessEvent
+from atoll.settings import DataFolder, Endpoints
+from device_sim.terminal_features import FEATURES
+from model_delta.errors import Malformed
 
 
 def test_calm_begins_when_the_last_missing_process_is_back() -> None:
@@ -62,3 +72,22 @@ def test_a_process_that_was_started_anew_goes_on_counting_and_is_told() -> None:
 def test_counts_that_were_lost_are_no_figure() -> None:
     with pytest.raises(ActFailed, match="requests of fleet-1 are not known"):
         increase([_counts(1, 100), _counts(2, 50)], [_counts(1, 110), _counts(9, 7)])
+
+
+def test_the_factory_version_is_the_file_that_the_device_has_whatever_the_coordinator_measures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    history = rng.normal(size=(200, len(FEATURES))).astype(np.float32), rng.random(200) < 0.3
+    world = SimpleNamespace(live=lambda index: iter(()), history=lambda: history)
+    asked: dict[str, str] = {}
+
+    class Coordinator:
+        def post(self, path: str, body: bytes, **options: str) -> None:
+            asked.update(options, path=path)
+            raise Malformed("that is all for now")
+
+    device: Any = SimpleNamespace(index=0, device_id="pos-0")
+    data = DataFolder.open(tmp_path / "data", create=True)
+    absent = AbsentDevice(data, cast(Endpoints, None), cast(Any, world), device)
+    with pytest.raises(Malformed, match="that is all"):
+        asyncio.run(absent.leave(cast(Any, Coordinator())))
+    assert (asked["path"], asked["quantize"]) == ("/v1/models", "int8")

@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from atoll.coordinator import LATENCY_ROWS, latency_us
 from atoll.settings import (
     INT8_WORTH,
     Broker,
@@ -134,17 +132,3 @@ def test_what_int8_is_worth_is_told_for_every_class_of_device() -> None:
         worth = Worth(**figures)
         assert 0 < worth.smaller < 1
         assert worth.faster < 1 < worth.slower_max
-
-
-def test_latency_is_that_of_the_models_own_work() -> None:
-    class Slow:
-        digest = ""
-        calls = 0
-
-        def run(self, inputs: object) -> dict[str, np.ndarray]:
-            self.calls += 1
-            return {"score": np.sort(np.zeros(1 << 16))}
-
-    model = Slow()
-    assert latency_us(model, {}) > 1.0
-    assert model.calls <= LATENCY_ROWS + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,9 @@ def test_growth_that_clipping_would_swallow_is_quantized_afresh(tmp_path: Path) 
 def measuring(made: Platform, slower: float, worth: Mapping[str, Worth] | None = None) -> Publisher:
     """A publisher on a machine where int8 takes `slower` times as long."""
 
-    def latency_us(model: Any, row: Mapping[str, Any]) -> float:
+    def latencies_us(models: Sequence[Any], row: Mapping[str, Any]) -> list[float]:
         assert row["features"].shape == (1, FEATURES)
-        return 10.0 * (slower if model.int8 else 1.0)
+        return [10.0 * (slower if model.int8 else 1.0) for model in models]
 
     class Timed(WeightModel):
         def __init__(self, manifest: Manifest, file: bytes) -> None:
@@ -109,7 +109,7 @@ def measuring(made: Platform, slower: float, worth: Mapping[str, Worth] | None =
         open_model=Timed,
         golden_inputs=golden_inputs,
         feature_counts={"fraud": FEATURES},
-        latency_us=latency_us,
+        latencies_us=latencies_us,
         worth=worth,
     )
 

@@ -13,7 +13,6 @@ from model_delta.patch.quantization import (
     Parent,
     Worth,
     choose,
-    choose_by_measuring,
     dequantize,
     fresh_scales,
     locked_scales,
@@ -184,8 +183,7 @@ def test_int8_only_where_it_measures_faster_or_smaller_enough() -> None:
     assert not choose(Measured(900, 99.0), plain).int8
     assert not choose(Measured(300, float("nan")), plain).int8
     assert choose(Measured(300, 130.0), plain, Worth(slower_max=2.0)).int8, "a class may weigh bytes more"
-    latency = {b"i": 50.0, b"ff": 100.0}.__getitem__
-    assert choose_by_measuring(b"i", b"ff", latency).reason == "int8 is faster: 0.50 of the bytes, 0.50 of the time"
+    assert choose(Measured(500, 50.0), plain).reason == "int8 is faster: 0.50 of the bytes, 0.50 of the time"
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (64,), (8, 8), (2, 4, 8)])
