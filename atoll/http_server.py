@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -25,22 +24,15 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    app: Any, port: int, what: str, *, host: str = LOOPBACK, certificate: Path | None = None, key: Path | None = None
-) -> AsyncIterator[None]:
-    """Serve the ASGI `app` while the block runs, then finish what is in flight.
+async def serving(app: Any, port: int, what: str) -> AsyncIterator[None]:
+    """Serve the ASGI `app` on the loopback address while the block runs, then finish what is in flight.
 
-    Raises ConfigurationError when the port is taken, or when `host` is not a loopback address and no `certificate` is
-    given: bearer tokens do not cross a network in clear.
+    Nothing else is listened on: bearer tokens do not cross a network in clear. Raises ConfigurationError when the port
+    is taken.
     """
-    if not host.startswith("127.") and host not in ("localhost", "::1") and certificate is None:
-        raise ConfigurationError(
-            f"{what}: expected a loopback address or a TLS certificate, found host {host!r} without one; "
-            "pass --tls-cert and --tls-key"
-        )
     config = uvicorn.Config(
         app,
-        host=host,
+        host=LOOPBACK,
         port=port,
         log_level="warning",
         access_log=False,
@@ -48,8 +40,6 @@ async def serving(
         proxy_headers=False,  # who asks is whoever holds the socket; a header could claim loopback
         server_header=False,
         timeout_graceful_shutdown=DRAIN_DEADLINE_S,
-        ssl_certfile=str(certificate) if certificate else None,
-        ssl_keyfile=str(key) if key else None,
     )
     server = _Server(config)
     task = asyncio.create_task(_serve(server, port, what), name=f"http {what}")

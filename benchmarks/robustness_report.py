@@ -153,9 +153,22 @@ def tables(runs: Runs) -> str:
     alphas = [alpha for alpha in (math.inf, 1.0, 0.3, 0.1) if alpha in runs.having(1)]
     rules = [str(rule) for rule in runs.having(3) if rule != "centralised"]
     seeds = ", ".join(f"{_name(alpha)} {_seeds(runs, tasks, alpha, (*COMPARED, *TEXTBOOK))}" for alpha in alphas)
-    parts = [f"Seeds under attack: {seeds}. ± is the standard error over them.\n"]
+    parts = [
+        f"Seeds under attack: {seeds}. ± is the standard error over them.\n",
+        *_without_attack(runs, tasks, alphas, rules),
+        *_worst_attack(runs, tasks, alphas, rules),
+        *(part for task in tasks for part in _each_attack(runs, task, alphas)),
+        *_against_the_better(runs, alphas),
+        *_by_number_of_attackers(runs, tasks),
+        *_backdoors(runs, tasks, alphas, rules),
+    ]
+    return "\n".join(parts)
 
-    parts.append("### Nobody attacks\n\nf = 8 assumed / f = 2 assumed; FedAvg does not know f.\n")
+
+# Each section is a heading with its text, and a table.
+
+
+def _without_attack(runs: Runs, tasks: Sequence[str], alphas: Sequence[float], rules: Sequence[str]) -> tuple[str, str]:
     lines = []
     for task in tasks:
         for alpha in alphas:
@@ -165,35 +178,33 @@ def tables(runs: Runs) -> str:
                 cells.append(values[0] if rule in ("FedAvg", "FedAdam") or not values[1] else " / ".join(values))
             central = _mean(runs.quality(task, math.inf, "", "centralised", 0, 0)) if math.isinf(alpha) else ""
             lines.append([f"{task} {_name(alpha)}", central, *cells])
-    parts.append(_table(["task, split", "centralised", *rules], lines))
+    head = "### Nobody attacks\n\nf = 8 assumed / f = 2 assumed; FedAvg does not know f.\n"
+    return head, _table(["task, split", "centralised", *rules], lines)
 
-    parts.append("### The worst untargeted attack, 8 of 32 devices hostile, f = 8\n")
+
+def _worst_attack(runs: Runs, tasks: Sequence[str], alphas: Sequence[float], rules: Sequence[str]) -> tuple[str, str]:
     lines = []
     for task in tasks:
         for alpha in alphas:
-            cells = []
-            for rule in rules:
-                name, lowest = runs.worst(task, alpha, rule)
-                cells.append(f"{_mean(lowest)} {name}")
-            lines.append([f"{task} {_name(alpha)}", *cells])
-    parts.append(_table(["task, split", *rules], lines))
+            lowest = [runs.worst(task, alpha, rule) for rule in rules]
+            lines.append([f"{task} {_name(alpha)}", *(f"{_mean(values)} {name}" for name, values in lowest)])
+    head = "### The worst untargeted attack, 8 of 32 devices hostile, f = 8\n"
+    return head, _table(["task, split", *rules], lines)
 
-    for task in tasks:
-        parts.append(f"### {task}, attack by attack\n\nMulti-Krum / `robust` / `history`, 8 of 32 hostile.\n")
-        lines = []
-        for attack in UNTARGETED:
-            row = [attack]
-            for alpha in alphas:
-                three = [runs.quality(task, alpha, attack, rule, 8, 8) for rule in COMPARED]
-                row.append(" / ".join(f"{one.mean():.1f}" if one.size else "" for one in three))
-            lines.append(row)
-        parts.append(_table(["attack", *(_name(alpha) for alpha in alphas)], lines))
 
-    parts.append(
-        "### Against the better of Multi-Krum and clip + DnC, cell by cell\n\n"
-        "A cell is a task, a split and an untargeted attack; behind means by more than two standard errors of the "
-        "paired difference.\n"
-    )
+def _each_attack(runs: Runs, task: str, alphas: Sequence[float]) -> tuple[str, str]:
+    lines = []
+    for attack in UNTARGETED:
+        row = [attack]
+        for alpha in alphas:
+            three = [runs.quality(task, alpha, attack, rule, 8, 8) for rule in COMPARED]
+            row.append(" / ".join(f"{one.mean():.1f}" if one.size else "" for one in three))
+        lines.append(row)
+    head = f"### {task}, attack by attack\n\nMulti-Krum / `robust` / `history`, 8 of 32 hostile.\n"
+    return head, _table(["attack", *(_name(alpha) for alpha in alphas)], lines)
+
+
+def _against_the_better(runs: Runs, alphas: Sequence[float]) -> tuple[str, str]:
     lines = []
     for alpha in alphas:
         count, cells_behind = behind(runs, "history", [alpha])
@@ -202,23 +213,27 @@ def tables(runs: Runs) -> str:
         listed = "; ".join(f"{name.split(' ', 2)[0]} {name.split(' ', 2)[2]} {gap:.1f}" for gap, name in cells_behind)
         names = [str(count), str(len(cells_behind)), str(count_robust), str(count_krum), listed]
         lines.append([_name(alpha), *names])
-    parts.append(
-        _table(
-            ["split", "cells", "`history` behind", "`robust` behind", "Multi-Krum behind", "where `history` is behind"],
-            lines,
-        )
+    head = (
+        "### Against the better of Multi-Krum and clip + DnC, cell by cell\n\n"
+        "A cell is a task, a split and an untargeted attack; behind means by more than two standard errors of the "
+        "paired difference.\n"
     )
+    columns = ["cells", "`history` behind", "`robust` behind", "Multi-Krum behind", "where `history` is behind"]
+    return head, _table(["split", *columns], lines)
 
-    parts.append("### Other numbers of attackers\n\nDirichlet 0.3, f = 8 assumed, worst of three attacks.\n")
+
+def _by_number_of_attackers(runs: Runs, tasks: Sequence[str]) -> tuple[str, str, str]:
     numbers = [number for number in sorted(int(str(value)) for value in runs.having(4)) if number in (1, 3, 6, 8, 10)]
     lines = []
     for task in tasks:
         for rule in COMPARED:
             lines.append([f"{task} `{rule}`", *(_swept(runs, task, rule, number) for number in numbers)])
-    parts.append(_table(["task, rule", *(f"{number} of 32" for number in numbers)], lines))
-    parts.append("".join(f"![{task} by number of attackers](robustness_{task}.svg)\n" for task in tasks))
+    head = "### Other numbers of attackers\n\nDirichlet 0.3, f = 8 assumed, worst of three attacks.\n"
+    plots = "".join(f"![{task} by number of attackers](robustness_{task}.svg)\n" for task in tasks)
+    return head, _table(["task, rule", *(f"{number} of 32" for number in numbers)], lines), plots
 
-    parts.append("### Backdoors\n\nSuccess in %, 6 of 32 hostile: nobody attacks / quiet / five times as long.\n")
+
+def _backdoors(runs: Runs, tasks: Sequence[str], alphas: Sequence[float], rules: Sequence[str]) -> tuple[str, str]:
     lines = []
     for task in tasks:
         for alpha in alphas:
@@ -228,8 +243,8 @@ def tables(runs: Runs) -> str:
                 three += [runs.backdoor(task, alpha, name, rule, 6, 8) for name in BACKDOORS]
                 row.append(" / ".join(f"{one.mean():.0f}" for one in three) if three[2].size else "")
             lines.append(row)
-    parts.append(_table(["task, split", *rules], lines))
-    return "\n".join(parts)
+    head = "### Backdoors\n\nSuccess in %, 6 of 32 hostile: nobody attacks / quiet / five times as long.\n"
+    return head, _table(["task, split", *rules], lines)
 
 
 def _seeds(runs: Runs, tasks: Sequence[str], alpha: float, rules: Sequence[str]) -> str:

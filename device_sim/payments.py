@@ -18,7 +18,7 @@ Amounts are integer cents and times whole Unix seconds. What a terminal makes of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -293,19 +293,3 @@ def _table(
     cents = np.maximum(50, np.round(amount * 100)).astype(np.int64)
     number = np.full(len(time), scenario, dtype=np.int64)
     return Payments(terminal.astype(np.int64), customer.astype(np.int64), time, cents, entry, number > 0, number)
-
-
-def category_divergence(payments: Payments, terminals: Sequence[int], bins: int = 20) -> float:
-    """How unlike the terminals are: mean total-variation distance of their amount histograms to the pooled one.
-
-    0 when every terminal holds the same distribution, towards 1 when they share nothing. Log-spaced bins.
-    """
-    edges = np.quantile(payments.amount, np.linspace(0, 1, bins + 1)[1:-1])
-    bucket = np.searchsorted(edges, payments.amount)
-    pooled = np.bincount(bucket, minlength=bins) / max(len(payments), 1)
-    distances = []
-    for terminal in terminals:
-        mine = bucket[payments.terminal == terminal]
-        if len(mine):
-            distances.append(0.5 * np.abs(np.bincount(mine, minlength=bins) / len(mine) - pooled).sum())
-    return float(np.mean(distances)) if distances else 0.0

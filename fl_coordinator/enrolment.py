@@ -63,8 +63,6 @@ class Registrar:
         gets a new certificate for another key only with `replace` (an operator's token): the old one is then revoked.
         """
         require_identity(wanted.common_name)
-        if wanted.kind not in ("device", "gateway", "server"):
-            raise Malformed(f"enrolment: kind: expected device, gateway or server, found {wanted.kind[:32]!r}")
         _require_name(wanted.kind, wanted.common_name)
         before: DeviceRecord | None = None
         with contextlib.suppress(NotFound):

@@ -155,25 +155,6 @@ def burden(spends: Sequence[Spend]) -> float:
     return math.fsum(spend.noise_multiplier**-2 if spend.noise_multiplier else math.inf for spend in spends)
 
 
-def noise_multiplier_for(budget: float, delta: float, rounds: int, sampling: float = 1.0) -> float:
-    """The smallest noise multiplier, to within 1 %, for which `rounds` openings stay within epsilon `budget`.
-
-    Raises Malformed for no rounds, a budget that is not positive, and one that no multiplier up to 10,000 reaches.
-    """
-    if rounds < 1 or budget <= 0:
-        raise Malformed(f"privacy: expected a positive budget and at least one round, found {budget} and {rounds}")
-    low, high = 0.0, 1.0
-    while epsilon([Spend(high, sampling)] * rounds, delta) > budget:
-        low, high = high, 2 * high
-        if high > 10_000:
-            raise Malformed(f"privacy: no noise multiplier up to 10000 keeps {rounds} rounds within epsilon {budget:g}")
-    while high - low > 0.01 * high:
-        middle = (low + high) / 2
-        inside = epsilon([Spend(middle, sampling)] * rounds, delta) <= budget
-        low, high = (low, middle) if inside else (middle, high)
-    return high
-
-
 def part_std_units(noise_multiplier: float, norm_max_units: int, weight_full: int = 1) -> float:
     """Standard deviation, in fixed-point units, of one aggregator's part of the noise.
 

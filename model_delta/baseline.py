@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model_delta.encoding import pack, unpack_plain
-from model_delta.errors import Malformed, RolledBack
+from model_delta.errors import Malformed
 from model_delta.trust.signing import Envelope, PrivateKey, PublicKey, Signature, key_id, sign, verify
 
 BASELINE_TYPE = "baseline"
@@ -120,11 +120,9 @@ def sealed_form(envelope: Envelope) -> bytes:
     return data
 
 
-def decode_verified(data: bytes, keys: Mapping[str, PublicKey], release_floor: int = 0) -> BaselineModel:
-    """Verify, then parse. `keys` are those of the role `baseline`, by key id.
-
-    Raises SignatureInvalid, Malformed, or RolledBack when the baseline's release is below `release_floor`.
-    """
+def decode_verified(data: bytes, keys: Mapping[str, PublicKey]) -> BaselineModel:
+    """Verify, then parse. `keys` are those of the role `baseline`, by key id; whether it is older than the one at hand
+    is for the holder to ask. Raises SignatureInvalid and Malformed."""
     if len(data) > BASELINE_BYTES_MAX:
         raise Malformed(f"baseline: expected at most {BASELINE_BYTES_MAX} bytes, found {len(data)}")
     outer = unpack_plain(data)
@@ -132,10 +130,7 @@ def decode_verified(data: bytes, keys: Mapping[str, PublicKey], release_floor: i
         raise Malformed("baseline: expected the CBOR array [payload, signature]")
     candidates = tuple(Signature(key_id(key), outer[1]) for key in list(keys.values())[:_KEYS_MAX])
     payload = verify(Envelope(BASELINE_TYPE, outer[0], candidates), BASELINE_TYPE, keys)
-    model = _parse(payload)
-    if model.release < release_floor:
-        raise RolledBack(f"baseline of {model.model}: expected release {release_floor} or later, found {model.release}")
-    return model
+    return _parse(payload)
 
 
 def quantized(

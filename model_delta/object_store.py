@@ -24,9 +24,8 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import MemoryStore, from_url
 
-from model_delta.digest import digest_of
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
-from model_delta.store import BLOB, StoredObject, is_name, require_kind, require_place, require_range
+from model_delta.store import StoredObject, is_name, require_kind, require_place, require_range
 
 PART_BYTES = 8 << 20
 REQUEST_S = 60.0
@@ -82,12 +81,6 @@ class ObjectStore:
                 self._writing[path] -= 1
                 if not self._writing[path]:
                     del self._writing[path]
-
-    def put_blob(self, data: bytes) -> str:
-        """See `ArtifactStore.put_blob`."""
-        digest = digest_of(data)
-        self.put(BLOB, digest, data)
-        return digest
 
     def get(self, kind: str, name: str) -> bytes:
         """See `ArtifactStore.get`. Raises Unavailable after the deadline."""

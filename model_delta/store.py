@@ -23,7 +23,6 @@ from typing import Protocol
 
 import msgspec
 
-from model_delta.digest import digest_of
 from model_delta.durable import sync_folder
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 
@@ -39,9 +38,6 @@ class ArtifactStore(Protocol):
 
     def put(self, kind: str, name: str, data: bytes) -> None:
         """Keep `data`, replacing what had this name; durable on return. Raises StorageFull and Malformed (name)."""
-
-    def put_blob(self, data: bytes) -> str:
-        """Keep `data` as a `blob` under its digest, which is returned."""
 
     def get(self, kind: str, name: str) -> bytes:
         """The whole object. Raises NotFound."""
@@ -106,20 +102,6 @@ class DirectoryStore:
                     "nothing was changed, free some space"
                 ) from None
             raise Unavailable(f"store {self._path}: {kind} {name[:16]}: {error.strerror}") from None
-
-    def put_blob(self, data: bytes) -> str:
-        """See `ArtifactStore.put_blob`. A blob that is there already, undamaged, is not written again, but counts as
-        written now."""
-        digest = digest_of(data)
-        try:
-            with self._removals(fcntl.LOCK_SH):
-                if digest_of(self.get(BLOB, digest)) == digest:
-                    os.utime(self._file(BLOB, digest))
-                    return digest
-        except (NotFound, FileNotFoundError):
-            pass
-        self.put(BLOB, digest, data)
-        return digest
 
     def get(self, kind: str, name: str) -> bytes:
         """See `ArtifactStore.get`."""

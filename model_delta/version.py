@@ -60,19 +60,6 @@ def increment(vector: Mapping[str, int], region: str) -> dict[str, int]:
     return merge(vector, {region: vector.get(region, 0) + 1})
 
 
-def parse_dot(text: str) -> Dot:
-    """A dot as `str` wrote it. Raises Malformed."""
-    region, _, counter = text.rpartition(":")
-    if not region or not counter.isascii() or not counter.isdigit() or str(int(counter)) != counter or counter == "0":
-        raise Malformed(f"dot: expected region:counter with a counter from 1 on, found {text[:64]!r}")
-    return Dot(region, int(counter))
-
-
-def contains(vector: Mapping[str, int], dot: Dot) -> bool:
-    """Whether the version contains the release that `dot` names."""
-    return vector.get(dot.region, 0) >= dot.counter
-
-
 def dot_of(vector: Mapping[str, int], parents: Iterable[Mapping[str, int]]) -> Dot:
     """The dot that names the release `vector`, made from `parents`. Raises Malformed unless exactly one region's count
     grew: a release is one event of one region."""

@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from model_delta.digest import digest_of
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, NotFound
 from model_delta.manifest import Delivery
@@ -55,12 +54,6 @@ class BoundedStore:
                     self._total += len(data) - self._sizes.pop((kind, name), 0)
                     self._sizes[kind, name] = len(data)
                 self._make_room((kind, name))
-
-    def put_blob(self, data: bytes) -> str:
-        """See `ArtifactStore.put_blob`."""
-        digest = digest_of(data)
-        self.put(BLOB, digest, data)
-        return digest
 
     def get(self, kind: str, name: str) -> bytes:
         """See `ArtifactStore.get`."""

@@ -39,7 +39,6 @@ def decide(
     hostile_found: int,
     selected_min: int,
     memory: Memory | None = None,
-    share_max: float = policy.SHARE_MAX,
 ) -> Judged:
     """Judge n updates by their inner products, int64[n, n], by a round's policy (`policy.choose`).
 
@@ -61,7 +60,6 @@ def decide(
         [device_ids[index] for index in kept],
         selected_min=selected_min,
         memory=memory,
-        share_max=share_max,
     )
     integers = np.zeros(count, dtype=np.int64)
     integers[kept] = found.integers

@@ -6,7 +6,7 @@ statements of all three, over one announcement and one root. So whoever holds th
 sees later, too, that the coin was not chosen with the contributions in sight, if one of the three was honest, and that
 no two aggregators were told different rounds.
 
-Compatibility: statements are kept in decisions, see `party.Decision`; fields are only ever added.
+Compatibility: statements are kept in decisions, see `decision.Decision`; fields are only ever added.
 """
 
 from __future__ import annotations

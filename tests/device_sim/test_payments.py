@@ -12,10 +12,10 @@ from device_sim.payments import (
     Payment,
     Payments,
     PaymentSpec,
-    category_divergence,
     generate,
 )
 from device_sim.terminal_features import FEATURES, TerminalHistory, table_features
+from tests.device_sim.divergence import category_divergence
 
 SPEC = PaymentSpec(tuple(CATEGORY_NAMES[i % 6] for i in range(18)), days=12, seed=5, drift_day=8)
 

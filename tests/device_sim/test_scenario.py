@@ -8,13 +8,14 @@ import pytest
 
 from device_sim.faults import plain_average, scaled
 from device_sim.fraud_model import POSITIVE_WEIGHT, loss_gradients, score, train
-from device_sim.payments import DAY, PaymentSpec, category_divergence, generate
+from device_sim.payments import DAY, PaymentSpec, generate
 from device_sim.payments_csv import CSV_FEATURES, LabelledRows
 from device_sim.population import terminals_of
 from device_sim.scenario import Scenario, World, generated_world, world_of_rows
 from device_sim.terminal_features import FEATURES, table_features
 from model_delta.errors import Malformed
 from monitoring.quality import average_precision
+from tests.device_sim.divergence import category_divergence
 
 SMALL = Scenario(seed=3, devices=12, history_days=6, local_days=4, held_out_days=3, live_days=7)
 

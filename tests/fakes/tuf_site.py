@@ -36,10 +36,6 @@ class MemoryStore:
     def put(self, kind: str, name: str, data: bytes) -> None:
         self.objects[kind, name] = data
 
-    def put_blob(self, data: bytes) -> str:
-        self.put("blob", digest_of(data), data)
-        return digest_of(data)
-
     def get(self, kind: str, name: str) -> bytes:
         try:
             return self.objects[kind, name]

@@ -19,7 +19,7 @@ from model_delta.baseline import (
     sealed_form,
 )
 from model_delta.encoding import pack, unpack_plain
-from model_delta.errors import Malformed, RolledBack, SignatureInvalid
+from model_delta.errors import Malformed, SignatureInvalid
 from model_delta.trust.signing import PublicKey, key_id, sign
 
 KEY = ed25519.Ed25519PrivateKey.generate()
@@ -114,13 +114,6 @@ def test_every_flipped_byte_is_refused() -> None:
 def test_a_strange_key_is_refused() -> None:
     with pytest.raises(SignatureInvalid, match="found 0"):
         decode_verified(make().seal(ed25519.Ed25519PrivateKey.generate()), TRUSTED)
-
-
-def test_an_older_release_is_refused_and_the_same_one_is_not() -> None:
-    data = make().seal(KEY)
-    assert decode_verified(data, TRUSTED, release_floor=3).release == 3
-    with pytest.raises(RolledBack, match="expected release 4 or later, found 3"):
-        decode_verified(data, TRUSTED, release_floor=4)
 
 
 def test_a_format_from_the_future_is_named() -> None:

@@ -35,9 +35,9 @@ def test_what_is_put_is_got(tmp_path: Path) -> None:
     store: ArtifactStore = DirectoryStore(tmp_path / "a" / "store")
     store.put("delivery", "d1", b"one")
     store.put("delivery", "d1", b"two")
-    digest = store.put_blob(b"sealed")
+    digest = digest_of(b"sealed")
+    store.put("blob", digest, b"sealed")
     assert (store.get("delivery", "d1"), store.get("blob", digest)) == (b"two", b"sealed")
-    assert digest == digest_of(b"sealed")
     assert store.has("blob", digest)
     assert not store.has("blob", "other")
     assert store.names("delivery") == ("d1",)
@@ -92,10 +92,10 @@ def test_path_tricks_in_kinds_are_refused(tmp_path: Path, kind: str) -> None:
 
 def test_a_damaged_blob_is_healed_by_the_next_put(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
-    digest = store.put_blob(b"sealed bytes")
-    (tmp_path / "blob" / digest).write_bytes(b"sealed")
-    assert store.put_blob(b"sealed bytes") == digest
-    assert store.get("blob", digest) == b"sealed bytes"
+    store.put("blob", "b", b"sealed bytes")
+    (tmp_path / "blob" / "b").write_bytes(b"sealed")
+    store.put("blob", "b", b"sealed bytes")
+    assert store.get("blob", "b") == b"sealed bytes"
 
 
 def test_leftovers_are_swept_and_a_write_in_progress_is_not(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 from model_delta.object_store import PART_BYTES, ObjectStore
-from model_delta.store import DirectoryStore, InventoriedStore
+from model_delta.store import InventoriedStore
 from model_delta.store_url import open_store
 from tests.fakes import s3_server
 
@@ -55,8 +55,8 @@ def store(url: str) -> InventoriedStore:
 def test_what_is_put_is_got(store: InventoriedStore) -> None:
     store.put("delivery", "d1", b"one")
     store.put("delivery", "d1", b"two")
-    digest = store.put_blob(b"sealed")
-    assert digest == digest_of(b"sealed") == store.put_blob(b"sealed")
+    digest = digest_of(b"sealed")
+    store.put("blob", digest, b"sealed")
     assert (store.get("delivery", "d1"), store.get("blob", digest)) == (b"two", b"sealed")
     assert store.has("blob", digest)
     assert not store.has("blob", "other")
@@ -94,9 +94,9 @@ def test_ranges(store: InventoriedStore, data: bytes) -> None:
 def test_large_objects_travel_in_parts(store: InventoriedStore, size: int) -> None:
     data = os.urandom(1 << 16) * (size // (1 << 16) + 1)
     data = data[:size]
-    digest = store.put_blob(data)
-    assert store.get("blob", digest) == data
-    assert store.read("blob", digest, size - 100, 1000) == (size, data[-100:])
+    store.put("blob", "large", data)
+    assert store.get("blob", "large") == data
+    assert store.read("blob", "large", size - 100, 1000) == (size, data[-100:])
     assert [entry.size for entry in store.entries("blob")] == [size]
 
 
@@ -139,17 +139,6 @@ def _pass_a_second(store: InventoriedStore, before: float, put: Callable[[], Non
         (entry,) = (entry for entry in store.entries("artifact") if entry.name == "kept")
         if entry.modified != before:
             return
-
-
-def test_a_blob_put_again_counts_as_written_now(tmp_path: Path) -> None:
-    store = DirectoryStore(tmp_path)
-    digest = store.put_blob(b"graph")
-    os.utime(tmp_path / "blob" / digest, (1_000, 1_000))
-    (old,) = store.entries("blob")
-    assert old.modified == 1_000
-    store.put_blob(b"graph")
-    assert not store.remove_unchanged(old)
-    assert store.has("blob", digest)
 
 
 def test_many_writers_of_the_same_and_of_different_names(store: InventoriedStore) -> None:
@@ -220,7 +209,7 @@ def test_processes_that_write_at_once(s3_url: str) -> None:
         from model_delta.store_url import open_store
 
         store = open_store(sys.argv[1])
-        store.put_blob(b"same" * 1000)
+        store.put("blob", "same", b"same" * 1000)
         store.put("blob", sys.argv[2], sys.argv[2].encode())
     """
     writers = [
@@ -229,7 +218,8 @@ def test_processes_that_write_at_once(s3_url: str) -> None:
     ]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
     store = open_store(s3_url)
-    assert sorted(store.names("blob")) == sorted([digest_of(b"same" * 1000), "own-0", "own-1", "own-2"])
+    assert store.names("blob") == ("own-0", "own-1", "own-2", "same")
+    assert store.get("blob", "same") == b"same" * 1000
 
 
 @pytest.mark.parametrize(
