@@ -146,6 +146,7 @@ def running(stage: Stage, found: Snapshot, manifest: str) -> int:
 
 
 async def get_json(stage: Stage, path: str) -> dict[str, Any]:
+    """What the control API answers to `path`."""
     found: dict[str, Any] = await stage.call(lambda: stage.client.get(path))
     return found
 
@@ -167,6 +168,7 @@ def precision_of(source: bytes, features: Float32, fraud: npt.NDArray[np.bool_])
 
 
 def scores_of(source: bytes, features: Float32) -> Float32:
+    """The scores, float32[n], that a float32 model file of our own layout gives to features, float32[n, F]."""
     tensors = {tensor.name: tensor for tensor in stored_tensors(source)}
     read: Callable[[str], Float32] = lambda name: np.asarray(read_tensor(source, tensors[name]), np.float32)  # noqa: E731
     layers: list[tuple[Float32, Float32]] = []

@@ -80,6 +80,9 @@ class Intake:
         self._count_admitted = metrics.counter("contributions_admitted", "Admitted contributions.")
 
     async def take(self) -> None:
+        """Admit what has arrived, up to a batch, and send the receipts; waits for one contribution.
+
+        Raises Unavailable and StorageFull with nobody told: devices send again."""
         batch = [await self.inbox.get()]
         while len(batch) < BATCH_MAX and not self.inbox.empty():
             batch.append(self.inbox.get_nowait())

@@ -94,6 +94,7 @@ class Reception:
             self.decided[row.device_id] += row.summary.decisions
 
     async def fold_reports(self) -> None:
+        """Fold the reports that have arrived into the ledger, then acknowledge each; waits for one."""
         batch = [await self.reports.get()]
         while len(batch) < BATCH_MAX and not self.reports.empty():
             batch.append(self.reports.get_nowait())
@@ -149,6 +150,7 @@ class Reception:
         return {record.device_id for record in self._ledger.devices() if record.certificate_serial not in revoked}
 
     async def answer_request(self) -> None:
+        """Hear one greeting, or answer one key request; waits for it."""
         topic, data = await self.requests.get()
         device_id = topics.device_of(topic)
         if topic.endswith("/hello"):

@@ -127,6 +127,7 @@ class RolloutDriver:
         return found
 
     async def advance(self) -> None:
+        """Look at every running rollout once; what changes is written down, then published."""
         async with self._deciding:
             changed = await asyncio.to_thread(self._advance_all)
         if changed:

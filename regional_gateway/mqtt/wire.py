@@ -132,6 +132,7 @@ def encode(sending: Sending, now: float, size_max: int) -> bytes | None:
 
 
 def require_packet_id(packet_id: int) -> int:
+    """Return `packet_id`; 0 ends the connection (section 2.2.1)."""
     if not packet_id:
         raise Close(Reason.PROTOCOL_ERROR, "packet identifier 0")
     return packet_id
