@@ -1,9 +1,9 @@
 """The path of a request through the region.
 
 `predict` (named features in, a decision out) and `infer` (tensors in, tensors out) differ only in how they read their
-inputs and word their answer; `_answer` is the path itself, in order: admit the tenant, choose the version that the plan
-names for this caller, wait for it if it is still loading, read the inputs as that version wants them, run, leave a
-record. Everything that can grow is bounded: requests in flight, those that wait for a load, body sizes.
+inputs and word their answer. Both admit the tenant first and leave a record last; in between goes `_answer`: choose the
+version that the plan names for this caller, wait for it if it is still loading, read the inputs as that version wants
+them, run. Everything that can grow is bounded: requests in flight, those that wait for a load, body sizes.
 """
 
 from __future__ import annotations
