@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 import yaml
 
-from fl_coordinator.yaml_tree import NAME, Place, read_object
+from fl_coordinator.yaml_tree import NAME, NAME_TOLD, Place, read_object
 from model_delta.plan import Cohort
 
 STAGES_MAX = 32
@@ -69,7 +69,7 @@ def read_rollout(text: str, file: str = "rollout.yaml") -> RolloutSpec:
     control = canary["control"].one_of(("mirrored", "none")) if "control" in canary else "mirrored"
     return RolloutSpec(
         name=name,
-        model=spec["model"].text("a model's name", "letters, digits, '-' and '.'", NAME),
+        model=spec["model"].text("a model's name", NAME_TOLD, NAME),
         target=spec["target"].text("a manifest digest, a release number, a name or `latest`")
         if "target" in spec
         else "latest",
@@ -93,7 +93,7 @@ def _cohorts(place: Place) -> tuple[Cohort, ...]:
     cohorts = []
     for item in place.items(64):
         fields = item.map({"name"}, optional={"match"})
-        name = fields["name"].text("a name", "letters, digits, '-' and '.'", NAME)
+        name = fields["name"].text("a name", NAME_TOLD, NAME)
         predicates: dict[str, tuple[str, ...]] = {}
         for key, value in (fields["match"].free_map("a mapping of traits") if "match" in fields else {}).items():
             if isinstance(value.node, yaml.SequenceNode):

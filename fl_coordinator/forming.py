@@ -22,6 +22,7 @@ from fl_coordinator.published import Published
 from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed
+from model_delta.graphs.inspection import SCORE
 from model_delta.graphs.int8 import form_of, quantize_weights, weight_changes
 from model_delta.manifest import GoldenCase, Manifest, Tensor, TensorSpec
 from model_delta.patch import fidelity
@@ -106,14 +107,20 @@ class Forming:
             form = msgspec.structs.replace(form, int8=self.is_int8(base), reason=f"as its parent; {form.reason}")
         return (file if form.int8 else source), form
 
-    def golden(self, draft: Manifest, file: bytes) -> tuple[GoldenCase, ...]:
-        """What a file answers to the golden inputs of its model. Raises Malformed for an answer that is not finite."""
+    def golden(self, draft: Manifest, file: bytes, *, scored: bool) -> tuple[GoldenCase, ...]:
+        """What a file answers to the golden inputs of its model. Raises Malformed for an answer that is not finite, and
+        where devices decide by its `score` (`scored`) for one outside [0, 1], which each of them would refuse."""
         loaded = self._open_model(draft, file)
         cases = []
         for inputs in self._golden_inputs(draft.model, draft.inputs):
             outputs = loaded.run(inputs)
             if not all(np.isfinite(value).all() for value in outputs.values()):
                 raise Malformed(f"model {draft.model}: answers a golden input with a number that is not finite")
+            if scored and not all(0 <= score <= 1 for score in (outputs[SCORE].min(), outputs[SCORE].max())):
+                raise Malformed(
+                    f"model {draft.model}: expected scores from 0 to 1, found {outputs[SCORE].min():.4g} to "
+                    f"{outputs[SCORE].max():.4g}; let the model end in one probability per row"
+                )
             cases.append(GoldenCase(_tensors(inputs), _tensors(outputs)))
         return tuple(cases)
 

@@ -13,6 +13,7 @@ import msgspec
 
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.tables.records import ReleaseRecord
+from fl_coordinator.yaml_tree import NAME, NAME_TOLD
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
 from model_delta.keys.encryption import open_blob
@@ -27,6 +28,7 @@ MODEL_BYTES_MAX = 512 * 2**20
 LATE_PATCHES_FROM = 16
 """From how many earlier versions a direct patch is made soon after publication. Devices further behind get theirs on
 demand, or take a chain or the whole."""
+LATEST = "latest"
 SOURCE_LABEL = "source"
 """What the bytes handed in are sealed under, beside the version's digest."""
 
@@ -80,7 +82,7 @@ class Published:
         """The version called `wanted`: a manifest digest, a release number, a name, or `latest`. Raises NotFound."""
         releases = self._ledger.releases(model)
         withdrawn = self._ledger.withdrawn(model)
-        if wanted == "latest":
+        if wanted == LATEST:
             found = [record for record in releases if record.manifest not in withdrawn]
         else:
             found = [record for record in releases if wanted in (record.manifest, str(record.release), record.name)]
@@ -137,3 +139,11 @@ class Published:
 
     def _context(self, manifest: str) -> str:
         return f"{self._tenant}/{manifest}"
+
+
+def require_names(model: str, name: str) -> None:
+    """Raise Malformed for names that no rollout could mean. A model's is part of a topic and of a path as well."""
+    if not NAME.fullmatch(model):
+        raise Malformed(f"model: expected a name of {NAME_TOLD}, found {model[:80]!r}; pass another")
+    if name == LATEST or name.isdigit():
+        raise Malformed(f"name: expected a word of your own, found {name!r}, which a rollout takes for another version")

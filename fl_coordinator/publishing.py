@@ -24,7 +24,7 @@ from fl_coordinator.forming import Forming, GoldenInputs, LatenciesUs, OpenModel
 from fl_coordinator.forms import Asked, Form
 from fl_coordinator.joining import merge_updates
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.published import MODEL_BYTES_MAX, SOURCE_LABEL, Published
+from fl_coordinator.published import MODEL_BYTES_MAX, SOURCE_LABEL, Published, require_names
 from fl_coordinator.tables.records import ReleaseRecord
 from fl_coordinator.version_keys import VersionKeys
 from model_delta.digest import digest_of, require_digest
@@ -33,7 +33,7 @@ from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.graphs.inspection import inspect, require_features
 from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import Keyring
-from model_delta.manifest import Lineage, Manifest, Segment
+from model_delta.manifest import GoldenCase, Lineage, Manifest, Segment
 from model_delta.patch.quantization import Worth
 from model_delta.release import LIFETIME_S, Release, build_release
 from model_delta.store import ArtifactStore
@@ -113,9 +113,10 @@ class Publisher(Published):
         `parent` is a manifest digest; by default the stable version, else the newest that is not withdrawn. Threshold,
         feature set and baseline are the parent's unless given. `now` dates the version, `lifetime_s` seconds later it
         expires on every device. `provenance` is the digest of a signature bundle that was checked, and lies in the
-        store as an artifact. Raises Malformed for an unusable file or parent, and
+        store as an artifact. Raises Malformed for an unusable file, parent or name, and
         StorageFull with nothing published. `quantize`: see `forms`.
         """
+        require_names(model, name)
         with self._one_at_a_time:
             base = self._parent(model, parent)
             digest = digest_of(source)
@@ -161,7 +162,7 @@ class Publisher(Published):
                 keyring=self._keyring,
                 key=key,
                 now=now,
-                golden=self._forming.golden(candidate.draft, candidate.file),
+                golden=self._golden(candidate.draft, candidate.file),
                 decision_threshold=threshold,
                 feature_set=feature_set if feature_set is not None else before.feature_set if before else "",
                 baseline=baseline if baseline is not None else before.baseline if before else "",
@@ -177,6 +178,7 @@ class Publisher(Published):
         Where they changed only weights of one common parent, their updates are added and quantized with its scales;
         else the winner's file stands, byte for byte. Raises Malformed when there is nothing to join, and as `publish`.
         """
+        require_names(model, name)
         with self._one_at_a_time:
             every = {record.manifest: record for record in self._ledger.releases(model)}
             withdrawn = self._ledger.withdrawn(model)
@@ -208,7 +210,7 @@ class Publisher(Published):
                 keyring=self._keyring,
                 key=key,
                 now=now,
-                golden=self._forming.golden(draft, file),
+                golden=self._golden(draft, file),
                 decision_threshold=before.decision_threshold,
                 feature_set=before.feature_set,
                 baseline=before.baseline,
@@ -268,6 +270,9 @@ class Publisher(Published):
             draft, size=len(file), file_digest=digest, segments=(Segment("file", len(file), digest),)
         )
         return Candidate(described, file, form)
+
+    def _golden(self, draft: Manifest, file: bytes) -> tuple[GoldenCase, ...]:
+        return self._forming.golden(draft, file, scored=draft.model in self._feature_counts)
 
     def _require_same(
         self, known: ReleaseRecord, name: str, asked: Mapping[str, object], provenance: str, quantize: Asked

@@ -11,7 +11,7 @@ from typing import Any
 
 from fl_coordinator.promotion import Limits
 from fl_coordinator.rounds import POLICIES, REVEALS, Privacy, Quota, RoundSpec
-from fl_coordinator.yaml_tree import NAME, Place, read_object
+from fl_coordinator.yaml_tree import NAME, NAME_TOLD, Place, read_object
 
 EXAMPLE = "atoll/examples/round.yaml"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -77,7 +77,7 @@ def read_round(text: str, file: str = "round.yaml") -> tuple[RoundSpec, str, str
     autopilot = fields["autopilot"].yes_or_no() if "autopilot" in fields else False
     if "rollout" in fields and not autopilot:
         raise fields["rollout"].wrong("`autopilot: true` with it", "add that, or remove `rollout`", "none")
-    model = fields["model"].text("a model's name", "letters, digits, '-' and '.'", NAME)
+    model = fields["model"].text("a model's name", NAME_TOLD, NAME)
     spec = RoundSpec(model=model, name=name, autopilot=autopilot, **values)
     problem = spec.problem()
     if problem is not None:

@@ -17,6 +17,7 @@ from model_delta.errors import Malformed
 API_VERSION = "atoll/v1"
 YAML_BYTES_MAX = 65_536
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+NAME_TOLD = "lower-case letters, digits, '-' and '.'"
 
 
 def read_object(text: str, file: str, kind: str, example: str) -> tuple[str, Place]:
@@ -35,7 +36,7 @@ def read_object(text: str, file: str, kind: str, example: str) -> tuple[str, Pla
     top = Place(file, "", root).map({"apiVersion", "kind", "metadata", "spec"})
     top["apiVersion"].one_of((API_VERSION,))
     top["kind"].one_of((kind,))
-    return top["metadata"].map({"name"})["name"].text("a name", "letters, digits, '-' and '.'", NAME), top["spec"]
+    return top["metadata"].map({"name"})["name"].text("a name", NAME_TOLD, NAME), top["spec"]
 
 
 class Place:

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,22 @@ def platform(
 
 def processes_of(data: Path) -> list[tuple[int, str]]:
     """(pid, command line) of every process that works on the data folder, except those that only watch over others."""
-    found = []
+    return [
+        (pid, line) for pid, line in _command_lines() if pid != os.getpid() and str(data) in line and " up " not in line
+    ]
+
+
+def _command_lines() -> Iterator[tuple[int, str]]:
+    if sys.platform != "linux":
+        told = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
+        for line in told.stdout.splitlines():
+            pid, _, command = line.strip().partition(" ")
+            yield int(pid), command
+        return
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if str(data) in line and " up " not in line:
-                found.append((int(entry.name), line))
-    return found
+        if entry.name.isdigit():
+            with suppress(OSError):
+                yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
 def atoll(data: Path, *words: str, seconds: float = 60.0) -> subprocess.CompletedProcess[str]:

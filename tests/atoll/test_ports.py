@@ -8,8 +8,10 @@ import pytest
 
 from atoll.ports import held_ports
 from tests.fakes.ports import free_ports
+from tests.systems import on_linux
 
 
+@on_linux
 def test_held_ports_are_given_to_nobody_else_and_children_can_listen_on_them() -> None:
     with held_ports(20) as ports:
         assert len(set(ports)) == 20

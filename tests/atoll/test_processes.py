@@ -27,6 +27,7 @@ from atoll.processes import (
 from atoll.settings import ConfigurationError
 from model_delta.errors import Malformed, Unavailable
 from tests.fakes.ports import free_port
+from tests.systems import on_linux
 
 SLEEP = "import time; time.sleep(600)"
 FAMILY = (
@@ -344,7 +345,11 @@ def start_parent(tmp_path: Path, *codes: str) -> tuple[subprocess.Popen[str], di
     return parent, pids
 
 
-@pytest.mark.parametrize("guarded", [True, False], ids=["with its guard", "after its guard was killed, too"])
+@pytest.mark.parametrize(
+    "guarded",
+    [True, pytest.param(False, marks=on_linux)],
+    ids=["with its guard", "after its guard was killed, too"],
+)
 def test_nothing_survives_a_parent_that_is_killed(tmp_path: Path, guarded: bool) -> None:
     parent, pids = start_parent(tmp_path, SLEEP, STUBBORN, *([FAMILY] if guarded else []))
     assert ("grandchild" in pids) == guarded

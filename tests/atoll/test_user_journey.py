@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from atoll.process_tree import process_table
 from device_sim.payments_csv import COLUMNS
 from tests.atoll.platform_process import (
     Platform,
@@ -160,7 +161,7 @@ def test_any_process_may_die_while_a_device_decides_and_while_a_fleet_learns(
             before = running.pid_of(words)
             os.kill(before, signal.SIGKILL)
             until(
-                lambda old=before, at=place: not Path(f"/proc/{old}").exists() and listens(running.ports[at]),
+                lambda old=before, at=place: old not in process_table() and listens(running.ports[at]),
                 20,
                 f"{words} comes back",
             )
@@ -201,7 +202,7 @@ def _learn_while_an_aggregator_dies(
     assert reached == 3 or not on_kafka
     os.kill(before, signal.SIGKILL)
     port = int(url.rsplit(":", 1)[1])
-    until(lambda: not Path(f"/proc/{before}").exists() and listens(port), 20, "a1 comes back")
+    until(lambda: before not in process_table() and listens(port), 20, "a1 comes back")
     until(lambda: _read_of_the_log(url).get("offset") == reached, 10, "it goes on where it was")
     shards[1].send_signal(signal.SIGCONT)
     told = answer(data, "round", "status", round_id)

@@ -21,6 +21,7 @@ from model_delta.keys.encryption import open_sealed, seal_to
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import TensorSpec
 from tests.edge_runtime.world import NOW, World
+from tests.systems import on_linux
 
 
 def test_an_identity_is_created_once_enrolled_and_read_again(tmp_path: Path) -> None:
@@ -82,6 +83,7 @@ def test_a_model_that_is_none_or_does_not_fit_is_named_in_one_line(tmp_path: Pat
 
 
 @pytest.mark.slow
+@on_linux
 def test_importing_the_device_loads_no_heavy_library_and_running_a_model_writes_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
     graph = tmp_path / "model.onnx"

@@ -39,6 +39,7 @@ from model_delta.keys.certificates import make_request
 from model_delta.keys.keyring import EmbeddedKeyring
 from tests.fakes.ports import free_port
 from tests.fl_coordinator.flower_round import AGGREGATORS, ROUND, FlowerRound
+from tests.systems import on_linux
 
 NAMES = ("aggregator-1", "aggregator-2", "aggregator-3")
 TOKEN = "a-token-of-this-test"
@@ -238,6 +239,7 @@ def sockets_of(pids: set[int]) -> tuple[set[tuple[str, int]], set[str]]:
     return listening, talking
 
 
+@on_linux
 @pytest.mark.slow(seconds=50)
 @pytest.mark.timeout(240)  # 47 s on two busy cores, 97 s on two overloaded ones
 def test_commands_get_through_whatever_dies(tmp_path: Path) -> None:
@@ -479,6 +481,7 @@ asyncio.run(main())
 """
 
 
+@on_linux
 @pytest.mark.slow
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     names = ("superlink.pem", "superlink.key", "ca.pem")

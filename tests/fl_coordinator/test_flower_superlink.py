@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from fl_coordinator import flower, flower_superlink
 from fl_coordinator.flower_middleware import ControlToken
 from model_delta.errors import Malformed, Unavailable
+from tests.systems import on_linux
 
 
 def place_in(folder: Path) -> flower_superlink.SuperLinkPlace:
@@ -92,6 +93,7 @@ def test_a_command_line_tells_whose_superexec_it_is(tmp_path: Path) -> None:
     assert not flower_superlink.serves(other, [*words, mine.address.encode()])
 
 
+@on_linux
 def test_only_processes_of_this_folder_are_found_and_ended(tmp_path: Path) -> None:
     mine, other = place_in(tmp_path / "mine"), place_in(tmp_path / "other")
     sleep = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]

@@ -30,6 +30,7 @@ from model_delta.errors import DigestMismatch, NotFound, StorageFull, Unavailabl
 from tests.fakes.secure_round import NAMES, NOW, SecureRound
 from tests.fl_coordinator.platform_in_memory import until
 from tests.fl_coordinator.test_aggregator import LENGTH, Platform, updates
+from tests.systems import on_linux
 
 ROOT = Path(__file__).parents[2]
 VECTOR_BYTES = 4 * LENGTH
@@ -324,6 +325,7 @@ def test_an_altered_contribution_is_named(platform: Followed) -> None:
     assert "contribution 7" in str(failure)
 
 
+@on_linux
 def test_a_full_disk_ends_the_attempt_by_name_and_nothing_is_lost(
     platform: Followed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,6 +504,7 @@ while True:
 """
 
 
+@on_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["written", "kept"])
 def test_a_reader_killed_at_any_step_has_read_each_record_once_in_the_end(tmp_path: Path, stop_at: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.fl_coordinator.platform_in_memory import FEATURES, START, Platform, g
 
 
 class WeightModel:
-    """Answers one product of the stored (or dequantized) first matrix with each row."""
+    """Answers one product of the stored (or dequantized) first matrix with each row: its size, made small."""
 
     def __init__(self, manifest: Manifest, file: bytes) -> None:
         self.digest = manifest.file_digest
@@ -32,7 +33,14 @@ class WeightModel:
         self._weight = stored["layer0.weight"] * stored.get("layer0.weight_scale", np.float32(1))
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"score": np.asarray(inputs["features"] @ self._weight, np.float32)}
+        return {"score": np.asarray(np.abs(inputs["features"] @ self._weight) / 100, np.float32)}
+
+
+class RawModel(WeightModel):
+    """Answers any numbers."""
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"score": super().run(inputs)["score"] * -100}
 
 
 def wide_model(size: float, step: float = 0.0) -> bytes:
@@ -201,6 +209,35 @@ def test_what_cannot_become_int8_is_released_as_it_is(tmp_path: Path) -> None:
     )
     with pytest.raises(Malformed, match="expected constant float32 matrices that can become int8, found none"):
         publisher.publish(old, model="third", now=START, quantize="int8")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        ("a b/c", "", "model: expected a name of lower-case letters, digits, '-' and '.', found 'a b/c'"),
+        ("../x", "", "found '../x'"),
+        ("Fraud", "", "found 'Fraud'"),
+        ("fraud/#", "", "found 'fraud/#'"),
+        ("fraud", "latest", "name: expected a word of your own, found 'latest'"),
+        ("fraud", "3", "found '3'"),
+    ],
+)
+def test_a_name_that_no_rollout_could_mean_is_refused(tmp_path: Path, model: str, name: str, message: str) -> None:
+    """One model of a name that is no path would keep all others from being vouched for."""
+    made = platform(tmp_path)
+    with pytest.raises(Malformed, match=re.escape(message)):
+        made.publisher.publish(wide_model(0.5), model=model, name=name, now=START)
+    assert made.ledger.releases() == []
+
+
+def test_scores_that_no_device_would_take_are_refused(tmp_path: Path) -> None:
+    """A model without its last layer: its inputs fit, its answers are no probabilities."""
+    made = Platform(tmp_path)
+    made.publisher._forming._open_model = RawModel
+    with pytest.raises(Malformed, match=r"expected scores from 0 to 1, found -\S+ to \S+; let the model end in one"):
+        made.publisher.publish(wide_model(0.5), model="fraud", now=START)
+    assert made.ledger.releases() == []
+    assert made.publisher.publish(wide_model(0.5), model="ranking", now=START).release == 1
 
 
 def test_what_was_lost_by_locked_scales_is_told(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fl_coordinator.updates_log import RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, StorageFull
+from tests.systems import on_linux
 
 
 def only_file(folder: Path) -> Path:
@@ -77,6 +78,7 @@ def test_old_files_go_whole_and_offsets_stay(tmp_path: Path) -> None:
         again.read(again.end)
 
 
+@on_linux
 def test_a_full_disk_adds_nothing(tmp_path: Path) -> None:
     log = SegmentLog(tmp_path)
     [offset] = log.append([b"before"])

@@ -28,6 +28,7 @@ from model_delta.patch.container import make
 from model_delta.patch.route import DeviceLimits, Route, Step, plan_update
 from model_delta.release import Release, build_release, with_offers
 from tests.model_delta.models import NOW, keyring
+from tests.systems import on_linux
 
 KEY = b"K" * 32
 
@@ -331,6 +332,7 @@ def mlp(weights: list[Any]) -> bytes:
     return mlp_model(weights, np.zeros(4, np.float32), np.ones(4, np.float32))
 
 
+@on_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["patch", "whole"])
 def test_memory_does_not_grow_with_the_model(devices: list[Path], kind: str) -> None:

@@ -217,7 +217,8 @@ numpy.add(numpy.zeros(100_000, numpy.uint8), 1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 old, patch, new = (open(path, mode) for path, mode in zip(sys.argv[1:4], ("rb", "rb", "wb")))
 bspatch.apply_stream(FileAccess(old.fileno()), FileAccess(patch.fileno()), new, 1 << 40)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown // 1024 if sys.platform == "darwin" else grown)  # bytes there, KiB elsewhere
 """
 
 

@@ -17,9 +17,10 @@ import pytest
 
 from tests.scenarios import trace
 from tests.scenarios.chaos import Kill, Outcome, survive
+from tests.systems import on_linux
 
 SEED = 4
-pytestmark = [pytest.mark.slow(seconds=40), pytest.mark.timeout(300)]
+pytestmark = [on_linux, pytest.mark.slow(seconds=40), pytest.mark.timeout(300)]
 
 
 @dataclass

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.scenarios.chaos import Demo, demo
+from tests.systems import on_linux
 
-pytestmark = [pytest.mark.slow(seconds=20), pytest.mark.timeout(300)]
+pytestmark = [on_linux, pytest.mark.slow(seconds=20), pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(
