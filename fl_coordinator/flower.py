@@ -154,24 +154,18 @@ class Control:
                     ids[name] = self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
         return ids
 
-    def ensure_run(
-        self, coordinator_url: str, token: Path, ca: Path | None = None, *, fresh: bool = False, app: Path = APP_FOLDER
-    ) -> int:
+    def ensure_run(self, coordinator_url: str, token: Path, *, fresh: bool = False, app: Path = APP_FOLDER) -> int:
         """Return the id of the one unfinished run of the `app` with this configuration, starting it if there is none.
 
         Other unfinished runs are stopped; with `fresh`, so is a matching one, because its process is known to be gone.
-        `token` and `ca` are paths that the ServerApp reads; the token itself never enters Flower. Raises Unavailable.
+        `token` is a path that the ServerApp reads; the token itself never enters Flower. Raises Unavailable.
         """
         from flwr.common.serde import fab_to_proto, user_config_from_proto, user_config_to_proto
         from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
         from flwr.supercore.fab import Fab
 
         digest, bundle = build_app(app)
-        wanted = {
-            "coordinator-url": coordinator_url,
-            "coordinator-token-file": str(token.resolve()),
-            "coordinator-ca-file": str(ca.resolve()) if ca is not None else "",
-        }
+        wanted = {"coordinator-url": coordinator_url, "coordinator-token-file": str(token.resolve())}
         with as_unavailable(f"SuperLink at {self._address}: starting the run"):
             found: int | None = None
             for run_id, run in self._client.ListRuns(ListRunsRequest()).run_dict.items():

@@ -253,7 +253,6 @@ class SuperLink:
         silent_s: Callable[[], float],
         coordinator_url: str,
         coordinator_token: Path,
-        coordinator_ca: Path | None = None,
         silent_max_s: float = 15.0,
         start_max_s: float = 45.0,
     ) -> None:
@@ -263,7 +262,7 @@ class SuperLink:
         `silent_s` is the bridge's. A ServerApp that has gone, or was silent for `silent_max_s` seconds (`start_max_s`
         while it starts), is replaced by a new run; when that does not help, the SuperLink is restarted.
         """
-        ensure = functools.partial(self._ensure, nodes, coordinator_url, coordinator_token, coordinator_ca)
+        ensure = functools.partial(self._ensure, nodes, coordinator_url, coordinator_token)
         pause_s = 0.5
         try:
             while True:
@@ -284,7 +283,6 @@ class SuperLink:
         nodes: Callable[[], Mapping[str, bytes]],
         url: str,
         token: Path,
-        ca: Path | None,
         fresh: bool,
     ) -> None:
         with self._control() as control:
@@ -293,7 +291,7 @@ class SuperLink:
                     control.register_nodes({name: key})
                 except Malformed as error:  # the other nodes can still work
                     _log.error("%s", error)
-            control.ensure_run(url, token, ca, fresh=fresh, app=self._app)
+            control.ensure_run(url, token, fresh=fresh, app=self._app)
 
     async def _watch(
         self,

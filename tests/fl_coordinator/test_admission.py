@@ -70,6 +70,10 @@ def test_a_device_is_in_so_many_rounds_a_day() -> None:
     assert (refusal.reason, refusal.text) == ("over quota", "3 rounds took this device within a day, 3 may")
 
 
+def test_without_quotas_nothing_is_counted() -> None:
+    assert refuse(*changed({"lately": 99, "group": "batch-7"}, {"groups": {"batch-7": 99}}), 50.0) is None
+
+
 def test_a_group_has_so_many_contributions_and_others_have_their_own() -> None:
     round_ = changed({}, {"contributions_max": 9, "per_group": 2, "groups": {"batch-7": 2, "batch-8": 1}})[1]
     assert refuse(changed({"group": "batch-8"}, {})[0], round_, 50.0) is None

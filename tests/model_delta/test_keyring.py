@@ -5,14 +5,16 @@ from __future__ import annotations
 import ssl
 import stat
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Expired, Malformed, NotFound, StorageFull, Untrusted
@@ -20,6 +22,9 @@ from model_delta.keys.certificates import (
     SEALING_KEY_OID,
     days_left,
     device_keys_of,
+    key_named_in,
+    make_authority,
+    make_leaf,
     make_request,
     same_keys,
     serial_of,
@@ -175,6 +180,68 @@ def test_certificates_that_are_refused(tmp_path: Path) -> None:
     for junk in (b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
         with pytest.raises(Malformed):
             device_keys_of(junk, ring.ca_pem(), NOW)
+
+
+def issued(
+    authority: ec.EllipticCurvePrivateKey, ca: bytes, public: Any, names: tuple[str, ...], extension: bytes
+) -> bytes:
+    """A certificate with the CA's signature and whatever else, as this CA would never make it."""
+    start = datetime.fromtimestamp(NOW, UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names]))
+        .issuer_name(x509.load_pem_x509_certificate(ca).subject)
+        .public_key(public)
+        .serial_number(7)
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.UnrecognizedExtension(SEALING_KEY_OID, extension), critical=False)
+    )
+    return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+P256, P384 = (ec.generate_private_key(curve) for curve in (ec.SECP256R1(), ec.SECP384R1()))
+SEALING = b"\x04\x20" + X25519PrivateKey.generate().public_key().public_bytes_raw()
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "extension", "words"),
+    [
+        (P384, ("a",), SEALING, "expected a P-256 key"),
+        (ed25519.Ed25519PrivateKey.generate(), ("a",), SEALING, "expected a P-256 key"),
+        (P256, (), SEALING, "expected one common name, found 0"),
+        (P256, ("a", "b"), SEALING, "expected one common name, found 2"),
+        (P256, ("a",), SEALING[:-1], "holds no X25519 key"),
+        (P256, ("a",), b"\x03" + SEALING[1:], "holds no X25519 key"),
+    ],
+)
+def test_the_authoritys_signature_alone_makes_no_device(
+    key: Any, names: tuple[str, ...], extension: bytes, words: str
+) -> None:
+    authority = ec.generate_private_key(ec.SECP256R1())
+    ca = make_authority(authority, "acme", NOW)
+    assert device_keys_of(issued(authority, ca, P256.public_key(), ("a",), SEALING), ca, NOW).common_name == "a"
+    certificate = issued(authority, ca, key.public_key(), names, extension)
+    with pytest.raises(Untrusted, match=words):
+        device_keys_of(certificate, ca, NOW)
+    if key is not P256:
+        with pytest.raises(Untrusted, match="expected a P-256 key"):
+            key_named_in(certificate)
+
+
+def test_who_signs_for_the_authority_must_have_its_key() -> None:
+    authority, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca, request = make_authority(authority, "acme", NOW), make_request(P256, "a")
+
+    def elsewhere(key: ec.EllipticCurvePrivateKey) -> bytes:
+        sign = lambda draft: key.sign(draft, ec.ECDSA(hashes.SHA256()))  # noqa: E731
+        return make_leaf(ca, sign, request, "a", "acme", SEALING[2:], now=NOW, days=1)
+
+    assert device_keys_of(elsewhere(authority), ca, NOW).common_name == "a"
+    with pytest.raises(Untrusted, match="signed with another key than the CA's"):
+        elsewhere(other)
 
 
 def test_a_certificate_from_a_copied_authority_name_is_refused(tmp_path: Path) -> None:

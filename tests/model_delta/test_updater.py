@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
@@ -15,7 +16,17 @@ from model_delta.errors import DigestMismatch, Expired, Malformed, RolledBack, S
 from model_delta.manifest import Manifest, Segment, TensorSpec, manifest_digest
 from model_delta.plan import Cohort, RolloutPlan
 from model_delta.task import RoundTask
-from model_delta.trust.signing import Envelope, Signature, public_bytes, seal_envelope, sign
+from model_delta.trust.signing import (
+    Envelope,
+    PrivateKey,
+    Signature,
+    key_id,
+    load_public_key,
+    public_bytes,
+    seal_envelope,
+    sign,
+    verify,
+)
 from model_delta.trust.updater import (
     RoleKeys,
     TrustAnchors,
@@ -133,6 +144,21 @@ def test_a_foreign_key_that_borrows_a_known_key_id_does_not_count() -> None:
         accept_plan(seal_envelope(envelope), "fraud", anchors(), TrustState(), NOW)
 
 
+@pytest.mark.parametrize(
+    "make", [ed25519.Ed25519PrivateKey.generate, lambda: ec.generate_private_key(ec.SECP256R1())], ids=["ed", "ec"]
+)
+def test_in_both_schemes_another_keys_signature_does_not_count_under_a_known_id(make: Callable[[], PrivateKey]) -> None:
+    genuine, stranger = make(), make()
+    public = genuine.public_key()
+    good, forged = (sign("report", b"payload", [key]) for key in (genuine, stranger))
+    assert verify(good, "report", {key_id(public): public}) == b"payload"
+    borrowed = msgspec.structs.replace(
+        forged, signatures=(msgspec.structs.replace(forged.signatures[0], key_id=key_id(public)),)
+    )
+    with pytest.raises(SignatureInvalid, match="found 0"):
+        verify(borrowed, "report", {key_id(public): public})
+
+
 def test_the_wrong_type_is_refused_even_when_the_role_key_signed_it() -> None:
     plan_as_round = signed("round", a_plan(), KEYS["plan"][0])
     with pytest.raises(SignatureInvalid, match="expected type 'plan', found 'round'"):
@@ -198,6 +224,7 @@ def test_a_replayed_older_round_is_refused() -> None:
     _, state = accept_task(new, "fraud", anchors(), TrustState(), NOW)
     with pytest.raises(RolledBack):
         accept_task(old, "fraud", anchors(), state, NOW)
+    assert accept_task(new, "fraud", anchors(), state, NOW)[1] == state
 
 
 def counting(*keys: ed25519.Ed25519PrivateKey) -> TrustAnchors:
@@ -262,6 +289,12 @@ def test_bytes_that_are_no_envelope_are_malformed(data: bytes) -> None:
         accept_plan(data, "fraud", anchors(), TrustState(), NOW)
 
 
+@pytest.mark.parametrize("der", [b"", b"not DER", public_bytes(ec.generate_private_key(ec.SECP384R1()).public_key())])
+def test_what_is_no_ed25519_or_p256_key_is_malformed(der: bytes) -> None:
+    with pytest.raises(Malformed, match="public key: "):
+        load_public_key(der)
+
+
 def test_a_refused_record_changes_no_state() -> None:
     state = TrustState(plan_serial=5, release_floor=3, round_issued=1)
     with pytest.raises(RolledBack):
@@ -274,6 +307,7 @@ def test_the_release_floor_rises_and_never_sinks() -> None:
     plan = a_plan(target=manifest_digest(new), stable=manifest_digest(old))
     state = check_release(new, plan, TrustState())
     assert state.release_floor == 7
+    assert check_release(new, plan, state) == state, "asked again after a power cut"
     assert check_release(old, plan, state).release_floor == 7
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tuf.api.metadata import TargetFile
 
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Expired, Malformed, NotFound, TooLarge, Unavailable, Untrusted
 from model_delta.trust.checkin import CheckInAnswer, answer_check_in, read_answer
 from model_delta.trust.client import GRACE_S, Trust
-from model_delta.trust.paths import KIND
+from model_delta.trust.paths import KIND, anchors_path
 from model_delta.trust.updater import TrustAnchors
 from tests.fakes.tuf_site import DAY, NOW, ROLE, TENANT, Mirror, Site, new_key, signers
 
@@ -84,6 +87,32 @@ def test_anchors_rotate_with_the_repository(tmp_path: Path, site: Site, mirror: 
     site.publish()
     trust.refresh(NOW)
     assert trust.anchors(TENANT, NOW) == changed
+
+
+@pytest.mark.parametrize(
+    ("tenant", "algorithm", "kind", "words"),
+    [
+        ("globex", "sha256", Untrusted, "expected the anchors of 'acme', found those of 'globex'"),
+        (TENANT, "sha512", Malformed, "expected a sha256, found sha512"),
+    ],
+)
+def test_anchors_that_the_holders_signed_by_mistake_are_not_taken(
+    tmp_path: Path, site: Site, mirror: Mirror, tenant: str, algorithm: str, kind: type[Exception], words: str
+) -> None:
+    data = pack(TrustAnchors(tenant, {}))
+
+    def mistake(signed: Any) -> None:
+        signed.version += 1
+        path, digest = anchors_path(TENANT), hashlib.new(algorithm, data).hexdigest()
+        signed.targets[path] = TargetFile(len(data), {algorithm: digest}, path)
+
+    site.store.put(KIND, f"{digest_of(data)}.anchors", data)
+    site.store.put(KIND, "2.targets.json", site.forged("targets", mistake, *site.targets[:2]).to_bytes())
+    site.publish()
+    trust = device(tmp_path, mirror)
+    trust.refresh(NOW)
+    with pytest.raises(kind, match=words):
+        trust.anchors(TENANT, NOW)
 
 
 def test_past_expiry_nothing_new_is_taken_and_the_alarm_grows(tmp_path: Path, site: Site, mirror: Mirror) -> None:
