@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import msgspec
 import numpy as np
 import pytest
 
@@ -28,8 +31,7 @@ NEEDS = Requirements(latency_ms_max=5.0)
 def test_golden_cases_that_disagree(outputs: dict[str, np.ndarray], reason: str) -> None:
     verdict = judge_golden([CASE], [outputs])
     assert verdict.outcome == "unhealthy"
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(verdict.reason)
+    assert re.search(reason, verdict.reason)
 
 
 def test_golden_cases_within_tolerance_agree() -> None:
@@ -72,3 +74,7 @@ def test_errors_within_the_share_are_forgiven() -> None:
     rules = ProbationRules(decisions=100, seconds=10.0, error_share_max=0.02)
     assert judge_live(LiveRecord((1.0,) * 98, 2, 1.0), NEEDS, rules).outcome == "healthy"
     assert judge_live(LiveRecord((1.0,) * 97, 3, 1.0), NEEDS, rules).outcome == "unhealthy"
+    few = LiveRecord((1.0,) * 8, 2, 1.0)
+    assert judge_live(few, NEEDS, rules).outcome == "wait"
+    ended = judge_live(msgspec.structs.replace(few, seconds=10.0), NEEDS, rules)
+    assert (ended.outcome, ended.reason) == ("unhealthy", "2 of 10 live answers failed")
