@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fl_coordinator.rules.reveals import DISTANCES
 from fl_coordinator.shares.bounds import bounds_of
-from fl_coordinator.shares.decision import Decision, read_gram
+from fl_coordinator.shares.decision import Decision, read_decision, read_gram
 from fl_coordinator.shares.fixed_point import decode
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.sharing import PARTIES
@@ -68,10 +68,13 @@ def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> A
         shares[opening.index] = (first, second)
     names = [key.name for key in task.aggregators]
     _require_same_decision([openings[index].decision for index in range(PARTIES)], names)
-    decision = unpack(openings[0].decision, Decision)
+    decision = read_decision(openings[0].decision)
     if (decision.round_id, decision.base, decision.tenant) != (task.round_id, task.base, task.tenant):
         raise Untrusted(f"round {task.round_id!r}: the aggregators decided about round {decision.round_id!r}")
     if not decision.selected:
+        given = [names[index] for index in range(PARTIES) if any(shares[index])]
+        if given:
+            raise Untrusted(f"{' and '.join(given)}: opened a share of a sum, though nobody was selected")
         return Aggregate(decision, None)
     total = _sum_of_shares(shares, names, task)
     # With noise on the sum nothing foretells its norm; that each share arrives twice has to do.

@@ -163,22 +163,28 @@ class Aggregator:
         Malformed, Expired, and Unavailable when a new attempt may succeed; the message says who or what is missing.
         """
         wanted = unpack(pack(dict(command)), RoundCommand)
-        running, work = self._running.get(wanted.round_id, (wanted, None))
-        if work is not None and running == wanted:
-            return await _result_of(work, wanted)
-        if work is not None and running.attempt >= wanted.attempt:
-            raise Unavailable(f"round {wanted.round_id!r}: attempt {running.attempt} is already running")
-        if work is not None:
+        # Asked anew after every wait: of several who wait for one attempt to end, one at a time begins the next. Two
+        # attempts side by side could come to two decisions, and open both.
+        while (found := self._running.get(wanted.round_id)) is not None:
+            running, work = found
+            if running == wanted:
+                return await _result_of(work, wanted)
+            if running.attempt >= wanted.attempt and not work.done():
+                raise Unavailable(f"round {wanted.round_id!r}: attempt {running.attempt} is already running")
             work.cancel()
             await asyncio.wait([work])
+            self._ended(wanted.round_id, work)
         work = asyncio.create_task(self._run(wanted), name=f"round {wanted.round_id} attempt {wanted.attempt}")
         self._running[wanted.round_id] = (wanted, work)
+        work.add_done_callback(lambda ended: self._ended(wanted.round_id, ended))
         try:
             return await _result_of(work, wanted)
         finally:
             work.cancel()
-            if self._running.get(wanted.round_id) == (wanted, work):
-                del self._running[wanted.round_id]
+
+    def _ended(self, round_id: str, work: asyncio.Task[dict[str, Any]]) -> None:
+        if self._running.get(round_id, (None, None))[1] is work:
+            del self._running[round_id]
 
     async def _run(self, command: RoundCommand) -> dict[str, Any]:
         try:

@@ -20,12 +20,12 @@ from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack, unpack_plain
 from model_delta.errors import NotFound, Untrusted
 from model_delta.store import DirectoryStore
-from model_delta.task import RoundTask
+from model_delta.task import RoundTask, terms_of
 
 
 class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """What must survive a crash: the frozen list's root, the last attempt begun, the decision (`final` once all three
-    agreed on it)."""
+    """What must survive a crash: the frozen list's root, the announcement's terms, the last attempt begun, the decision
+    (`final` once all three agreed on it)."""
 
     round_id: str
     root: str
@@ -34,6 +34,7 @@ class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
     decision: bytes = b""
     final: bool = False
     format: int = 1
+    terms: str = ""
 
 
 class _Keys(msgspec.Struct, frozen=True):
@@ -54,17 +55,24 @@ class AggregatorState:
         self.sealing, self.signing = self._open_keys(rng)
 
     def begin(self, command: RoundCommand, task: RoundTask) -> RoundProgress:
-        """What is remembered of the round; its list is fixed here, by the first command. Raises Untrusted for another
-        list than the first one."""
+        """What is remembered of the round; its list and terms are fixed here, by the first command. Raises Untrusted
+        for others than the first ones."""
+        terms = terms_of(task)
         try:
             progress = unpack(self.store.get("round", _file_name(command.round_id)), RoundProgress)
         except NotFound:
-            progress = RoundProgress(round_id=command.round_id, root=command.root, deadline=task.deadline)
+            deadline = task.deadline
+            progress = RoundProgress(round_id=command.round_id, root=command.root, deadline=deadline, terms=terms)
             self.remember(progress)
         if progress.root != command.root:
             raise Untrusted(
                 f"round {command.round_id!r}: frozen with root {progress.root[:16]}…, found {command.root[:16]}… now; "
                 "opening two sets of one round would give updates away"
+            )
+        if progress.terms not in ("", terms):  # "": begun by a program that did not keep them
+            raise Untrusted(
+                f"round {command.round_id!r}: was announced with the terms {progress.terms[:16]}… at first, found "
+                f"{terms[:16]}… now; a round is not announced anew with another m_min, policy or noise"
             )
         return progress
 

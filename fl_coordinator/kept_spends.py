@@ -30,7 +30,7 @@ class _Opened(msgspec.Struct, frozen=True):
 
 
 class _Spends(msgspec.Struct, frozen=True):
-    """Openings by model, and each device's burden by openings with noise, of all models."""
+    """Openings by model, and each device's burden by the openings it was frozen into, of all models."""
 
     models: dict[str, tuple[_Opened, ...]] = {}
     devices: dict[str, float] = {}
@@ -52,6 +52,9 @@ class KeptSpends:
             return
         if spent is None or spent.spend != Spend(task.noise_multiplier) or spent.delta != task.delta:
             raise Malformed(f"{what}: expected an account of noise {task.noise_multiplier:g} at delta {task.delta:g}")
+        if any(one.sampling != 1 for one in (*spent.before_release, *spent.before_device)):
+            # A draw that nobody made would make every epsilon look small.
+            raise Untrusted(f"{what}: the account counts openings as sampled; no device is drawn in secret")
         kept = self._kept(task)
         known = Counter(
             Spend(one.noise_multiplier) for one in kept.models.get(task.model, ()) if one.round_id != task.round_id
@@ -85,10 +88,8 @@ class KeptSpends:
         before = kept.models.get(task.model, ())
         if any(one.round_id == task.round_id for one in before):
             return
-        devices = dict(kept.devices)
-        if task.noise_multiplier > 0:
-            cost = burden([Spend(task.noise_multiplier)])
-            devices |= {name: devices.get(name, 0.0) + cost for name in device_ids}
+        cost = burden([Spend(task.noise_multiplier)])  # infinite without noise
+        devices = {**kept.devices, **{name: kept.devices.get(name, 0.0) + cost for name in device_ids}}
         models = {**kept.models, task.model: (*before, _Opened(task.round_id, task.noise_multiplier))}
         self._store.put(KIND, _file_name(task), pack(_Spends(models, devices)))
 

@@ -17,7 +17,7 @@ import msgspec
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.rules.policy import remembers
-from fl_coordinator.shares.decision import Decision, failed_checks, judge, read_gram
+from fl_coordinator.shares.decision import Decision, failed_checks, judge, read_decision, read_gram
 from fl_coordinator.shares.remembering import RoundMemory, memory_name, moved, require_announced
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta.digest import digest_of
@@ -73,7 +73,7 @@ def proven(data: bytes, task: RoundTask, anchors: TrustAnchors) -> RoundMemory:
         task.memory_round,
     ):
         raise Untrusted(f"{what}: expected the announcement of round {task.memory_round!r}, found {last.round_id!r}")
-    decision = unpack(_signed_by_all(proof.openings, last, what), Decision)
+    decision = read_decision(_signed_by_all(proof.openings, last, what))
     if (decision.round_id, decision.task) != (last.round_id, digest_of(payload)):
         raise Untrusted(f"{what}: the openings are of another announcement than round {last.round_id!r} had")
     if decision.memory != task.memory:

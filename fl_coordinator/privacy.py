@@ -8,8 +8,9 @@ that is accounted for; if all three are honest the sum carries 1.5 times the var
 
 Accounting is by privacy loss distributions (Koskela, Jälkö and Honkela, 2020; the PLD accountant of dp-accounting), one
 opened sum an event: a Gaussian, Poisson-sampled where devices are drawn for a round in secret. Two accounts are kept:
-for every device over the rounds that it was frozen into, and for a model's releases over all rounds they descend from.
-What a round would spend is written down before it opens, and a round that would overspend does not open.
+for every device over the rounds that it was frozen into, of whatever model, and for a model's releases over all rounds
+they descend from. What a round would spend is written down before it opens, and a round that would overspend does not
+open.
 
 What this does not cover, so that nobody reads more into an epsilon: the opened distances between updates carry no
 noise, and which updates are chosen depends on them; epsilon holds for the opened sums given the choice. Neighbouring
@@ -134,6 +135,8 @@ def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequ
     elif over:
         refusal = f"this opening would bring {len(over)} of {len(of_devices)} devices (first: {over[0]}) to epsilon "
         refusal += f"{highest:.2f} {at}, the budget is {budget.epsilon_device:g}; leave them out of the next round"
+        if math.isinf(highest):
+            refusal += " (no epsilon holds for a device that was in a sum opened without noise, of whatever model)"
     return Account(of_release, highest, refusal)
 
 

@@ -24,7 +24,16 @@ from fl_coordinator.memory_chain import after
 from fl_coordinator.privacy import Spent, miscounted
 from fl_coordinator.rules.policy import remembers
 from fl_coordinator.rules.reveals import DISTANCES, GRAPH, SELECTION
-from fl_coordinator.shares.decision import Decision, failed_checks, judge, judge_hidden, read_gram
+from fl_coordinator.shares.bounds import require_announceable
+from fl_coordinator.shares.decision import (
+    Decision,
+    DeviceVerdict,
+    failed_checks,
+    judge,
+    judge_hidden,
+    read_gram,
+    restated,
+)
 from fl_coordinator.shares.freezing import joint_coin, read_statement, require_opening
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, memory_name, require_announced
 from fl_coordinator.shares.sharing import PARTIES
@@ -186,7 +195,7 @@ def _replayed(data: bytes, anchors: TrustAnchors, memory: RoundMemory | None) ->
         epsilon_device=settlement.epsilon_device,
         delta=settlement.delta,
     )
-    found = looked("epsilon", _problem(lambda: _epsilons(settlement, decision)))
+    found = looked("epsilon", _problem(lambda: _epsilons(settlement, decision, task)))
     left = after(memory, task, decision) if found.holds and memory is not None else None
     return found, left if remembers(task.policy) else None
 
@@ -211,6 +220,7 @@ def _announced(announcement: bytes, anchors: TrustAnchors) -> tuple[RoundTask, s
     task = unpack(payload, RoundTask)
     if task.tenant != anchors.tenant:
         raise Untrusted(f"announcement: expected tenant {anchors.tenant!r}, found {task.tenant!r}")
+    require_announceable(task)
     return task, digest_of(payload)
 
 
@@ -321,12 +331,14 @@ def _weights(decision: Decision, task: RoundTask, memory: RoundMemory | None) ->
     if decision.reveal != task.reveal:
         return f"reveals {decision.reveal[:48]!r}, announced was {task.reveal!r}"
     if not decision.measured:
-        return "" if decision.refusal and not decision.selected else "nothing was measured, and something selected"
+        if not decision.refusal or decision.selected:
+            return "nothing was measured, and something selected"
+        return _follows(decision, task, memory)
     names = [decision.devices[index].device_id for index in decision.measured]
     if task.reveal == DISTANCES:
         choice = judge(task, read_gram(decision), names, failed_checks(decision), memory.memory).choice
     else:
-        choice = judge_hidden(task, decision, failed_checks(decision))
+        choice = judge_hidden(task, decision, failed_checks(decision)).choice
     weights = [decision.devices[index].weight for index in decision.measured]
     if choice.integers.tolist() != weights or choice.divisor != decision.divisor:
         place = next((at for at, (a, b) in enumerate(zip(choice.integers, weights, strict=True)) if a != b), -1)
@@ -339,6 +351,26 @@ def _weights(decision: Decision, task: RoundTask, memory: RoundMemory | None) ->
         told = decision.devices[decision.measured[place]].reason
         if not choice.refusal and told != reason:
             return f"{names[place]} was refused because {told!r}, the rules say {reason!r}"
+    return _follows(decision, task, memory)
+
+
+def _follows(decision: Decision, task: RoundTask, memory: RoundMemory) -> str:
+    """Whether every other value of a decision, each verdict on each device among them, is what the rules give. The
+    suspicion of `history` is left alone where it does not decide: it was counted otherwise at first."""
+    if decision.format < 3:
+        return ""  # written before validity bits were kept
+    rules = restated(task, decision, memory.memory)
+    ignored = {"history"} if task.reveal == DISTANCES and not remembers(task.policy) else set()
+    for said, told in zip(decision.devices, rules.devices, strict=True):
+        for name in DeviceVerdict.__struct_fields__:
+            if name in ignored:
+                continue
+            found, expected = getattr(said, name), getattr(told, name)
+            if found != expected:
+                return f"{said.device_id}: {name} {found!r}, the rules give {expected!r}"
+    for name in Decision.__struct_fields__:
+        if name != "devices" and getattr(decision, name) != getattr(rules, name):
+            return f"{name} is {str(getattr(decision, name))[:48]}, the rules give {str(getattr(rules, name))[:48]}"
     return ""
 
 
@@ -368,19 +400,27 @@ def _settlement(settled: Settlement, decision: Decision, task: RoundTask, aggreg
     return ""
 
 
-def _epsilons(settled: Settlement, decision: Decision) -> str:
-    """The epsilons again, and whether the aggregators signed the same account."""
+def _epsilons(settled: Settlement, decision: Decision, task: RoundTask) -> str:
+    """The epsilons again, whether they are within the announced budget, and whether the aggregators signed the same
+    account."""
     if settled.spend is None:
-        return "" if settled.epsilon_release == settled.epsilon_device == 0 else "epsilons without a spend"
-    spent = Spent(
-        spend=settled.spend,
-        before_release=settled.before_release,
-        before_device=settled.before_device,
-        delta=settled.delta,
-        epsilon_release=settled.epsilon_release,
-        epsilon_device=settled.epsilon_device,
-    )
+        if settled.epsilon_release or settled.epsilon_device or settled.delta:
+            return "epsilons without a spend"
+        if settled.before_release or settled.before_device or decision.spent is not None:
+            return "an account without a spend"
+        return ""
+    spent = Spent(**{name: getattr(settled, name) for name in Spent.__struct_fields__})
     problem = miscounted(spent)
-    if not problem and decision.format >= 3 and decision.spent != spent:
+    if problem or decision.format < 3:
+        return problem
+    if decision.spent != spent:
         return "the account is not the one that the aggregators signed"
-    return problem
+    if (spent.delta, spent.spend.sampling) != (task.delta, 1):
+        return f"counted at delta {spent.delta:g}, sampling {spent.spend.sampling:g}; announced was {task.delta:g}, 1"
+    for whose, found, budget in (
+        ("release", spent.epsilon_release, task.epsilon),
+        ("device", spent.epsilon_device, task.epsilon_device),
+    ):
+        if found > budget:
+            return f"epsilon of the {whose} is {found:.6g}, the announced budget is {budget:g}"
+    return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from fl_coordinator.privacy import Spent
+from fl_coordinator.rounds import ATTEMPTS_MAX
 from fl_coordinator.shares.bounds import contributions_max, require_announceable
 from model_delta.digest import require_digest
 from model_delta.encoding import unpack
@@ -63,8 +64,11 @@ def accepted(command: RoundCommand, anchors: TrustAnchors, key: AggregatorKey, n
     `announced_round`, and DigestMismatch for a frozen list that does not have its root."""
     what = f"round {command.round_id!r}"
     task, index = announced_round(command.task, command.round_id, anchors, key, now)
-    if command.attempt < 1 or not 1 <= len(command.contributions) <= contributions_max(task):
-        raise Malformed(f"{what}: expected an attempt from 1 and 1 to {contributions_max(task)} contributions")
+    if not 1 <= command.attempt <= ATTEMPTS_MAX or not 1 <= len(command.contributions) <= contributions_max(task):
+        raise Malformed(
+            f"{what}: expected attempt 1 to {ATTEMPTS_MAX} and 1 to {contributions_max(task)} contributions, found "
+            f"attempt {command.attempt} and {len(command.contributions)}"
+        )
     leaves = [bytes.fromhex(require_digest(digest, f"{what}: contribution")) for digest in command.contributions]
     found = merkle_root(leaves)
     if found != command.root:

@@ -12,6 +12,7 @@ import msgspec
 from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Bridge, Note
+from fl_coordinator.privacy import Spent
 from fl_coordinator.recorded_rounds import save_round
 from fl_coordinator.remembered_rounds import memory_record
 from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
@@ -90,7 +91,7 @@ class Opening:
             return msgspec.structs.replace(found, failures=failures), Event.ATTEMPT_FAILED
         ordered = [replies[name] for name in names]
         aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
-        settled = _settlement(found, mean_digest(aggregate.mean), paid)
+        settled = _settlement(found, mean_digest(aggregate.mean), aggregate.decision)
         signed = seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, SETTLEMENT_TYPE, pack(settled)))
         transcript = pack_transcript(transcript_of(announcement, ordered, signed))
         mean = b"" if aggregate.mean is None else aggregate.mean.astype("<f4").tobytes()
@@ -114,21 +115,15 @@ class Opening:
         return charge(self._ledger, found.task.model, found.spec.privacy, found.round_id, names)
 
 
-def _settlement(found: Round, mean: str, paid: Charge | None) -> Settlement:
+def _settlement(found: Round, mean: str, decision: Decision) -> Settlement:
+    """With the account that the aggregators signed: that of the attempt that decided, which another model's opening may
+    have overtaken since."""
     settled = Settlement(
         tenant=found.task.tenant, model=found.task.model, round_id=found.round_id, root=found.root, mean=mean
     )
-    if paid is None or found.spec.privacy is None:
+    if decision.spent is None:
         return settled
-    return msgspec.structs.replace(
-        settled,
-        spend=paid.spend,
-        before_release=paid.before_release,
-        before_device=paid.before_device,
-        delta=found.spec.privacy.delta,
-        epsilon_release=paid.account.epsilon_release,
-        epsilon_device=paid.account.epsilon_device,
-    )
+    return msgspec.structs.replace(settled, **{name: getattr(decision.spent, name) for name in Spent.__struct_fields__})
 
 
 def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:

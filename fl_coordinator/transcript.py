@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fl_coordinator.aggregation import Opening
 from fl_coordinator.privacy import Spend
-from fl_coordinator.shares.decision import Decision
+from fl_coordinator.shares.decision import Decision, read_decision
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -101,7 +101,7 @@ def read_transcript(data: bytes) -> Transcript:
 def decision_of(transcript: Transcript) -> Decision:
     """The decision in the first opening; nothing is verified. Raises Malformed."""
     opening = unpack(open_envelope(transcript.openings[0]).payload, Opening)
-    return unpack(opening.decision, Decision)
+    return read_decision(opening.decision)
 
 
 def pack_transcript(transcript: Transcript) -> bytes:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import msgspec
 
+from model_delta.digest import digest_of
+from model_delta.encoding import pack
+
 TASK_TYPE = "round"
 
 
@@ -79,3 +82,19 @@ class RoundTask(msgspec.Struct, frozen=True, kw_only=True):
     memory_round: str = ""
     momentum: float = 0.0
     eps_l2: float = 0.0
+
+
+def terms_of(task: RoundTask) -> str:
+    """Digest of what a device agrees to when it takes part: how many are the least to hide among, who chooses by what,
+    what is opened, with how much noise, until when. Devices sign it, and aggregators hold the round to it.
+
+    The same in every version of the program, since it names each value instead of packing the record.
+    """
+    values: list[object] = [
+        *(task.tenant, task.model, task.round_id, task.base, task.deadline),
+        *(task.clip_norm_l2, task.hostile_max, task.selected_min, task.contributions_max),
+        *(task.policy, task.reveal, task.eps_l2, task.memory, task.memory_round),
+        *(task.noise_multiplier, task.epsilon, task.epsilon_device, task.delta),
+        [[key.name, key.sealing, key.verifying] for key in task.aggregators],
+    ]
+    return digest_of(pack(["atoll terms", *values]))

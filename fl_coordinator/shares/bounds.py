@@ -18,6 +18,7 @@ from fl_coordinator.shares.fixed_point import norm_max
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta.errors import Malformed
 from model_delta.task import RoundTask
+from model_delta.trust.updater import RECORD_FORMAT
 
 CONTRIBUTIONS_MAX = 1_024
 """The most that one round takes."""
@@ -82,6 +83,8 @@ def require_announceable(task: RoundTask) -> None:
     To be asked before a round is signed; devices and aggregators ask again.
     """
     what = f"round {task.round_id!r}"
+    if task.format > RECORD_FORMAT:
+        raise Malformed(f"{what}: format {task.format}, this reader knows up to {RECORD_FORMAT}")
     if not 1 <= task.length <= LENGTH_MAX:
         raise Malformed(f"{what}: expected 1 to {LENGTH_MAX} parameters, found {task.length}")
     if not 0 < task.clip_norm_l2 < math.inf:

@@ -20,7 +20,7 @@ from fl_coordinator.shares.streams import SEED_BYTES, KeyStream, Words
 from model_delta.encoding import pack
 from model_delta.errors import Malformed
 from model_delta.keys.encryption import seal_to
-from model_delta.task import RoundTask
+from model_delta.task import RoundTask, terms_of
 from model_delta.trust.signing import pre_authentication_encoding
 
 
@@ -87,6 +87,7 @@ def _shared(
             sealing_keys=sealing_keys(task.aggregators),
             sealed=sealed,
             masked=digest,
+            terms=terms_of(task),
         )
     )
     signature = identity_sign(pre_authentication_encoding(CONTRIBUTION_TYPE, claim))

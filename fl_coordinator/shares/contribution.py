@@ -32,7 +32,7 @@ from model_delta.encoding import pack, pack_octets, unpack
 from model_delta.errors import Malformed, SignatureInvalid, Untrusted
 from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import open_sealed
-from model_delta.task import AggregatorKey, RoundTask
+from model_delta.task import AggregatorKey, RoundTask, terms_of
 from model_delta.trust.signing import pre_authentication_encoding
 
 CONTRIBUTION_TYPE = "contribution"
@@ -45,7 +45,8 @@ _MASKED = PARTIES - 1
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The signed part. `sealed[i]` opens to the secrets of shares i and i+1 for the holder of `sealing_keys[i]`
-    (digests of the aggregators' X25519 keys, in the round's order); `masked` is the digest of the encrypted share 2."""
+    (digests of the aggregators' X25519 keys, in the round's order); `masked` is the digest of the encrypted share 2;
+    `terms` is what the device was told of the round (`model_delta.task.terms_of`), "" by an older program."""
 
     format: int = FORMAT
     tenant: str
@@ -59,6 +60,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     sealing_keys: tuple[str, ...]
     sealed: tuple[bytes, ...]
     masked: str
+    terms: str = ""
 
 
 class Contribution(msgspec.Struct, frozen=True):
@@ -166,6 +168,7 @@ def mismatch(claim: Claim, masked_bytes: int, task: RoundTask) -> str:
         "aggregator keys": (sealing_keys(task.aggregators), claim.sealing_keys),
         "number of sealed pairs": (PARTIES, len(claim.sealed)),
         "bytes of masked vector": (WORD_BYTES * task.length, masked_bytes),
+        "terms that the device was told": (terms_of(task) if claim.terms else "", claim.terms),
     }
     for what, (expected, found) in wanted.items():
         if expected != found:

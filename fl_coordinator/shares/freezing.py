@@ -23,6 +23,7 @@ from model_delta.task import RoundTask
 from model_delta.trust.signing import key_id, load_public_key, open_envelope, verify
 
 FROZEN_TYPE = "round-frozen"
+FORMAT = 1
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +31,7 @@ class Frozen(msgspec.Struct, frozen=True, kw_only=True):
     `task` is the digest of the announcement's payload, `root` the Merkle root of `count` contributions, `commitment`
     SHA-256 over round, attempt, root, place and its part of the coin."""
 
-    format: int = 1
+    format: int = FORMAT
     tenant: str
     round_id: str
     attempt: int
@@ -74,6 +75,8 @@ def read_statement(sealed: bytes, task: RoundTask, index: int) -> Frozen:
         found = unpack(verify(open_envelope(sealed), FROZEN_TYPE, {key_id(key): key}), Frozen)
     except AtollError as error:
         raise Untrusted(f"{entry.name}: its signed freeze: {error}") from None
+    if found.format > FORMAT:
+        raise Untrusted(f"{entry.name}: its signed freeze: format {found.format}, this reader knows up to {FORMAT}")
     if found.index != index:
         raise Untrusted(f"{entry.name}: its signed freeze is of aggregator {found.index}, expected {index}")
     return found

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -48,12 +47,13 @@ from fl_coordinator.rules import reveals, selection
 from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, noise_std, require_announceable
 from fl_coordinator.shares.contribution import Holding
 from fl_coordinator.shares.decision import (
+    OUT_OF_RANGE,
     Decision,
-    DeviceVerdict,
     judge,
     memory_after,
     told_of,
-    verdict_fields,
+    too_few,
+    verdicts_on,
 )
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import (
@@ -275,12 +275,12 @@ class AggregationParty:
             inside = yield from range_check(session, projections, bounds_of(task).exponent)
             bits = {index: bool(ok) for index, ok in zip(usable, inside, strict=True)}
             for index in (index for index, ok in bits.items() if not ok):
-                refused[index] = "range check: a random projection is larger than any clipped update allows"
+                refused[index] = OUT_OF_RANGE
             usable = [index for index in usable if index not in refused]
             sketches = sketches.rows(inside)
         if len(usable) < task.selected_min:
-            refusal = f"{len(usable)} usable contributions, a sum of fewer than {task.selected_min} is not opened"
-            return self._record(coined, refused, bits, (), np.zeros((0, 0), dtype=np.int64), None, refusal)
+            nothing = np.zeros((0, 0), dtype=np.int64)
+            return self._record(coined, refused, bits, (), nothing, None, too_few(task, len(usable)))
         if task.reveal != reveals.DISTANCES:
             hidden = yield from reveal(session, task, coined.coin, sketches, len(bits) - len(usable))
             judged = selection.Judged(hidden.choice, ())
@@ -347,30 +347,8 @@ class AggregationParty:
         refusal: str,
     ) -> Decision:
         task, holding = self._task, self._holding
-        scale = bounds_of(task).scale
-        unit = math.sqrt(scale) * 2**task.fraction_bits
-        devices = [
-            DeviceVerdict(
-                device_id=name,
-                contribution=digest,
-                selected=False,
-                reason=refused.get(index, refusal),
-                valid=int(bits.get(index, -1)),
-            )
-            for index, (name, digest) in enumerate(zip(holding.device_ids, holding.digests, strict=True))
-        ]
-        if judged is not None:
-            verdicts = dict(zip(judged.kept, judged.choice.verdicts, strict=True))
-            for place, index in enumerate(measured):
-                weight = int(judged.choice.integers[place])
-                devices[index] = msgspec.structs.replace(
-                    devices[index],
-                    selected=weight > 0,
-                    reason="" if weight else judged.choice.refused.get(place, refusal),
-                    weight=weight,
-                    norm=math.sqrt(int(gram[place, place])) / unit if gram.size else None,
-                    **(verdict_fields(verdicts[place], unit) if place in verdicts else {}),
-                )
+        named = list(zip(holding.device_ids, holding.digests, strict=True))
+        devices = verdicts_on(task, named, refused, bits, measured, gram, judged, refusal)
         return Decision(
             tenant=task.tenant,
             model=task.model,
@@ -381,9 +359,9 @@ class AggregationParty:
             aggregators=self._names,
             coin=coined.coin,
             policy=task.policy,
-            devices=tuple(devices),
+            devices=devices,
             measured=tuple(measured),
-            scale=scale,
+            scale=bounds_of(task).scale,
             gram=gram[np.triu_indices(len(gram))].astype("<i8").tobytes(),
             selected=tuple(index for index, device in enumerate(devices) if device.selected),
             divisor=judged.choice.divisor if judged is not None else 0,

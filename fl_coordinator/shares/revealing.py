@@ -90,19 +90,25 @@ def reveal(session: Session, task: RoundTask, coin: bytes, sketches: Pair, hosti
     return Revealed(tuple(kept), packed, spread(choice, kept, count, task.clip_norm_l2), clusters, norm)
 
 
-def judge_kept(task: RoundTask, hostile_max: int, count: int, near: bytes, chosen: Sequence[int]) -> Choice:
-    """The choice among `count` devices within the clip norm, at most `hostile_max` of them hostile, again from what was
-    opened: the bits `near` of a graph, or the places `chosen` of a selection. Raises Malformed for bits or a set of the
-    wrong size."""
+def judge_kept(
+    task: RoundTask, hostile_max: int, count: int, near: bytes, chosen: Sequence[int]
+) -> tuple[Choice, tuple[int, ...]]:
+    """The choice among `count` devices within the clip norm, at most `hostile_max` of them hostile, and the clusters of
+    a graph, again from what was opened: the bits `near` of a graph, or the places `chosen` of a selection. Raises
+    Malformed for bits or a set of the wrong size."""
     refusal = unseen.refusal_before(task.policy, count, hostile_max, task.selected_min)
+    if (refusal or task.reveal != reveals.GRAPH) and near:
+        raise Malformed(f"decision: expected no bits of pairs, found {len(near)} bytes")
     if refusal:
-        return unseen.nobody(count, refusal)
+        return unseen.nobody(count, refusal), ()
     if task.reveal == reveals.GRAPH:
-        return unseen.by_neighbours(near_matrix(unpacked(near, count), count), hostile_max, task.selected_min)[0]
+        bits = near_matrix(unpacked(near, count), count)
+        choice, labels = unseen.by_neighbours(bits, hostile_max, task.selected_min)
+        return choice, tuple(labels.tolist())
     wanted = unseen.kept_of(count, hostile_max)
     if len(chosen) != wanted:
         raise Malformed(f"selection: expected {wanted} of {count} selected, found {len(chosen)}")
-    return unseen.by_selection(count, chosen, task.selected_min)
+    return unseen.by_selection(count, chosen, task.selected_min), ()
 
 
 def spread(choice: Choice, kept: Sequence[int], count: int, clip_norm_l2: float) -> Choice:

@@ -99,12 +99,20 @@ class Rounds(LedgerFile):
         return [row[0] for row in self._rows(query, (model,))]
 
     def privacy_of_devices(self, device_ids: Iterable[str], other_than: str = "") -> dict[str, list[Spend]]:
-        """All openings that each device was frozen into, of any model, but those of one round."""
+        """All openings that each device was frozen into, of any model, but those of one round; those without noise as
+        spends of noise 0."""
         query = (
             "SELECT noise_multiplier, sampling FROM privacy_devices JOIN privacy_openings USING (round_id, attempt) "
             "WHERE device_id = ? AND round_id <> ? ORDER BY round_id, attempt"
         )
-        return {name: [Spend(*row) for row in self._rows(query, (name, other_than))] for name in device_ids}
+        bare = (
+            "SELECT 0.0, 1.0 FROM contributions JOIN round_results USING (round_id) WHERE device_id = ? AND "
+            "round_id <> ? AND length(mean) > 0 AND round_id NOT IN (SELECT round_id FROM privacy_openings)"
+        )
+        return {
+            name: [Spend(*row) for one in (query, bare) for row in self._rows(one, (name, other_than))]
+            for name in device_ids
+        }
 
     def admit(self, round_id: str, admitted: Iterable[AdmittedContribution]) -> None:
         """Record contributions that are durable in the updates log. A device's first one in a round stays."""

@@ -320,6 +320,56 @@ def test_another_set_of_the_same_round_is_refused(tmp_path: Path) -> None:
         assert "would give updates away" in str(failure)
 
 
+def test_a_round_that_is_announced_anew_on_other_terms_is_refused(tmp_path: Path) -> None:
+    """With the same contributions, and a smaller m_min or no noise."""
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    platform.run()
+    task = msgspec.structs.replace(platform.world.task, selected_min=2)
+    for failure in platform.run(attempt=2, task=platform.world.announcement(task)):
+        assert isinstance(failure, Untrusted)
+        assert "was announced with the terms" in str(failure)
+
+
+def test_contributions_count_on_the_terms_that_their_devices_were_told_alone(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    task = msgspec.structs.replace(platform.world.task, selected_min=2, deadline=platform.world.task.deadline + 9)
+    replies = platform.run(task=platform.world.announcement(task))
+    decision = combine_openings(replies, task).decision
+    assert decision.refusal == "0 usable contributions, a sum of fewer than 2 is not opened"
+    assert all("terms that the device was told" in device.reason for device in decision.devices)
+
+
+def test_whoever_waits_for_an_attempt_to_end_begins_the_next_one_alone(tmp_path: Path) -> None:
+    """Two attempts side by side could come to two decisions."""
+    platform = Platform(tmp_path)
+    platform.contribute(updates(4))
+    north = platform.aggregators["north"]
+
+    def begun() -> set[str]:
+        names = {task.get_name() for task in asyncio.all_tasks() if not task.done()}
+        return {name for name in names if name.startswith("round fraud-7 attempt")}
+
+    async def story() -> None:
+        runs = [asyncio.create_task(north.run_round(platform.command(1)))]
+        async with asyncio.timeout(10.0):
+            while not platform.trace:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        runs += [asyncio.create_task(north.run_round(platform.command(attempt))) for attempt in (2, 3)]
+        async with asyncio.timeout(10.0):
+            while not {"round fraud-7 attempt 3"} <= begun():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        seen = [begun() for _ in range(20) if not await asyncio.sleep(0.002)]
+        assert all(len(names) == 1 for names in seen), seen
+        for run in runs:
+            run.cancel()
+        ended = await asyncio.gather(*runs, return_exceptions=True)
+        assert "attempt 1 was replaced" in str(ended[0])
+
+    asyncio.run(story())
+
+
 def test_fewer_than_selected_min_open_nothing(tmp_path: Path) -> None:
     platform = Platform(tmp_path, hostile_max=1, selected_min=8)
     platform.contribute(updates(8))
@@ -418,7 +468,8 @@ def selected_min_two(platform: Platform) -> dict[str, Any]:
         (selected_min_two, Malformed, "hostile devices can subtract"),
         (lambda p: {"root": "0" * 64}, DigestMismatch, "a frozen list with root 0000"),
         (lambda p: {"round_id": "fraud-8"}, Untrusted, "the signed announcement is of 'acme', round 'fraud-7'"),
-        (lambda p: {"attempt": 0}, Malformed, "an attempt from 1"),
+        (lambda p: {"attempt": 0}, Malformed, "expected attempt 1 to 3"),
+        (lambda p: {"attempt": 4}, Malformed, "expected attempt 1 to 3"),
         (lambda p: {"task": b"junk"}, Malformed, "CBOR"),
         (lambda p: {"contributions": "x"}, Malformed, "RoundCommand"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_a_true_account_within_its_budget_is_signed_also_when_asked_again(tmp_pa
         (lambda: told(1, spend=Spend(5.0)), Malformed, "expected an account of noise 4"),
         (lambda: told(1, delta=1e-6), Malformed, "expected an account of noise 4"),
         (lambda: told(0), Untrusted, "leaves out 1 of 1 openings of 'fraud'"),
+        (lambda: told(1, before_device=(Spend(4.0, 1e-6),)), Untrusted, "the account counts openings as sampled"),
         (lambda: told(1, of_device=0), Untrusted, "leaves out openings of its most burdened device"),
         (lambda: told(1, epsilon_release=cost(1)), Untrusted, "epsilon of the release is"),
         (lambda: told(1, epsilon_device=cost(1)), Untrusted, "epsilon of the device is"),
@@ -91,3 +93,14 @@ def test_an_opening_without_noise_cannot_be_passed_over(tmp_path: Path) -> None:
     kept.opened(of_round(1, noise_multiplier=0.0), DEVICES)
     with pytest.raises(Untrusted, match="leaves out 1 of 1 openings"):
         kept.require_true(of_round(2), told(0), DEVICES)
+
+
+def test_a_device_that_was_in_a_bare_sum_of_another_model_has_no_epsilon(tmp_path: Path) -> None:
+    kept = KeptSpends(DirectoryStore(tmp_path))
+    kept.opened(of_round(1, model="digits", noise_multiplier=0.0), ["pos-2"])
+    kept.require_true(of_round(2), told(0), ["pos-1"])
+    with pytest.raises(Untrusted, match="leaves out openings of its most burdened device"):
+        kept.require_true(of_round(2), told(0), DEVICES)
+    bare = told(0, before_device=(Spend(0.0),), epsilon_device=math.inf)
+    with pytest.raises(Malformed, match="would bring its most burdened device to epsilon inf"):
+        kept.require_true(of_round(2), bare, DEVICES)

@@ -18,6 +18,8 @@ from fl_coordinator.privacy import (
     noise,
     part_std_units,
 )
+from fl_coordinator.tables.records import AdmittedContribution
+from model_delta.digest import digest_of
 from model_delta.errors import Malformed
 
 DELTA = 1e-6
@@ -97,4 +99,21 @@ def test_the_ledger_remembers_what_was_spent(tmp_path: Path) -> None:
         "pos-2": [Spend(4.0)] * 2 + [Spend(3.0, 0.5)],
         "pos-3": [],
     }
+    ledger.close()
+
+
+def test_a_sum_that_was_opened_without_noise_counts_for_its_devices_in_every_model(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    for round_id, mean in (("bare", b"mean"), ("refused", b"")):
+        ledger.save_round(round_id=round_id, model="digits", state="PUBLISHED", created=1.0, record=b"")
+        admitted = AdmittedContribution(f"pos-{round_id}", digest_of(round_id.encode()), 0, 9, 1.0)
+        ledger.admit(round_id, [admitted])
+        ledger.save_round_result(round_id, mean, b"transcript")
+    found = ledger.privacy_of_devices(["pos-bare", "pos-refused"])
+    assert found == {"pos-bare": [Spend(0.0)], "pos-refused": []}
+    assert ledger.privacy_of_devices(["pos-bare"], other_than="bare") == {"pos-bare": []}
+    budget = Budget(epsilon_device=10.0, epsilon_release=10.0, delta=DELTA)
+    refusal = account(budget, [], found, Spend(4.0)).refusal
+    assert "1 of 2 devices (first: pos-bare) to epsilon inf" in refusal
+    assert "opened without noise, of whatever model" in refusal
     ledger.close()

@@ -13,11 +13,15 @@ import pytest
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.privacy import Spend, Spent, epsilon
 from fl_coordinator.replay import CHECKS, Replay, replay
+from fl_coordinator.round_opening import _settlement
+from fl_coordinator.rounds import Round, RoundSpec, State
 from fl_coordinator.shares.decision import Decision, DeviceVerdict
-from fl_coordinator.shares.sharing import to_bytes
+from fl_coordinator.shares.party import Outcome
+from fl_coordinator.shares.sharing import Pair, to_bytes
 from fl_coordinator.transcript import SETTLEMENT_TYPE, Settlement, Transcript, mean_digest, transcript_of
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
+from model_delta.errors import Untrusted
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope, seal_envelope, sign
 from tests.fakes.secure_round import SecureRound
@@ -25,6 +29,7 @@ from tests.fakes.secure_round import SecureRound
 LENGTH = 24
 DELTA = 1e-5
 SPENT = (Spend(4.0),)
+EPSILONS = {"delta": DELTA, "epsilon_release": 1.0, "epsilon_device": 1.0}
 
 
 class Written:
@@ -32,7 +37,8 @@ class Written:
 
     def __init__(self, noise_multiplier: float = 0.0, world: SecureRound | None = None) -> None:
         self.world = world or SecureRound(
-            length=LENGTH, hostile_max=1, selected_min=3, policy="krum", noise_multiplier=noise_multiplier
+            **{"length": LENGTH, "hostile_max": 1, "selected_min": 3, "policy": "krum", "delta": DELTA},
+            **{"noise_multiplier": noise_multiplier, "epsilon": 50.0, "epsilon_device": 50.0},
         )
         rng = np.random.default_rng(3)
         updates = [rng.normal(0.1, 0.02, LENGTH) for _ in range(6)] + [np.full(LENGTH, -0.7)]
@@ -263,6 +269,25 @@ def choose_the_hostile(decision: Decision) -> Decision:
         (fields(divisor=5), "weights", "the divisor is 5, the rules give 6"),
         (devices_with(6, reason="disliked"), "weights", "pos-6 was refused because 'disliked'"),
         (fields(refusal="none of your business"), "weights", "refusal 'none of your business'"),
+        (fields(format=4), "openings", "decision: format 4, this reader knows up to 3"),
+        (fields(model="other"), "weights", "model is other, the rules give fraud"),
+        (fields(base="0" * 64), "weights", "base is 0000"),
+        (fields(aggregators=("north", "centre", "east")), "weights", "aggregators is"),
+        (fields(scale=2), "weights", "scale is 2, the rules give 1"),
+        (fields(selected=(1, 0, 2, 3, 4, 5)), "weights", "selected is (1, 0"),
+        (fields(kept=(0,)), "weights", "kept is (0,), the rules give ()"),
+        (fields(near=b"x"), "weights", "near is"),
+        (fields(doubled_norm=1), "weights", "doubled_norm is 1, the rules give 0"),
+        (fields(spent=Spent(spend=Spend(4.0), **EPSILONS)), "epsilon", "an account without a spend"),
+        (devices_with(1, reason="disliked"), "weights", "pos-1: reason 'disliked', the rules give ''"),
+        (devices_with(0, norm=1.0), "weights", "pos-0: norm 1.0, the rules give"),
+        (devices_with(0, norm_sigma=9.1), "weights", "pos-0: norm_sigma 9.1, the rules give"),
+        (devices_with(0, distance_sigma=9.1), "weights", "pos-0: distance_sigma 9.1"),
+        (devices_with(0, krum_score=0.0), "weights", "pos-0: krum_score 0.0"),
+        (devices_with(0, cluster=2), "weights", "pos-0: cluster 2, the rules give 0"),
+        (devices_with(0, cosine_cluster=2), "weights", "pos-0: cosine_cluster 2"),
+        (devices_with(0, spectral=9.0), "weights", "pos-0: spectral 9.0"),
+        (devices_with(0, copies=2), "weights", "pos-0: copies 2, the rules give 1"),
     ],
 )
 def test_what_all_three_signed_is_still_held_to_the_rules(
@@ -290,6 +315,8 @@ def test_a_gram_matrix_of_other_updates_does_not_foretell_the_sum() -> None:
         ({"mean": ""}, "settlement", "settled was none"),
         ({"spend": Spend(3.0)}, "settlement", "settles a noise multiplier of 3, announced was 0"),
         ({"epsilon_device": 0.1}, "epsilon", "epsilons without a spend"),
+        ({"delta": 1e-5}, "epsilon", "epsilons without a spend"),
+        ({"before_release": SPENT}, "epsilon", "an account without a spend"),
     ],
 )
 def test_what_the_coordinator_signed_is_computed_again(changes: dict[str, Any], check: str, words: str) -> None:
@@ -312,6 +339,90 @@ def test_what_the_coordinator_signed_is_computed_again(changes: dict[str, Any], 
 def test_epsilons_are_computed_again(changes: dict[str, Any], check: str, words: str) -> None:
     settled = msgspec.structs.replace(written(3.0).settlement, **changes)
     assert words in problems(written(3.0).replay(written(3.0).transcript(settlement=settled)))[check]
+
+
+def test_any_other_byte_in_a_transcript_is_noticed() -> None:
+    """Unless it changes nothing that is read: what a reader does not know it passes over."""
+    transcript = written().transcript()
+    data, rng = pack(transcript), np.random.default_rng(7)
+    for place in rng.choice(len(data), 100, replace=False).tolist():
+        changed = bytearray(data)
+        changed[place] ^= 1 << int(rng.integers(8))
+        if replay(bytes(changed), written().world.anchors).holds:
+            assert unpack(bytes(changed), Transcript) == transcript, place
+
+
+def too_few(**changes: Any) -> tuple[SecureRound, Decision]:
+    """A round in which fewer than m_min pass the check, or come to it at all."""
+    world = SecureRound(length=LENGTH, policy="krum", **changes)
+    rows = np.zeros((4, LENGTH), dtype=np.uint32)
+    rows[:2] = 2**31
+    return world, world.run_rows(rows)[2]
+
+
+@pytest.mark.parametrize(
+    ("selected_min", "change", "words"),
+    [
+        (3, fields(refusal="we did not like it"), "refusal is we did not like it, the rules give 2 usable"),
+        (3, devices_with(0, reason="disliked"), "pos-0000: reason 'disliked', the rules give 'range check"),
+        (3, devices_with(3, norm=1.0), "pos-0003: norm 1.0, the rules give -1.0"),
+        (3, devices_with(0, valid=1), "3 contributions were usable, and none was measured"),
+        (3, fields(divisor=1), "divisor is 1, the rules give 0"),
+        (3, fields(gram=b"12345678"), "gram is"),
+        (5, devices_with(3, reason="disliked"), "the rules give '3 usable contributions, a sum of fewer than 5"),
+        (5, fields(refusal="5 usable"), "refusal is 5 usable, the rules give 0 usable contributions"),
+    ],
+)
+def test_a_round_that_opened_nothing_is_held_to_the_rules_too(
+    selected_min: int, change: Callable[[Decision], Decision], words: str
+) -> None:
+    world, decision = too_few(selected_min=selected_min)
+    assert replay(transcript_without_a_sum(world, decision), world.anchors).holds
+    found = problems(replay(transcript_without_a_sum(world, change(decision)), world.anchors))
+    assert words in found["weights"]
+
+
+def transcript_without_a_sum(world: SecureRound, decision: Decision) -> bytes:
+    return world.transcript([Outcome(pack(decision), None)] * 3)
+
+
+def test_a_share_beside_a_refusal_is_named() -> None:
+    world, decision = too_few()
+    share = Pair(*np.zeros((2, LENGTH), dtype=np.uint32))
+    outcomes = [Outcome(pack(decision), None), Outcome(pack(decision), share), Outcome(pack(decision), None)]
+    with pytest.raises(Untrusted, match="centre: opened a share of a sum, though nobody was selected"):
+        combine_openings(world.replies(outcomes), world.task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"delta": 1e-6}, "announced was 1e-06"),
+        ({"epsilon": 0.1}, "epsilon of the release is"),
+        ({"epsilon_device": 0.1}, "epsilon of the device is"),
+    ],
+)
+def test_an_account_beyond_its_announced_budget_does_not_hold(changes: dict[str, Any], words: str) -> None:
+    task = msgspec.structs.replace(written(3.0).world.task, **changes)
+    assert words in problems(written(3.0).replay(written(3.0).transcript(task=task)))["epsilon"]
+
+
+@pytest.mark.slow
+def test_the_coordinator_settles_the_account_that_was_signed() -> None:
+    """Not the one of a later attempt at the same opening: other models' rounds may have opened in between."""
+    task, decision = written(3.0).world.task, written(3.0).decision
+    found = Round(
+        round_id=task.round_id,
+        spec=RoundSpec(model="fraud"),
+        task=task,
+        announcement=b"",
+        state=State.AGGREGATING.value,
+        opened=0.0,
+        root=decision.root,
+    )
+    settled = _settlement(found, written(3.0).settlement.mean, decision)
+    assert written(3.0).replay(written(3.0).transcript(settlement=settled)).holds
 
 
 def test_every_check_is_made() -> None:
