@@ -136,7 +136,7 @@ def show_rollouts(data: Path, name: str, *, contact_s: float, as_json: bool) -> 
         show(found, _rollout_text(found), as_json=as_json)
         return
     every = client.get("/v1/rollouts")
-    show(every, columns(every, ("name", "state", "stage", "in_stage", "adopted", "target")), as_json=as_json)
+    show(every, columns(every, ("name", "model", "state", "stage", "in_stage", "adopted", "target")), as_json=as_json)
 
 
 def abort_rollout(data: Path, name: str, *, contact_s: float, as_json: bool) -> None:

@@ -282,6 +282,7 @@ class Device:
             running=self.running.digest,
             state=self.state,
             root=self.installation.file_root(),
+            model=self.model,
         )
 
     async def _report(self) -> None:

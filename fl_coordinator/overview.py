@@ -119,6 +119,7 @@ class Overview:
                     devices=running[record.manifest],
                     withdrawn=record.manifest in withdrawn,
                     round_id=record.round_id,
+                    model=record.model,
                 )
                 for record in releases
             ),
@@ -132,7 +133,7 @@ class Overview:
 
     def _rollout_state(self, found: Rollout, now: float) -> RolloutState:
         plan = rollouts.plan_of(found, self._ledger.withdrawn(found.model), now)
-        records = self._ledger.devices()
+        records = self._ledger.followers(found.model)
         traits: list[DeviceTraits] = [record.traits for record in records]
         eligible = [one for one in traits if any(matches(cohort, one) for cohort in plan.cohorts)]
         in_stage = {one.device_id for one in eligible if assign(plan, one).arm == "target"}
@@ -154,6 +155,7 @@ class Overview:
         return RolloutState(
             name=found.name,
             state=found.state,
+            model=found.model,
             stage=found.stage,
             stages=tuple(
                 f"{stage.devices} devices" if stage.devices is not None else f"{stage.share or 0.0:.0%}"

@@ -190,7 +190,7 @@ class Reception:
             raise Untrusted(f"hello of {device_id}: not enrolled here, or revoked")
         record = self._ledger.device(device_id)
         running = hello.running[:64]
-        self._ledger.heard(device_id, self._clock(), running=running, state=hello.state[:32])
+        self._ledger.heard(device_id, self._clock(), running=running, state=hello.state[:32], model=hello.model[:64])
         there = self._publisher.release_of_root(hello.root)
         self._look_at_file(record, hello.root[:64], there)
         base = there.manifest if there is not None else running

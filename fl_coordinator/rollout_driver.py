@@ -93,7 +93,9 @@ class RolloutDriver:
             tenant=self._tenant,
             target=manifest,
             stable=self._ledger.stable(spec.model),
-            devices=[(device.traits, now - device.last_seen <= AWAKE_S) for device in self._ledger.devices()],
+            devices=[
+                (device.traits, now - device.last_seen <= AWAKE_S) for device in self._ledger.followers(spec.model)
+            ],
             serial=self._next_serial(spec.model),
             withdrawn=self._ledger.withdrawn(spec.model),
             now=now,
@@ -157,7 +159,7 @@ class RolloutDriver:
         """How the arms of this rollout do, at `now`. Blocking."""
         devices = [
             DeviceStanding(record.traits, record.last_seen, record.running, record.safe_mode)
-            for record in self._ledger.devices()
+            for record in self._ledger.followers(found.model)
         ]
         summaries = self._ledger.summaries([found.target, found.stable], found.first_serial)
         outcomes = [o for o in self._ledger.outcomes(found.target) if o.received >= found.created]

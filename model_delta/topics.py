@@ -51,7 +51,7 @@ def device_of(topic: str) -> str:
 class Hello(msgspec.Struct, frozen=True):
     """Who is here, said once a connection. `running`: the version that answers, by manifest digest. `root`: the Merkle
     root of the file that stands on the device, which names a release unless the file was damaged or changed; "" when
-    there is no file, or from a program that does not say."""
+    there is no file, or from a program that does not say. `model`: whose plans it follows; "" from an older one."""
 
     device_id: str
     device_class: str = ""
@@ -59,6 +59,7 @@ class Hello(msgspec.Struct, frozen=True):
     running: str = ""
     state: str = ""
     root: str = ""
+    model: str = ""
 
 
 class ChunkRequest(msgspec.Struct, frozen=True):

@@ -43,6 +43,7 @@ class ReleaseState(msgspec.Struct, frozen=True, kw_only=True):
     devices: int = 0
     withdrawn: bool = False
     round_id: str = ""
+    model: str = ""
 
 
 class RolloutEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +69,7 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
     eligible: int = 0
     in_stage: int = 0
     adopted: int = 0
+    model: str = ""
     health: dict[str, dict[str, float]] = {}
     history: tuple[RolloutEvent, ...] = ()
 

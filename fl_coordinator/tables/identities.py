@@ -13,7 +13,7 @@ from model_delta.errors import NotFound
 
 _DEVICE_COLUMNS = (
     "device_id, kind, tenant, device_class, region, labels, certificate, certificate_serial, enrolled, last_seen,"
-    " running, state, safe_mode, plan_serial, dropped, lost_requests"
+    " running, state, safe_mode, plan_serial, dropped, lost_requests, model"
 )
 
 
@@ -54,17 +54,23 @@ class Identities(LedgerFile):
         rows = self._rows(f"SELECT {_DEVICE_COLUMNS} FROM devices WHERE kind = ? ORDER BY device_id", (kind,))
         return [_device(row) for row in rows]
 
+    def followers(self, model: str) -> list[DeviceRecord]:
+        """The devices that a plan of `model` may mean: those that follow it, and those that never said what they do."""
+        return [record for record in self.devices() if record.model in ("", model)]
+
     def groups_of(self, round_id: str, trait: str) -> dict[str, int]:
         """How many contributions of a round came from devices that were enrolled with each value of a trait."""
         query = f"SELECT {_DEVICE_COLUMNS} FROM devices JOIN contributions USING (device_id) WHERE round_id = ?"
         return dict(Counter(_device(row).trait(trait) for row in self._rows(query, (round_id,))))
 
-    def heard(self, device_id: str, now: float, *, running: str, state: str) -> None:
-        """A device said hello. Its traits are those of its enrolment: a hello cannot move it to another cohort."""
+    def heard(self, device_id: str, now: float, *, running: str, state: str, model: str = "") -> None:
+        """A device said hello. Its traits are those of its enrolment: a hello cannot move it to another cohort, only
+        (by another `model`) out of every cohort of a model."""
         with self._write() as db:
             db.execute(
-                "UPDATE devices SET last_seen = MAX(last_seen, ?), running = ?, state = ? WHERE device_id = ?",
-                (now, running, state, device_id),
+                "UPDATE devices SET last_seen = MAX(last_seen, ?), running = ?, state = ?, model = ?"
+                " WHERE device_id = ?",
+                (now, running, state, model, device_id),
             )
 
     def directed(self, device_id: str) -> dict[str, Directed]:
@@ -136,4 +142,5 @@ def _device(row: Any) -> DeviceRecord:
         plan_serial=row[13],
         dropped=row[14],
         lost_requests=row[15],
+        model=row[16],
     )

@@ -52,6 +52,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     plan_serial: int = 0
     dropped: int = 0
     lost_requests: int = 0
+    model: str = ""
 
     def trait(self, name: str) -> str:
         """The device's class, or one of its labels; "" when it was enrolled without."""

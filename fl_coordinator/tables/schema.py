@@ -78,7 +78,11 @@ CREATE TABLE round_memories (
     name TEXT PRIMARY KEY, model TEXT NOT NULL, policy TEXT NOT NULL, rounds INTEGER NOT NULL, memory BLOB NOT NULL);
 """
 
-SCHEMAS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5, _SCHEMA_6)
+_SCHEMA_7 = """
+ALTER TABLE devices ADD COLUMN model TEXT NOT NULL DEFAULT '';
+"""
+
+SCHEMAS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5, _SCHEMA_6, _SCHEMA_7)
 """In order; the first makes an empty file a ledger of version 1."""
 
 

@@ -1,4 +1,5 @@
-// What a version is called, which colour it has everywhere on the page, and what it is to the fleet.
+// What a version is called (with its model where there are several), which colour it has everywhere on the page, and
+// what it is to the fleet.
 import {chip, element, swatch} from "./dom.js";
 
 const PALETTE = ["--v0", "--v1", "--v2", "--v3", "--v4", "--v5", "--v6", "--v7"];
@@ -6,18 +7,22 @@ const PALETTE = ["--v0", "--v1", "--v2", "--v3", "--v4", "--v5", "--v6", "--v7"]
 // Versions by manifest digest: {label, colour, role}. A role is stable, canary, target or withdrawn; or "".
 export function versionsOf(state) {
   const found = new Map();
+  const several = new Set(state.releases.map((release) => release.model)).size > 1;
+  const label = (release) => several ? `${release.model} ${release.version}` : release.version;
   [...state.releases].sort((a, b) => a.release - b.release).forEach((release, index) => found.set(release.manifest,
-    {label: release.version, colour: PALETTE[index % PALETTE.length], role: release.withdrawn ? "withdrawn" : ""}));
+    {label: label(release), colour: PALETTE[index % PALETTE.length], role: release.withdrawn ? "withdrawn" : ""}));
   const give = (manifest, role) => {
     const version = found.get(manifest);
     if (version && version.role === "") version.role = role;
   };
-  const newest = state.rollouts[state.rollouts.length - 1];
-  if (!newest) return found;
+  for (const newest of new Map(state.rollouts.map((rollout) => [rollout.model, rollout])).values()) giveRoles(newest, give);
+  return found;
+}
+
+function giveRoles(newest, give) {
   if (newest.state === "completed") give(newest.target, "stable");
   else if (isLive(newest) && newest.target !== newest.stable) give(newest.target, newest.stage === 0 ? "canary" : "target");
   give(newest.stable, isLive(newest) || newest.state !== "completed" ? "stable" : "");
-  return found;
 }
 
 export const isLive = (rollout) => rollout.state === "running" || rollout.state === "paused";

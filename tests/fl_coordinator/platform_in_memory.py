@@ -215,17 +215,17 @@ class Platform:
         self.log.close()
         self.open()
 
-    def device(self, device_id: str, **traits: str) -> Device:
+    def device(self, device_id: str, model: str = "fraud", **traits: str) -> Device:
         """Enrol a device and connect it."""
-        self.devices[device_id] = Device(self, device_id, traits)
+        self.devices[device_id] = Device(self, device_id, traits, model)
         return self.devices[device_id]
 
 
 class Device:
     """A device as the coordinator sees it: follows plans at once, reports, asks for keys, contributes."""
 
-    def __init__(self, platform: Platform, device_id: str, traits: dict[str, str]) -> None:
-        self.platform, self.device_id = platform, device_id
+    def __init__(self, platform: Platform, device_id: str, traits: dict[str, str], model: str = "fraud") -> None:
+        self.platform, self.device_id, self.model = platform, device_id, model
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.sealing = X25519PrivateKey.generate()
         self.traits = {"device_class": "pos", "region": "eu-west", **traits}
@@ -240,9 +240,9 @@ class Device:
         self.task: RoundTask | None = None
         self.plan_serial = 0
         self.link = platform.broker.link(device_id)
-        self.link.subscribe(topics.plan_topic("acme", "fraud"), self._on_plan)
+        self.link.subscribe(topics.plan_topic("acme", model), self._on_plan)
         for region in ("", self.traits["region"]):
-            self.link.subscribe(topics.round_topic("acme", "fraud", region), self._on_task)
+            self.link.subscribe(topics.round_topic("acme", model, region), self._on_task)
         for channel in ("ack", "receipt", "key"):
             self.link.subscribe(topics.down(device_id, channel), self._on_down)
 
@@ -261,13 +261,13 @@ class Device:
 
     def _on_plan(self, topic: str, data: bytes) -> None:
         anchors = self.platform.keyring.anchors()
-        plan, self.trust = accept_plan(data, "fraud", anchors, self.trust, self.platform.clock())
+        plan, self.trust = accept_plan(data, self.model, anchors, self.trust, self.platform.clock())
         traits = DeviceTraits(self.device_id, "acme", self.traits["device_class"], self.traits["region"])
         self.running, self.plan_serial = assign(plan, traits).manifest, plan.serial
 
     def _on_task(self, topic: str, data: bytes) -> None:
         anchors = self.platform.keyring.anchors()
-        self.task, self.trust = accept_task(data, "fraud", anchors, self.trust, self.platform.clock())
+        self.task, self.trust = accept_task(data, self.model, anchors, self.trust, self.platform.clock())
 
     def _on_down(self, topic: str, data: bytes) -> None:
         channel = topic.rsplit("/", 1)[1]
@@ -313,6 +313,7 @@ class Device:
             "running": self.running,
             "root": self.root,
             "state": "IDLE",
+            "model": self.model,
             **self.traits,
         }
         await self.link.publish(topics.up(self.device_id, "hello"), pack(hello))

@@ -72,6 +72,31 @@ async def test_a_canary_grows_from_one_device_to_all(tmp_path: Path) -> None:
 
 
 @on_a_loop
+async def test_devices_of_another_model_are_in_nobodys_canary(tmp_path: Path) -> None:
+    """Two models on one platform: each is rolled out to those that follow it, and completes."""
+    platform = Platform(tmp_path)
+    ours = fleet(platform, 3)
+    others = [platform.device(f"pi-{number:04}", model="ranking") for number in range(9)]
+    async with platform.running() as coordinator:
+        for device in (*ours, *others):
+            await device.hello()
+        await adopt_first(platform, ours)
+        await coordinator.publish(fraud_model(1), model="ranking")
+        await coordinator.start_rollout(FIRST.replace("first", "ranks").replace("model: fraud", "model: ranking"))
+        second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
+        await coordinator.start_rollout(CANARY.replace("NAME", "second"))
+        await until(lambda: len(running(platform, second)) == 1)
+        for _ in range(200):
+            await report_all(platform, [*ours, *others])
+            await asyncio.sleep(0.03)
+            if state_of(platform, "second") == state_of(platform, "ranks") == "completed":
+                break
+        shown = {one.name: (one.state, one.in_stage, one.adopted) for one in coordinator.snapshot().rollouts}
+        assert shown["second"] == ("completed", 3, 3)
+        assert shown["ranks"] == ("completed", 9, 9)
+
+
+@on_a_loop
 async def test_a_slow_version_is_stopped_at_the_canary_and_never_comes_back(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     devices = fleet(platform, 8)

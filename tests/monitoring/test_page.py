@@ -97,6 +97,19 @@ def test_everything_is_shown_and_nothing_goes_wrong(live: LivePage, page: Page) 
 SCRIPTS = ("page.js", "dom.js", "trend.js", "versions.js", "fleet.js", "panels.js")
 
 
+def test_versions_of_two_models_have_two_names_and_a_stable_one_each(page: Page) -> None:
+    state = sample_snapshot()
+    other = replace(state.releases[0], model="ranking", manifest="7" * 64)
+    done = replace(state.rollouts[0], name="ranks", model="ranking", state="completed", target=other.manifest)
+    ours = tuple(replace(one, model="fraud") for one in state.rollouts)
+    releases = tuple(replace(one, model="fraud") for one in state.releases)
+    with LivePage(replace(state, releases=(*releases, other), rollouts=(*ours, done))).serving() as live:
+        opened(page, live)
+        shown = [text.split("\t")[0] for text in texts(page, "#releases tbody tr")]
+        assert {"fraud eu-west:1 stable", "ranking eu-west:1 stable"} <= set(shown)
+        assert texts(page, "#legend li")[0].startswith("fraud eu-west:1 43")
+
+
 def test_text_from_outside_stays_text(live: LivePage, page: Page) -> None:
     opened(page, live)
     page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")

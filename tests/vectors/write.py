@@ -172,6 +172,7 @@ def _manifests(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     yield "delivery_with_a_patch_of_no_format.cbor", _plus(delivery, dense=[nameless])
     hello = Hello(DEVICE, "pos", "eu-west", TARGET, "IDLE", manifest.merkle_root)
     yield "hello.cbor", pack(hello)
+    yield "hello_of_a_model.cbor", pack(msgspec.structs.replace(hello, model=MODEL))
     yield "hello_without_a_root.cbor", pack({k: v for k, v in unpack_plain(pack(hello)).items() if k != "root"})
     yield "hello_with_a_number_for_a_root.cbor", _plus(hello, root=7)
 
