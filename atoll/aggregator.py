@@ -35,7 +35,8 @@ from monitoring.metrics import Metrics
 REGISTER_PAUSE_S = 0.5
 PEER_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 10.0
-COMMAND_DEADLINE_S = 600.0
+COMMAND_DEADLINE_S = 3_660.0
+"""Longer than any attempt may take (`aggregation_s`), which ends by itself."""
 
 
 def run_aggregator(

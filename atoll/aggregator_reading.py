@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from urllib.parse import quote
 
 import httpx
 
@@ -36,8 +37,9 @@ class CoordinatorClient:
 
     async def announcement(self, round_id: str) -> bytes:
         """The packed signed announcement of a round that has not ended. Raises NotFound, Unavailable, Malformed."""
+        named = quote(round_id, safe="")  # it may come from a record in the log that anybody wrote
         return await self._get(
-            f"/v1/rounds/{round_id}/announcement", f"announcement of round {round_id}", ANNOUNCEMENT_BYTES_MAX
+            f"/v1/rounds/{named}/announcement", f"announcement of round {named[:200]}", ANNOUNCEMENT_BYTES_MAX
         )
 
     async def contribution(self, round_id: str, digest: str) -> bytes:

@@ -9,7 +9,8 @@ Rules of the line:
 * the session is persistent (Clean Start 0, expiry 120 days), so that a broker restart or a long absence loses nothing;
 * a broker that is away is retried for ever with jittered exponential backoff; `connected` tells the truth meanwhile;
 * subscriptions are renewed on every connect, so retained messages come again and a lost session heals itself;
-* `publish` is at least once: after `Unavailable` the message may still arrive.
+* `publish` is at least once: after `Unavailable` the message may still arrive. What was handed to the network and not
+  acknowledged yet is bounded, and not handed over a second time: on a slow line a repeated contribution would queue up.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import msgspec
 from paho.mqtt import client as paho
@@ -32,9 +33,12 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from model_delta.errors import Malformed, Unavailable
+from model_delta.topics import PACKET_BYTES_MAX
 
 SESSION_EXPIRY_S = 120 * 86_400
-PACKET_BYTES_MAX = 1_000_000
+UNACKNOWLEDGED_BYTES_MAX = 64_000_000
+"""What waits for a broker that does not acknowledge: beyond it nothing more is sent."""
+_MESSAGE_COST = 256
 Handler = Callable[[str, bytes], None]
 
 _log = logging.getLogger(__name__)
@@ -58,6 +62,15 @@ class TlsFiles(msgspec.Struct, frozen=True):
     ca: Path
     certificate: Path
     key: Path
+
+
+class _Sent(NamedTuple):
+    """A message that the broker has not acknowledged; `refusal` comes with its answer."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    refusal: asyncio.Future[str]
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:
@@ -104,7 +117,7 @@ class MqttLink:
         self._rng = rng or random.Random()  # jitter only
         self._failures = 0
         self._handlers: dict[str, list[Handler]] = {}
-        self._waiting: dict[int, asyncio.Future[str]] = {}
+        self._unacknowledged: dict[int, _Sent] = {}
         self._up = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client = self._make_client(tls, connect_timeout_s)
@@ -189,26 +202,32 @@ class MqttLink:
             raise Malformed(f"publish to {topic}: at most {PACKET_BYTES_MAX} bytes in a packet, found {len(payload)}")
         if self._loop is None:
             raise Unavailable(f"publish to {topic}: the link is not open")
-        acknowledged: asyncio.Future[str] = self._loop.create_future()
-        mid = 0
         try:
             async with asyncio.timeout(self._publish_deadline_s):
                 await self._up.wait()
-                info = self._client.publish(topic, payload, qos=1, retain=retain)
-                if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-                    raise Unavailable(f"publish to {topic}: too many messages wait for the broker")
-                mid = info.mid  # the acknowledgement is handled in this loop, so it cannot overtake the next line
-                self._waiting[mid] = acknowledged
-                refusal = await acknowledged
+                refusal = await asyncio.shield(self._send(topic, payload, retain, self._loop))
         except TimeoutError:
             raise Unavailable(
                 f"publish to {topic}: no acknowledgement by {self.host}:{self.port} in {self._publish_deadline_s:g} s"
             ) from None
-        finally:
-            if self._waiting.get(mid) is acknowledged:
-                del self._waiting[mid]
         if refusal:
             raise Unavailable(f"publish to {topic}: refused by {self.host}:{self.port}: {refusal}")
+
+    def _send(self, topic: str, payload: bytes, retain: bool, loop: asyncio.AbstractEventLoop) -> asyncio.Future[str]:
+        """Hand a message to the network, unless it is there already; the broker's answer to it."""
+        waiting = 0
+        for sent in self._unacknowledged.values():
+            if (sent.topic, sent.retain) == (topic, retain) and sent.payload == payload:
+                return sent.refusal
+            waiting += len(sent.payload) + _MESSAGE_COST
+        if waiting + len(payload) + _MESSAGE_COST > UNACKNOWLEDGED_BYTES_MAX:
+            raise Unavailable(f"publish to {topic}: {waiting} bytes wait for {self.host}:{self.port} to acknowledge")
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise Unavailable(f"publish to {topic}: too many messages wait for the broker")
+        # The acknowledgement is handled in this loop, so it cannot overtake the next line.
+        self._unacknowledged[info.mid] = _Sent(topic, payload, retain, loop.create_future())
+        return self._unacknowledged[info.mid].refusal
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
         """Call `handler(topic, payload)` for matching messages, from now on and after every reconnect."""
@@ -239,15 +258,15 @@ class MqttLink:
                         _log.exception("link of %s: handler of %s failed", self.client_id, topic_filter)
 
     def _acknowledge(self, mid: int, refusal: str) -> None:
-        waiting = self._waiting.pop(mid, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(refusal)
+        sent = self._unacknowledged.pop(mid, None)
+        if sent is not None and not sent.refusal.done():
+            sent.refusal.set_result(refusal)
 
     def _fail_waiting(self, reason: str) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            if not future.done():
-                future.set_result(reason)
+        waiting, self._unacknowledged = self._unacknowledged, {}
+        for sent in waiting.values():
+            if not sent.refusal.done():
+                sent.refusal.set_result(reason)
 
     # -- the network thread
 

@@ -9,6 +9,9 @@ in one piece with the contribution. So after a power cut either both are there o
 velocity once. It says as much about the device's payments as an update does; it stays where they are. A device that
 sits a round out begins anew from zeros, so that no velocity can make training fail for ever.
 
+Deciding does not depend on learning: whatever goes wrong in a round, be it a disk that is full or a step that nobody
+can compute, the device sits that round out and goes on answering.
+
 A round's base need not be the version that answers: a device that runs another version of the model fetches the base
 as it would fetch an update (a patch, as a rule), trains from it, and goes on answering with its own. A device without a
 version that may answer sits the round out.
@@ -36,7 +39,7 @@ from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.digest import digest_of, require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Expired, SignatureInvalid, Unavailable
+from model_delta.errors import AtollError, Expired, Malformed, SignatureInvalid, Unavailable
 from model_delta.task import RoundTask
 from model_delta.topics import ContributionReceipt, down, up
 from model_delta.trust.updater import TrustState, accept_task
@@ -48,6 +51,11 @@ Train = Callable[[bytes, RoundTask, bytes, Floats, Floats, Floats, np.random.Gen
 
 BaseFile = Callable[[str, Mapping[str, bytes]], Awaitable[bytes]]
 """The checked file of a version by digest, given files at hand besides those installed."""
+
+STEPS_MAX = 100_000
+BATCH_MAX = 100_000
+"""The most of either that a coordinator announces (`rounds.RoundSpec`); whoever announces more means to keep devices
+busy."""
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +113,7 @@ class Participation:
         self._last_base: dict[str, bytes] = {}
         self.refused = 0
         self.last_refusal = ""
-        self.record = _read(path)
+        self.record, self._forgot = _read(path)
 
     def announced(self, topic: str, payload: bytes) -> None:
         """A round announcement has arrived; an unbelievable one is counted and otherwise ignored. One that is signed by
@@ -164,10 +172,15 @@ class Participation:
                     _log.info("%s: round %s: %s", self._device_id, task.round_id, error)
                 except AtollError as error:
                     self._give_up(task, str(error))
+                except Exception as error:  # of the step, the disk, the data: no reason to stop deciding
+                    _log.exception("%s: round %s", self._device_id, task.round_id)
+                    self._give_up(task, f"{type(error).__name__}: {error}")
             await wait_at_most(self._changed, pause)
 
     async def _take_part(self, task: RoundTask) -> float | None:
         """One attempt; seconds until the next is due, or None when there is nothing left to do."""
+        if self._forgot:
+            raise Malformed(f"{self._path}: {self._forgot}; what was sent to this round is not known any more")
         if self.record.round_id != task.round_id:
             if self._running.blocked(self._clock()):
                 return 1.0  # a version may still be adopted before the round closes
@@ -179,6 +192,11 @@ class Participation:
 
     async def _prepare(self, task: RoundTask) -> None:
         """Train, share and store the one contribution to this round."""
+        if not (0 <= task.steps <= STEPS_MAX and 0 < task.batch_size <= BATCH_MAX):
+            raise Malformed(
+                f"round {task.round_id}: expected up to {STEPS_MAX} steps of up to {BATCH_MAX} payments, found "
+                f"{task.steps} of {task.batch_size}"
+            )
         graph = await self._graph(task.training_graph)
         file = await self._base_file(task.base, self._last_base)
         self._last_base = {task.base: file}
@@ -211,12 +229,17 @@ class Participation:
         return self._graphs[digest]
 
     def _give_up(self, task: RoundTask, reason: str) -> None:
-        _log.warning("%s: sits out round %s: %s", self._device_id, task.round_id, reason)
-        self._write(RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300]))
+        _log.warning("%s: sits out round %s: %s", self._device_id, task.round_id, reason[:300])
+        record = RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300])
+        try:
+            self._write(record)
+        except (AtollError, OSError) as error:  # as long as this process lives it is remembered all the same
+            self.record = record
+            _log.warning("%s: round %s: %s", self._device_id, task.round_id, error)
 
     def _write(self, record: RoundRecord) -> None:
         replace_file(self._path, pack(record))
-        self.record = record
+        self.record, self._forgot = record, ""
 
 
 def _layout(task: RoundTask) -> str:
@@ -224,5 +247,13 @@ def _layout(task: RoundTask) -> str:
     return digest_of(pack([[parameter.tensor, list(parameter.shape)] for parameter in task.parameters]))
 
 
-def _read(path: Path) -> RoundRecord:
-    return unpack(path.read_bytes(), RoundRecord) if path.exists() else RoundRecord()
+def _read(path: Path) -> tuple[RoundRecord, str]:
+    """The record, and what is wrong with the file where it cannot be read. The round that is open then is sat out: a
+    second, different contribution must not leave the device."""
+    try:
+        return unpack(path.read_bytes(), RoundRecord), ""
+    except FileNotFoundError:
+        return RoundRecord(), ""
+    except (Malformed, OSError) as error:
+        _log.error("%s: %s; the next round is sat out", path, error)
+        return RoundRecord(), str(error)[:200]

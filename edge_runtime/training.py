@@ -40,6 +40,8 @@ def base_vector(file: bytes, task: RoundTask) -> Vector:
     does not hold what the task names.
     """
     stored = {tensor.name: tensor for tensor in stored_tensors(file)}
+    if len({parameter.tensor for parameter in task.parameters}) != len(task.parameters):
+        raise Malformed(f"round {task.round_id}: expected each tensor of the base once, found one twice")
     parts: list[Vector] = []
     for parameter in task.parameters:
         for name in filter(None, (parameter.tensor, parameter.scale)):
@@ -51,8 +53,12 @@ def base_vector(file: bytes, task: RoundTask) -> Vector:
                 f"round {task.round_id}: {parameter.tensor} has shape {tuple(value.shape)}, expected {parameter.shape}"
             )
         if parameter.scale:
-            scale = read_tensor(file, stored[parameter.scale]).astype(np.float32)
-            value = value.astype(np.float32) * scale.reshape(-1)
+            scale = read_tensor(file, stored[parameter.scale]).astype(np.float32).reshape(-1)
+            if value.shape[-1:] != scale.shape:
+                raise Malformed(
+                    f"round {task.round_id}: {parameter.scale} has {scale.size} scales, expected {value.shape[-1:]}"
+                )
+            value = value.astype(np.float32) * scale
         parts.append(value.astype(np.float32).reshape(-1))
     vector = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     if len(vector) != task.length:

@@ -79,9 +79,9 @@ def refuse(offered: Offered, round_: OpenRound | None, now: float) -> Refusal | 
         return Refusal(offered.flaw, offered.flaw_text)
     if round_ is None or offered.round_id != round_.round_id:
         wanted = "no round is open" if round_ is None else f"the round is {round_.round_id}"
-        return Refusal("wrong round", f"contribution to {offered.round_id!r}: {wanted}")
+        return Refusal("wrong round", f"contribution to {offered.round_id[:200]!r}: {wanted}")
     if offered.base != round_.base:
-        return Refusal("wrong base", f"trained on {offered.base[:16]}…, the round is on {round_.base[:16]}…")
+        return Refusal("wrong base", f"trained on {offered.base[:16]!r}…, the round is on {round_.base[:16]}…")
     if offered.length != round_.length:
         return Refusal("wrong length", f"expected {round_.length} parameters, found {offered.length}")
     if offered.mismatch:

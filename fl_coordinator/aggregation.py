@@ -95,26 +95,28 @@ def apply_mean(base: NDArray[np.float32], mean: NDArray[np.float32], rate: float
 
 
 def _verified(reply: Mapping[str, Any], task: RoundTask) -> tuple[Opening, bytes, bytes]:
-    try:
-        envelope = open_envelope(bytes(reply["opening"]))
-        first, second = bytes(reply["first"]), bytes(reply["second"])
-    except (KeyError, TypeError):
-        raise Malformed(f"round {task.round_id!r}: expected a reply with opening, first and second") from None
+    opening, first, second = (reply.get(key) for key in ("opening", "first", "second"))
+    if not (isinstance(opening, bytes) and isinstance(first, bytes) and isinstance(second, bytes)):
+        raise Malformed(
+            f"{str(reply.get('aggregator'))[:64]!r}: round {task.round_id!r}: expected a reply with the bytes of "
+            "opening, first and second"
+        )
+    envelope = open_envelope(opening)
     keys = {key_id(key): key for key in (load_public_key(entry.verifying) for entry in task.aggregators)}
-    opening = unpack(verify(envelope, OPENING_TYPE, keys), Opening)
-    if not 0 <= opening.index < PARTIES or task.aggregators[opening.index].name != opening.aggregator:
-        raise Untrusted(f"{opening.aggregator}: is not aggregator {opening.index} of round {task.round_id!r}")
-    own = load_public_key(task.aggregators[opening.index].verifying)
+    opened = unpack(verify(envelope, OPENING_TYPE, keys), Opening)
+    if not 0 <= opened.index < PARTIES or task.aggregators[opened.index].name != opened.aggregator:
+        raise Untrusted(f"{opened.aggregator}: is not aggregator {opened.index} of round {task.round_id!r}")
+    own = load_public_key(task.aggregators[opened.index].verifying)
     verify(envelope, OPENING_TYPE, {key_id(own): own})
-    for number, data, digest in ((1, first, opening.first), (2, second, opening.second)):
+    for number, data, digest in ((1, first, opened.first), (2, second, opened.second)):
         if digest != (digest_of(data) if data else ""):
-            raise Untrusted(f"{opening.aggregator}: share {number} of the sum is not the one it signed")
+            raise Untrusted(f"{opened.aggregator}: share {number} of the sum is not the one it signed")
         if data and len(data) != WORD_BYTES * task.length:
             raise Untrusted(
-                f"{opening.aggregator}: share {number} of the sum: expected {WORD_BYTES * task.length} bytes, "
+                f"{opened.aggregator}: share {number} of the sum: expected {WORD_BYTES * task.length} bytes, "
                 f"found {len(data)}"
             )
-    return opening, first, second
+    return opened, first, second
 
 
 def _require_same_decision(decisions: list[bytes], names: list[str]) -> None:

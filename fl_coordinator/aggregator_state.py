@@ -6,6 +6,7 @@ opened. Everything is written whole or not at all (`model_delta.store`).
 
 from __future__ import annotations
 
+import logging
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from fl_coordinator.round_command import KEPT_S, RoundCommand
 from fl_coordinator.shares.fixed_point import Rng
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack, unpack_plain
-from model_delta.errors import NotFound, Untrusted
+from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.store import DirectoryStore
 from model_delta.task import RoundTask, terms_of
+
+_log = logging.getLogger("atoll.aggregator")
 
 
 class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +98,12 @@ class AggregatorState:
     def forget_old_rounds(self, now: float) -> None:
         """Rounds that would be refused by their age anyway need no memory."""
         for name in self.store.names("round"):
-            if unpack(self.store.get("round", name), RoundProgress).deadline + 2 * KEPT_S < now:
+            try:
+                progress = unpack(self.store.get("round", name), RoundProgress)
+            except Malformed as error:  # of a round of its own: no reason to refuse all others
+                _log.error("%s: what is remembered of round %s: %s", self._name, name[:16], error)
+                continue
+            if progress.deadline + 2 * KEPT_S < now:
                 self.store.remove("reply", name)
                 self.store.remove("round", name)
 

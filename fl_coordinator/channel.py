@@ -8,6 +8,8 @@ message can be lost or repeated, but not read, changed, or passed off as another
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -19,19 +21,24 @@ from fl_coordinator.shares.fixed_point import Rng
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, Untrusted
 
+NAME_CHARS_MAX = 1_024
+
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
 
+_Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARS_MAX)]
+
 
 class ChannelMessage(msgspec.Struct, frozen=True):
-    """A sealed message and where it belongs: its round, attempt, step, sender and receiver (names)."""
+    """A sealed message and where it belongs: its round, attempt, step, sender and receiver (names). Whoever holds many
+    counts their boxes: all else is short."""
 
-    round_id: str
+    round_id: _Name
     attempt: int
-    step: str
-    sender: str
-    receiver: str
-    nonce: bytes
+    step: _Name
+    sender: _Name
+    receiver: _Name
+    nonce: Annotated[bytes, msgspec.Meta(max_length=_NONCE_BYTES)]
     box: bytes
 
 

@@ -162,10 +162,15 @@ def _read_reply(body: Mapping[str, Any], nodes: Sequence[str]) -> tuple[dict[str
         raise Malformed("Flower reply: expected `replies` and `failures`, two objects keyed by node name")
     for node in nodes:
         if node in armoured:
-            answer = unpack_plain(_disarm(armoured[node]))
-            if not isinstance(answer, dict):
-                raise Malformed(f"Flower reply of {node}: expected a map, found {type(answer).__name__}")
-            replies[node] = answer
+            try:
+                answer = unpack_plain(_disarm(armoured[node]))
+            except Malformed as error:  # the node's own doing: it is named, and the others' answers count
+                failures[node] = f"sent an answer that cannot be read: {error}"[:500]
+                continue
+            if isinstance(answer, dict):
+                replies[node] = answer
+            else:
+                failures[node] = f"sent an answer that is no map but {type(answer).__name__}"
         else:
             failures[node] = str(reasons.get(node, "is missing from the ServerApp's answer"))[:500]
     return replies, failures

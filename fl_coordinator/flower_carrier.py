@@ -25,6 +25,8 @@ SERVER_POLL_WAIT_S = 2.0
 AFTER_FAILURE_S = 3.0
 """How long the other nodes may still take when one has failed: long enough for their reasons to be heard."""
 CARRY_FAILURES_MAX = 3
+ANSWER_BYTES_MAX = 15 * 2**20
+"""Of one node. The answers of three fit into what the coordinator takes at once (`routes.requests.REPLY_BYTES_MAX`)."""
 
 
 def server_app() -> Any:
@@ -130,6 +132,7 @@ class CommandCarrier:
         self._poll_s = poll_s
         self._after_failure_s = after_failure_s
         self._held: dict[str, _Carried] = {}
+        self._singly = False
 
     def run(self) -> None:
         """Carry commands until the process ends. A coordinator that is away is asked again with backoff.
@@ -225,24 +228,31 @@ class CommandCarrier:
                     one.sent[name] = (message_id, online[name].last_activated_at)
 
     def _collect(self) -> None:
+        import httpx
+
         waiting = {
             one.sent[name][0]: (one, name) for one in self._held.values() for name in one.silent if name in one.sent
         }
         if not waiting:
             return
-        for message in self._grid.pull_messages(list(waiting)):
-            one, name = waiting.get(message.metadata.reply_to_message_id, (None, ""))
-            if one is None:
+        for group in [[each] for each in waiting] if self._singly else [list(waiting)]:
+            try:
+                messages = list(self._grid.pull_messages(group))
+            except (OSError, httpx.HTTPError):
+                raise
+            except Exception as error:
+                if not self._singly:
+                    # An answer that Flower cannot put together takes along all that came with it. They are asked for
+                    # again, and from now on each by itself, so that a node which lies fails alone.
+                    self._singly = True
+                    raise
+                one, name = waiting[group[0]]
+                one.failures[name] = f"sent an answer that cannot be put together ({type(error).__name__})"
                 continue
-            if message.has_error():
-                # The node went offline, or its answer was lost on the way: ask again when it is there.
-                del one.sent[name]
-                continue
-            answer = message.content["answer"]
-            if "payload" in answer:
-                one.replies[name] = bytes(answer["payload"])
-            else:
-                one.failures[name] = str(answer.get("error", "sent an answer without content"))
+            for message in messages:
+                if message.metadata.reply_to_message_id in waiting:
+                    one, name = waiting[message.metadata.reply_to_message_id]
+                    _take(message, one, name)
 
     def _deliver(self, one: _Carried) -> bool:
         """Hand over what came of a command; False when the coordinator is away and there is time to try again."""
@@ -254,3 +264,22 @@ class CommandCarrier:
                 return False
             print(f"ServerApp: {error}", flush=True)
         return True
+
+
+def _take(message: Any, one: _Carried, name: str) -> None:
+    """What a node answered, of whatever form."""
+    if message.has_error():
+        # The node went offline, or its answer was lost on the way: ask again when it is there.
+        del one.sent[name]
+        return
+    try:
+        answer = message.content["answer"]
+        payload, reason = answer.get("payload"), str(answer.get("error", "sent an answer without content"))
+    except Exception as error:
+        payload, reason = None, f"sent an answer that makes no sense ({type(error).__name__})"
+    if isinstance(payload, bytes) and len(payload) <= ANSWER_BYTES_MAX:
+        one.replies[name] = payload
+    elif payload is not None:
+        one.failures[name] = f"sent an answer that is not up to {ANSWER_BYTES_MAX} bytes"
+    else:
+        one.failures[name] = reason[:500]

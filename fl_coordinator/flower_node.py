@@ -142,12 +142,13 @@ class FlowerNode:
         """Start what a message asks for, unless it runs or has run already; its id, and what to answer if refused."""
         try:
             record = message.content["command"]
-            command_id, payload = str(record["id"]), unpack_plain(bytes(record["payload"]))
+            command_id, packed = str(record["id"]), record["payload"]
+            payload = unpack_plain(packed) if isinstance(packed, bytes) else packed
             if not isinstance(payload, dict):
                 raise Malformed(f"expected a map, found {type(payload).__name__}")
         except (KeyError, TypeError, ValueError, Malformed) as error:
             return "", {"id": "", "error": f"does not understand the command: {error}"[:500]}
-        if command_id in self._done or command_id in self._works:
+        if command_id in self._works or command_id in self._done:  # in this order: it goes from the one to the other
             return command_id, None
         if len(self._works) >= WORKS_MAX:
             return command_id, {"id": command_id, "error": f"is still busy with {len(self._works)} earlier commands"}

@@ -271,7 +271,7 @@ class SuperLink:
                     await asyncio.to_thread(ensure, True)
                     if await self._watch(ensure, nodes, silent_s, silent_max_s, start_max_s):
                         pause_s = 0.5
-                except Unavailable as error:
+                except (Unavailable, OSError) as error:  # OSError: no process or file handle is left
                     _log.warning("%s; trying again in %.1f s", error, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(10.0, pause_s * 2)

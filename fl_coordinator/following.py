@@ -224,4 +224,6 @@ class Following:
 
     def _refuse(self, entry: KeptContribution, reason: str) -> None:
         self.counts["refused"] += 1
-        _log.info("updates log %s: contribution of %r is not kept: %s", self._log.name, entry.device_id[:64], reason)
+        _log.info(
+            "updates log %s: contribution of %r is not kept: %s", self._log.name, entry.device_id[:64], reason[:300]
+        )

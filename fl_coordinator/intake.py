@@ -21,8 +21,8 @@ from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, re
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
-from fl_coordinator.recorded_rounds import every_round
-from fl_coordinator.rounds import Round, State, newest_of
+from fl_coordinator.recorded_rounds import newest_round
+from fl_coordinator.rounds import Round, State
 from fl_coordinator.shares.bounds import contributions_max
 from fl_coordinator.shares.contribution import (
     CONTRIBUTION_TYPE,
@@ -92,7 +92,7 @@ class Intake:
             self._batches += 1
             self.admitted.notify_all()
         for device_id, receipt in receipts:
-            with contextlib.suppress(Unavailable):
+            with contextlib.suppress(Unavailable, Malformed):  # whose receipt cannot be sent costs nobody else theirs
                 await self._link.publish(topics.down(device_id, "receipt"), pack(receipt))
 
     async def log_from(self, offset: int, wait_s: float) -> LogPart:
@@ -150,7 +150,7 @@ class Intake:
         with contextlib.suppress(NotFound):
             self._ledger.round(offered.round_id)
             self._ledger.count_refusal(offered.round_id, refusal.reason)
-        _log.info("contribution of %s refused: %s: %s", offered.device_id, refusal.reason, refusal.text)
+        _log.info("contribution of %s refused: %s: %s", offered.device_id, refusal.reason, refusal.text[:500])
         return topics.ContributionReceipt(offered.round_id, False, f"{refusal.reason}: {refusal.text}"[:500])
 
     def _offered(self, device_id: str, data: bytes, now: float) -> tuple[Offered, OpenRound | None]:
@@ -159,7 +159,7 @@ class Intake:
         try:
             contribution = parse(data)
             claim = unpack(contribution.claim, Claim)
-            newest = newest_of(every_round(self._ledger), claim.model)
+            newest = newest_round(self._ledger, claim.model)
             if newest is not None and len(data) > size_max(newest.task):
                 raise Malformed(f"expected at most {size_max(newest.task)} bytes, found {len(data)}")
         except Malformed as error:

@@ -27,7 +27,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
 from fl_coordinator.kafka_login import advice, check_properties
-from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart
+from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, RECORD_COST, LogPart
 from model_delta.errors import Malformed, NotFound, Unavailable
 
 PATIENCE_S = 10.0
@@ -122,7 +122,7 @@ class TopicReader:
             try:
                 while left > 0 and (found := self._poll(deadline)) is not None:
                     records.append(found)
-                    at, left = found[0] + 1, left - len(found[1])
+                    at, left = found[0] + 1, left - len(found[1]) - RECORD_COST
                     deadline = time.monotonic() + (_PREFETCHED_S if at < self._end else 0.0)
             except NotFound:  # removed since the bounds were asked: the next call begins behind it
                 if not records:

@@ -12,6 +12,12 @@ def every_round(ledger: Ledger) -> list[Round]:
     return [unpack(packed, Round) for packed in ledger.rounds()]
 
 
+def newest_round(ledger: Ledger, model: str) -> Round | None:
+    """The round of `model` that was announced last. Blocking, and as quick after a thousand rounds as after one."""
+    packed = ledger.newest_round(model)
+    return unpack(packed, Round) if packed is not None else None
+
+
 def recorded_round(ledger: Ledger, round_id: str) -> Round:
     """A round as it stands. Blocking. Raises NotFound."""
     return unpack(ledger.round(round_id), Round)

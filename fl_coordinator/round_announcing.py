@@ -24,16 +24,19 @@ from fl_coordinator.rollout_driver import RolloutDriver
 from fl_coordinator.rounds import Round, RoundSpec, State, newest_of
 from fl_coordinator.rules.policy import remembers
 from fl_coordinator.shares.bounds import fitted, most, require_announceable
+from fl_coordinator.shares.contribution import OVERHEAD_BYTES, size_max
 from fl_coordinator.shares.remembering import RoundMemory, memory_name
+from fl_coordinator.shares.streams import WORD_BYTES
 from fl_coordinator.spending import require_affordable
 from model_delta.digest import digest_of
-from model_delta.encoding import pack
+from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Unavailable
 from model_delta.graphs.training import step_of
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
 from model_delta.task import TASK_TYPE, AggregatorKey, RoundTask
-from model_delta.trust.signing import seal_envelope
+from model_delta.topics import MESSAGE_BYTES_MAX
+from model_delta.trust.signing import open_envelope, seal_envelope
 
 ROLE_ROUND = "round"
 
@@ -112,8 +115,8 @@ class Announcing:
         aggregators = tuple(record.key for record in self._ledger.aggregators()[:AGGREGATORS])
         memory = self._memory(rounds, spec, aggregators)
         issued = int(now)
-        if open_now is not None:
-            issued = max(issued, open_now.task.issued + 1)
+        if open_now is not None:  # its end was announced too, and a clock may have been set back since
+            issued = max(issued, unpack(open_envelope(open_now.announcement).payload, RoundTask).issued + 1)
         enrolled = len(self._ledger.devices())
         task = RoundTask(
             tenant=self._tenant,
@@ -146,6 +149,11 @@ class Announcing:
         )
         task = fitted(task)
         require_announceable(task)
+        if size_max(task) > MESSAGE_BYTES_MAX:
+            raise Malformed(
+                f"round {task.round_id!r}: expected at most {(MESSAGE_BYTES_MAX - OVERHEAD_BYTES) // WORD_BYTES} "
+                f"parameters, found {task.length}: a contribution is one message of at most {MESSAGE_BYTES_MAX} bytes"
+            )
         opened = Round(
             round_id=task.round_id,
             spec=msgspec.structs.replace(spec, base=base, graph=""),

@@ -27,6 +27,7 @@ from fl_coordinator.round_candidate import Candidates
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Command, Event, Round, RoundSpec, State, step
 from fl_coordinator.shares.bounds import contributions_max
+from fl_coordinator.threads import in_thread
 from model_delta import merkle
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, NotFound, Unavailable
@@ -72,6 +73,7 @@ class RoundDriver:
         self._tick_s = tick_s
         self._note = note
         self._publish_soon = publish_soon
+        self._opening_one = asyncio.Lock()
         self._aborted: set[str] = set()
         self._driving: set[str] = set()
 
@@ -90,7 +92,8 @@ class RoundDriver:
     async def open(self, spec: RoundSpec) -> Round:
         """Announce a federated round, or find the one of this name. Raises Malformed for a spec that cannot work,
         Unavailable while another one is open."""
-        opened = await asyncio.to_thread(self._announcing.announced, spec.checked())
+        async with self._opening_one:  # of two askers at once the second sees what the first was given
+            opened = await in_thread(self._announcing.announced, spec.checked())
         self.due.put_nowait(opened.round_id)
         return opened
 
@@ -245,10 +248,11 @@ class RoundDriver:
     async def _collect(self, found: Round) -> tuple[Round, Event]:
         """Wait until all that can come have come, or the deadline."""
         while True:
-            admitted = len(await asyncio.to_thread(self._ledger.contributions, found.round_id))
             able = found.spec.contributions_max or await asyncio.to_thread(self._able, found)
             wanted = min(able, contributions_max(found.task))
             left = found.task.deadline - self._clock()
+            async with self._intake.admitting:  # counted after the clock was read: what came in time counts
+                admitted = len(await asyncio.to_thread(self._ledger.contributions, found.round_id))
             if found.round_id in self._aborted:
                 return found, Event.ABORTED
             if admitted >= found.spec.quorum and (admitted >= wanted or left <= 0):

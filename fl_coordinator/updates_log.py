@@ -2,7 +2,7 @@
 
 `SegmentLog` is the embedded log: files of framed records, appended and flushed before anything is acknowledged.
 
-    frame    length (4 bytes, big-endian) | CRC-32 of the payload (4 bytes, big-endian) | payload
+    frame    length (4 bytes, big-endian) | CRC-32 of the payload (4 bytes, big-endian; see `_checksum`) | payload
     file     NNNNNNNNNNNNNNNNNNNN.log, named by the offset of its first byte in the whole log
 
 An offset is a byte position in the whole log and never changes. A power cut can leave a torn last frame; it was never
@@ -32,6 +32,8 @@ from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 RECORD_BYTES_MAX = 64 * 2**20
 PART_BYTES = 8 * 2**20
 """How much a follower takes at a time; a single record may be longer."""
+RECORD_COST = 256
+"""What a record counts for in a part beside its bytes: a log of very small ones must not make long parts."""
 _HEADER = struct.Struct(">II")
 _PART = struct.Struct(">QQ")
 _RECORD = struct.Struct(">QI")
@@ -96,21 +98,24 @@ class SegmentLog:
 
     def append(self, records: Sequence[bytes]) -> list[int]:
         """Write `records` with one flush to the disk; their offsets. Raises StorageFull with none written."""
-        if self._end - self._start >= self._segment_bytes:
-            self._roll()
         end = self._end
         offsets = []
         try:
+            if self._file.closed:  # something went wrong before, and may have been put right since
+                self._forget(self._end - self._start)
+            if self._end - self._start >= self._segment_bytes:
+                self._roll()
             for record in records:
                 if len(record) > RECORD_BYTES_MAX:
                     raise Malformed(f"updates log: expected at most {RECORD_BYTES_MAX} bytes, found {len(record)}")
                 offsets.append(end)
-                self._file.write(_HEADER.pack(len(record), zlib.crc32(record)) + record)
+                self._file.write(_HEADER.pack(len(record), _checksum(record)) + record)
                 end += _HEADER.size + len(record)
             self._file.flush()
             os.fsync(self._file.fileno())
         except (OSError, Malformed) as error:
-            self._forget(self._end - self._start)
+            with contextlib.suppress(OSError):  # it is tried again before the next record
+                self._forget(self._end - self._start)
             if isinstance(error, Malformed):
                 raise
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -163,7 +168,7 @@ class SegmentLog:
                     if record is None:
                         left = 0
                         break
-                    left -= len(record)
+                    left -= len(record) + RECORD_COST
                     if left < 0 and records:
                         break
                     records.append((at, record))
@@ -198,9 +203,9 @@ class SegmentLog:
         return file
 
     def _roll(self) -> None:
+        following = self._open(self._end)  # before anything changes: there may be no room for another file
         self._file.close()
-        self._start = self._end
-        self._file = self._open(self._start)
+        self._start, self._file = self._end, following
 
     def _cut_torn_tail(self) -> int:
         path = self._path(self._start)
@@ -230,4 +235,10 @@ def _read_frame(file: BinaryIO) -> bytes | None:
     if length > RECORD_BYTES_MAX:
         return None
     record = file.read(length)
-    return record if len(record) == length and zlib.crc32(record) == checksum else None
+    return record if len(record) == length and _checksum(record) == checksum else None
+
+
+def _checksum(record: bytes) -> int:
+    """CRC-32; of an empty record all ones, because a power cut may leave a file with zeros behind its end, and zeros
+    must not be records."""
+    return zlib.crc32(record) if record else 0xFFFF_FFFF

@@ -15,6 +15,10 @@ from typing import Literal
 import msgspec
 
 ROOT = "atoll/1"
+PACKET_BYTES_MAX = 5_000_000
+"""The longest MQTT packet that brokers take and links send: a contribution of a million parameters is one."""
+MESSAGE_BYTES_MAX = PACKET_BYTES_MAX - 4_096
+"""The longest payload, whatever its topic and properties."""
 CHUNK_BYTES = 32_768
 REQUEST_WINDOW = 8
 

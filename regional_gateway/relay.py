@@ -12,7 +12,6 @@ relay may both lose their memory at any moment. A coordinator that has no relays
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -114,15 +113,21 @@ class Relay:
 
     async def run(self) -> None:
         """Keep the broker's retained messages equal to what was taken, until cancelled."""
-        connected, republish_at = False, 0.0
+        connected, republish_at, said = False, 0.0, ""
         while True:
             now = self._clock()
             if not self._link.connected:
                 connected = False
-            elif not connected or now >= republish_at:
-                with contextlib.suppress(Unavailable):
+            elif not connected or not republish_at - REPUBLISH_S <= now < republish_at:  # the clock may be set back
+                try:
                     await self._publish_all()
-                    connected, republish_at = True, now + REPUBLISH_S
+                    connected, republish_at, said = True, now + REPUBLISH_S, ""
+                except Unavailable:
+                    pass  # the broker is away; the next tick tries again
+                except (AtollError, OSError) as error:
+                    if str(error) != said:
+                        said = str(error)
+                        log.warning("relay %s: %s; trying again", self._region, error)
             await asyncio.sleep(self._tick_s)
 
     async def _publish_all(self) -> None:

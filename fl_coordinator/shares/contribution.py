@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -40,7 +41,12 @@ FORMAT = 2
 OVERHEAD_BYTES = 16_384
 """A contribution is at most this much longer than its vector (certificate, seals, signature, header)."""
 
+NAME_CHARS_MAX = 1_024
+"""No name in a claim is longer: names are remembered, asked for and written into logs before anybody is believed."""
+
 _MASKED = PARTIES - 1
+
+_Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARS_MAX)]
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,18 +55,18 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     `terms` is what the device was told of the round (`model_delta.task.terms_of`), "" by an older program."""
 
     format: int = FORMAT
-    tenant: str
-    model: str
-    round_id: str
-    base: str
-    device_id: str
+    tenant: _Name
+    model: _Name
+    round_id: _Name
+    base: _Name
+    device_id: _Name
     length: int
     fraction_bits: int
     certificate: bytes
     sealing_keys: tuple[str, ...]
     sealed: tuple[bytes, ...]
-    masked: str
-    terms: str = ""
+    masked: _Name
+    terms: _Name = ""
 
 
 class Contribution(msgspec.Struct, frozen=True):
@@ -148,7 +154,7 @@ def verify_claim(claim: bytes, signature: bytes, ca_pem: bytes, revoked: Set[int
         raise Malformed(f"contribution: format {found.format}, this reader knows {FORMAT}")
     name, key, _ = device_keys_of(found.certificate, ca_pem, now, frozenset(revoked))
     if name != found.device_id:
-        raise Untrusted(f"contribution of {found.device_id!r}: its certificate names {name!r}")
+        raise Untrusted(f"contribution of {found.device_id[:64]!r}: its certificate names {name!r}")
     try:
         key.verify(signature, pre_authentication_encoding(CONTRIBUTION_TYPE, claim), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
@@ -271,7 +277,7 @@ class _Opened:
 
 def _require_vector(contribution: Contribution, claim: Claim) -> None:
     if digest_of(contribution.masked) != claim.masked:
-        raise Untrusted(f"contribution of {claim.device_id!r}: the masked vector is not the one that was signed")
+        raise Untrusted(f"contribution of {claim.device_id[:64]!r}: the masked vector is not the one that was signed")
 
 
 def _claimed_device(data: bytes) -> str:

@@ -28,8 +28,13 @@ class Rounds(LedgerFile):
             )
 
     def rounds(self) -> list[bytes]:
-        """Packed rounds, oldest first."""
-        return [bytes(row[0]) for row in self._rows("SELECT record FROM rounds ORDER BY created, rowid")]
+        """Packed rounds in the order in which they were announced, whatever the clock did meanwhile."""
+        return [bytes(row[0]) for row in self._rows("SELECT record FROM rounds ORDER BY rowid")]
+
+    def newest_round(self, model: str) -> bytes | None:
+        """The packed round of a model that was announced last."""
+        rows = self._rows("SELECT record FROM rounds WHERE model = ? ORDER BY rowid DESC LIMIT 1", (model,))
+        return bytes(rows[0][0]) if rows else None
 
     def round(self, round_id: str) -> bytes:
         """The packed round. Raises NotFound."""
@@ -94,7 +99,7 @@ class Rounds(LedgerFile):
         """The rounds of a model whose sums were opened as they were, oldest first."""
         query = (
             "SELECT round_id FROM round_results JOIN rounds USING (round_id) WHERE model = ? AND length(mean) > 0 AND "
-            "round_id NOT IN (SELECT round_id FROM privacy_openings) ORDER BY created, rounds.rowid"
+            "round_id NOT IN (SELECT round_id FROM privacy_openings) ORDER BY rounds.rowid"
         )
         return [row[0] for row in self._rows(query, (model,))]
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -213,7 +213,10 @@ def device_keys_of(cert_pem: bytes, ca_pem: bytes, now: float, revoked: Collecti
 
 def key_named_in(cert_pem: bytes) -> ec.EllipticCurvePublicKey:
     """The P-256 key in a certificate that nobody has vouched for yet. Raises Malformed and Untrusted."""
-    key = _load(cert_pem, "device certificate").public_key()
+    try:
+        key = _load(cert_pem, "device certificate").public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:  # the key is parsed only now, whoever wrote it
+        raise Malformed(f"device certificate: expected a P-256 key, found {type(error).__name__}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise Untrusted(f"device certificate: expected a P-256 key, found {type(key).__name__}")
     return key

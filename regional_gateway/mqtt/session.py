@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from model_delta.topics import PACKET_BYTES_MAX
+
 EXPIRY_SECONDS_MAX = 120 * 86_400
 
 SessionKey = tuple[str, str]
@@ -26,7 +28,7 @@ class Limits(msgspec.Struct, frozen=True):
     """
 
     clients_max: int = 10_000
-    packet_bytes_max: int = 1_000_000
+    packet_bytes_max: int = PACKET_BYTES_MAX
     connect_bytes_max: int = 131_072
     receive_max: int = 1_000
     inflight_max: int = 1_000

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime import link as link_module
 from edge_runtime.link import Link, MqttLink, TlsFiles, reconnect_delay_s, topic_matches
 from model_delta.errors import Malformed, Unavailable
-from model_delta.topics import plan_topic, up
+from model_delta.topics import MESSAGE_BYTES_MAX, PACKET_BYTES_MAX, plan_topic, up
 from tests.fakes.link import FakeBroker
 from tests.fakes.real_servers import absent
 
@@ -35,7 +36,8 @@ class Mosquitto:
         self.config = folder / "mosquitto.conf"
         self.config.write_text(
             f"listener {self.port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n"
-            f"user {getpass.getuser()}\npersistence true\npersistence_location {folder}/\nmax_packet_size 1000000\n"
+            f"user {getpass.getuser()}\npersistence true\npersistence_location {folder}/\n"
+            f"max_packet_size {PACKET_BYTES_MAX}\n"
         )
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -201,9 +203,9 @@ def test_too_big_a_message_is_refused_before_it_can_break_the_line(mosquitto: Mo
     async def story() -> None:
         async with link_to(mosquitto, "pos-0004") as link:
             await link.wait_connected(5)
-            with pytest.raises(Malformed, match="at most 1000000 bytes in a packet, found 1000000"):
-                await link.publish("a", bytes(1_000_000))
-            await link.publish("a", bytes(900_000))
+            with pytest.raises(Malformed, match="at most 5000000 bytes in a packet, found 5000000"):
+                await link.publish("a", bytes(PACKET_BYTES_MAX))
+            await link.publish("a", bytes(MESSAGE_BYTES_MAX))
 
     asyncio.run(story())
 
@@ -257,3 +259,36 @@ def test_backoff_grows_is_jittered_and_bounded() -> None:
     assert all(0.125 <= delay <= 15.0 for delay in delays)
     assert min(delays[10:]) >= 7.5
     assert len({round(delay, 6) for delay in delays[10:]}) > 20
+
+
+def test_what_is_not_acknowledged_is_neither_sent_twice_nor_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line so slow, or a broker so silent, that no acknowledgement comes in time."""
+    monkeypatch.setattr(link_module, "UNACKNOWLEDGED_BYTES_MAX", 10_000)
+    arrived = bytearray()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1_000)  # CONNECT
+        writer.write(bytes([0x20, 3, 0, 0, 0]))  # CONNACK: accepted
+        while data := await reader.read(65_536):
+            arrived.extend(data)
+        writer.close()
+
+    async def story() -> None:
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with MqttLink(host="127.0.0.1", port=port, client_id="pos-1", publish_deadline_s=0.05) as link:
+            await link.wait_connected(5)
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="no acknowledgement"):
+                    await link.publish("a", b"contribution" + bytes(4_000))
+            for number in range(3):
+                with pytest.raises(Unavailable):
+                    await link.publish("a", b"report-%d" % number + bytes(4_000))
+            await eventually(lambda: arrived.count(b"report-") == 1)
+            with pytest.raises(Unavailable, match="bytes wait for"):
+                await link.publish("a", b"one more" + bytes(4_000))
+        server.close()
+        assert arrived.count(b"contribution") == 1
+        assert arrived.count(b"report-") == 1
+
+    asyncio.run(story())

@@ -306,3 +306,55 @@ def test_clipping_keeps_the_direction() -> None:
 def task_on(world: World, file: bytes, **options: Any) -> tuple[RoundTask, bytes]:
     release = world.publish(file)
     return world.round(release, **options), file
+
+
+@pytest.mark.parametrize("fault", ["step", "data", "disk", "record", "steps", "twice", "scales"])
+def test_whatever_goes_wrong_in_a_round_the_device_goes_on_answering(tmp_path: Path, fault: str) -> None:
+    """And takes part in the next one."""
+
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        folder = tmp_path / "device"
+        first = await on_first_version(world, folder)
+        record = folder / "state" / "round.record"
+        if fault == "record":
+            record.write_bytes(b"\xff torn")
+        device = world.device("pos-0001", folder)
+        part = participation(device)
+        whole = part._train
+
+        def broken(*_: Any) -> Any:
+            raise MemoryError
+
+        if fault == "step":
+            part._train = broken
+        elif fault == "data":
+            data, part._data = part._data, broken
+        elif fault == "disk":
+            part._train = broken
+            (folder / "state" / "round.record.new").mkdir()  # nothing can be written there
+        parameters = world.round(first).parameters
+        if fault in ("steps", "twice", "scales"):
+            wrong: dict[str, dict[str, Any]] = {
+                "steps": {"steps": 10**9},
+                "twice": {"parameters": parameters * 3},
+                "scales": {"parameters": (msgspec.structs.replace(parameters[0], scale=parameters[1].tensor),)},
+            }
+            world.now += 1
+            world.round(first, round_id="round-2", **wrong[fault])
+        async with Life(device):
+            await eventually(lambda: part.record.ended.startswith("sat out: "))
+            decision = await device.decide(dict.fromkeys(("amount", "hour", "ratio", "count"), 0.0))
+            assert decision.manifest == first.digest
+            part._train = whole
+            if fault == "data":
+                part._data = data
+            elif fault == "disk":
+                (folder / "state" / "round.record.new").rmdir()
+            world.now += 1
+            world.round(first, round_id="round-3")
+            await eventually(lambda: part.record.round_id == "round-3" and part.record.ended == "accepted")
+        assert all(payload.startswith(b"round-3|") for _, payload in world.contributions)
+
+    asyncio.run(story())

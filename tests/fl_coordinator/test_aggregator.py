@@ -437,6 +437,18 @@ def test_the_mailbox_takes_only_messages_from_who_says_so(tmp_path: Path) -> Non
             platform.aggregators["north"].deliver(sender, name, data)
 
 
+def test_a_peer_cannot_fill_the_mailbox_with_what_is_not_counted(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    junk = ChannelMessage("fraud-7", 1, "coin", "centre", "north", bytes(12), b"")
+    for message in (
+        msgspec.structs.replace(junk, round_id="x" * 100_000),
+        msgspec.structs.replace(junk, nonce=bytes(100_000)),
+        msgspec.structs.replace(junk, step="x" * 100_000),
+    ):
+        with pytest.raises(Malformed):
+            platform.aggregators["north"].deliver("centre", message.step, pack(message))
+
+
 # --- commands that must be refused ----------------------------------------------------------------------------------
 
 
@@ -576,5 +588,7 @@ def test_lying_openings_are_named(tmp_path: Path) -> None:
         resigned(platform, centre, first=flipped(centre["first"])),
     ]
     assert "another norm than the Gram matrix foretells" in refused(*agreed_lie, south)
+    with pytest.raises(Malformed, match="'centre': round 'fraud-7': expected a reply with the bytes of"):
+        combine_openings([north, {**centre, "first": 10**12}, south], task)  # as many zeros would be many
     with pytest.raises(Malformed, match="expected 3 openings, found 2"):
         combine_openings([north, centre], task)

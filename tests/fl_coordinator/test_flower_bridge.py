@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from typing import Any
 
 import pytest
@@ -123,10 +124,7 @@ def test_the_queue_is_bounded_and_empties_when_callers_give_up() -> None:
         [],
         {"replies": {}, "failures": {}},
         {"id": "KNOWN", "replies": {}},
-        {"id": "KNOWN", "replies": {"aggregator-1": "not base64!"}, "failures": {}},
-        {"id": "KNOWN", "replies": {"aggregator-1": 7}, "failures": {}},
-        {"id": "KNOWN", "replies": {"aggregator-1": "AQI="}, "failures": {}},  # two CBOR values
-        {"id": "KNOWN", "replies": {"aggregator-1": "AQ=="}, "failures": {}},  # a number, not a map
+        {"id": "KNOWN", "replies": [], "failures": {}},
     ],
 )
 def test_a_malformed_answer_is_refused_and_the_command_stays(body: Any) -> None:
@@ -141,6 +139,26 @@ def test_a_malformed_answer_is_refused_and_the_command_stays(body: Any) -> None:
         assert not task.done()
         assert (await fetch(bridge))[0] == command_id
         task.cancel()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["not base64!", 7, "AQI=", "AQ=="],  # the last two: two CBOR values, and a number where a map is expected
+)
+def test_a_node_that_answers_nonsense_is_named_at_once_and_the_others_count(answer: Any) -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
+        command_id = (await fetch(bridge))[0]
+        good = base64.b64encode(pack({})).decode()
+        replies = {**dict.fromkeys(NODES, good), NODES[0]: answer}
+        assert bridge.reply({"id": command_id, "replies": replies, "failures": {}}) == {"wanted": True}
+        with pytest.raises(CommandFailed, match=f"{NODES[0]} sent an answer that") as failed:
+            await task
+        assert list(failed.value.failures) == [NODES[0]]
+        assert sorted(failed.value.replies) == sorted(NODES[1:])
 
     asyncio.run(scenario())
 

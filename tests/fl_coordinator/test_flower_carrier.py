@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import importlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 
-from fl_coordinator.flower_carrier import CARRY_FAILURES_MAX, CommandCarrier
+from fl_coordinator.flower_carrier import ANSWER_BYTES_MAX, CARRY_FAILURES_MAX, CommandCarrier
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Unavailable
-from tests.fakes.flower_grid import FakeCoordinator, FakeGrid, FakeNode
+from tests.fakes.flower_grid import FakeCoordinator, FakeGrid, FakeNode, FakeReply
 
 PAYLOAD = pack({"round_id": "r-1"})
 
@@ -180,3 +180,36 @@ def test_a_grid_that_fails_is_tried_again_and_given_up_only_when_it_keeps_failin
     with pytest.raises(ConnectionError):
         carrier(hopeless, FakeCoordinator([command(["a"])] * 9)).run()
     assert hopeless.failures == 9 - CARRY_FAILURES_MAX
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"payload": 10**12}, {"payload": "text"}, {"payload": bytes(ANSWER_BYTES_MAX + 1)}, {"error": ["no", "text"]}],
+)
+def test_a_node_that_answers_nonsense_fails_its_command_and_ends_nobody_elses(answer: dict[str, Any]) -> None:
+    grid = FakeGrid([answering("a", 1), FakeNode("lying", 2, lambda command_id, payload: answer)])
+    coordinator = FakeCoordinator()
+    carry(carrier(grid, coordinator), command(["a"], command_id="c-1"), command(["lying"], command_id="c-2"))
+    told = {body["id"]: body for body in coordinator.bodies if "replies" in body}
+    assert answers_in(told["c-1"]) == {"a": {"from": "a"}}
+    assert list(told["c-2"]["failures"]) == ["lying"]
+
+
+def test_an_answer_that_flower_cannot_put_together_fails_its_node_alone() -> None:
+    class Grid(FakeGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[FakeReply]:
+            found = super().pull_messages(message_ids)
+            if any("torn" in reply.content.get("answer", {}) for reply in found):
+                raise ValueError("no such object")
+            return found
+
+    grid = Grid([answering("a", 1), FakeNode("lying", 2, lambda command_id, payload: {"torn": True})])
+    both = [command(["a"], command_id="c-1"), command(["lying"], command_id="c-2")]
+    coordinator = FakeCoordinator()
+    one = carrier(grid, coordinator)
+    with pytest.raises(ValueError, match="no such object"):
+        carry(one, *both)  # all that came together is lost; `run` goes on, and the commands are handed out again
+    carry(one, *both)
+    told = {body["id"]: body for body in coordinator.bodies if "replies" in body}
+    assert answers_in(told["c-1"]) == {"a": {"from": "a"}}
+    assert "cannot be put together (ValueError)" in told["c-2"]["failures"]["lying"]

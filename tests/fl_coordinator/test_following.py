@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atoll.aggregator_reading import CoordinatorClient
 from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.copies import Copies
 from fl_coordinator.following import KEPT_S, PER_DEVICE_MAX, TIDY_S, Following
@@ -529,3 +531,34 @@ def test_a_reader_killed_at_any_step_has_read_each_record_once_in_the_end(tmp_pa
     left = [record for _, record in log.read_from(offset).records]
     assert [digest_of(record) for record in data[len(before) :]] == [digest_of(record) for record in left]
     assert copies.missing("fraud-7", before) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "../../etc", "a\nb", "a/b?c#d"])
+def test_a_round_name_in_the_log_is_asked_for_as_a_name_or_not_at_all(platform: Followed, name: str) -> None:
+    stranger = platform.world.contribution(
+        "pos-0001", updates()[1], msgspec.structs.replace(platform.world.task, round_id=name)
+    )
+    platform.log.append([stranger, *platform.data])
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.raw_path.decode())
+        if request.url.path == f"/v1/rounds/{platform.world.task.round_id}/announcement":
+            return httpx.Response(200, content=platform.world.announcement())
+        return httpx.Response(404, text="there is none")
+
+    async def story() -> Following:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            ask = CoordinatorClient(client, "http://coordinator").announcement
+            following = platform.aggregators["centre"].following(platform.source, ask)
+            while await following.step():
+                pass
+            return following
+
+    following = asyncio.run(story())
+    assert following.counts["kept"] == 8
+    assert len(platform.copies()) == 8
+    for path in asked:
+        assert path.startswith("/v1/rounds/")
+        assert path.endswith("/announcement")
+        assert path.count("/") == 4

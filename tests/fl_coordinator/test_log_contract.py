@@ -174,6 +174,14 @@ def test_a_part_is_bounded_and_a_long_record_comes_alone(opened: Open) -> None:
     assert max(sizes) <= 2
 
 
+def test_a_part_of_very_small_records_is_bounded_too(opened: Open) -> None:
+    log = opened()
+    log.append([b""] * 100)
+    part = log.read_from(0, 10_000)  # type: ignore[call-arg]  # both take it, followers do not need it
+    assert 0 < len(part.records) < 50
+    assert len(followed(log)) == 100
+
+
 def test_a_follower_of_what_is_gone_or_never_was_is_told_where_the_log_begins(opened: Open) -> None:
     log = opened()
     offsets = [log.append([bytes([number]) * 3000])[0] for number in range(6)]

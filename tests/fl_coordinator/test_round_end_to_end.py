@@ -1,11 +1,18 @@
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fl_coordinator import round_announcing
+from fl_coordinator.ledger import Ledger
 from fl_coordinator.masters import apply_mean
 from fl_coordinator.promotion import Evaluation
 from fl_coordinator.rounds import RoundSpec, State
+from fl_coordinator.shares.contribution import OVERHEAD_BYTES
+from fl_coordinator.tables.records import AdmittedContribution, DeviceRecord
+from model_delta.digest import digest_of
 from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
 from tests.fl_coordinator.learning_platform import LENGTH, SPEC, asked, contribute_all, honest, learning
@@ -225,3 +232,78 @@ def test_masters_move_by_the_mean_and_nothing_else_changes() -> None:
     mean[0] = np.inf
     with pytest.raises(Malformed, match="not finite"):
         apply_mean(source, mean)
+
+
+@on_a_loop
+async def test_two_who_ask_at_once_get_one_round(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        answers = await asyncio.gather(*(at.coordinator.open_round(asked(name="monday")) for _ in range(4)))
+        assert len({one.round_id for one in answers}) == 1
+        others = await asyncio.gather(
+            *(at.coordinator.open_round(asked(name=f"tuesday-{n}")) for n in range(3)), return_exceptions=True
+        )
+        assert all(isinstance(one, Unavailable) for one in others)
+        assert len(at.ledger.rounds()) == 1
+
+
+@on_a_loop
+async def test_a_clock_that_was_set_back_does_not_keep_devices_from_the_next_round(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        at.platform.clock.now += 86_400  # wrong by a day, and put right between two rounds
+        first = await at.learned(asked(name="first"))
+        assert first.state == "PUBLISHED"
+        at.platform.clock.now += 20
+        await until(lambda: all(device.task is not None and not device.task.open for device in at.devices))
+        at.platform.clock.now -= 86_400
+        second = await at.learned(asked(name="second"))
+        assert (second.state, second.reason) == ("PUBLISHED", "")
+        assert [one.round_id for one in at.coordinator.snapshot().rounds] == [first.round_id, second.round_id]
+
+
+@on_a_loop
+async def test_a_model_whose_contributions_no_broker_takes_is_refused_before_anybody_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with learning(tmp_path, 3) as at:
+        monkeypatch.setattr(round_announcing, "MESSAGE_BYTES_MAX", OVERHEAD_BYTES + 40)
+        with pytest.raises(Malformed, match=f"expected at most 10 parameters, found {LENGTH}: a contribution is one"):
+            await at.coordinator.open_round(SPEC)
+        assert at.ledger.rounds() == []
+
+
+class InterruptedLedger(Ledger):
+    """Something happens while the coordinator looks up who may take part."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def devices(self, kind: str = "device") -> list[DeviceRecord]:
+        found = super().devices(kind)
+        happens, self.meanwhile = self.meanwhile, None
+        if happens is not None:
+            happens()
+        return found
+
+
+class Interrupted(Platform):
+    ledger: InterruptedLedger
+
+    def open_ledger(self) -> Ledger:
+        return InterruptedLedger(self.folder / "ledger.sqlite")
+
+
+@on_a_loop
+async def test_a_quorum_that_is_reached_just_before_the_deadline_counts(tmp_path: Path) -> None:
+    platform = Interrupted(tmp_path)
+    async with learning(platform) as at:
+        opened = await at.coordinator.open_round(SPEC)
+        await until(lambda: at.coordinator.round(opened.round_id).at is State.COLLECTING)
+
+        def at_the_last_moment() -> None:
+            came = [AdmittedContribution(f"pos-{n:04}", digest_of(b"%d" % n), n, 1, 0.0) for n in range(SPEC.quorum)]
+            at.ledger.admit(opened.round_id, came)
+            at.platform.clock.now += 60
+
+        platform.ledger.meanwhile = at_the_last_moment
+        await until(lambda: at.coordinator.round(opened.round_id).at is not State.COLLECTING)
+        assert at.coordinator.round(opened.round_id).reason == ""
+        await until(lambda: len(at.coordinator.round(opened.round_id).frozen) == SPEC.quorum)

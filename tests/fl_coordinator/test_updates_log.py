@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_coordinator.updates_log import RECORD_BYTES_MAX, LogPart, SegmentLog
-from model_delta.errors import Malformed, NotFound, StorageFull
+from model_delta.errors import Malformed, NotFound, StorageFull, Unavailable
 from tests.systems import on_linux
 
 
@@ -142,3 +142,30 @@ def test_a_follower_is_told_of_damage_and_goes_on_with_the_next_file(tmp_path: P
     with pytest.raises(Malformed, match=f"the record at offset {offsets[2] + 1} is damaged"):
         log.read_from(offsets[2] + 1)
     log.close()
+
+
+def test_a_file_that_cannot_be_begun_costs_nothing_once_it_can(tmp_path: Path) -> None:
+    """No room for another file, or no handle for it: a folder of that name stands for both."""
+    log = SegmentLog(tmp_path, segment_bytes=30)
+    [first] = log.append([b"a" * 40])
+    obstacle = tmp_path / f"{log.end:020d}.log"
+    obstacle.mkdir()
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="updates log"):
+            log.append([b"b"])
+    obstacle.rmdir()
+    [second] = log.append([b"b"])
+    log.close()
+    again = SegmentLog(tmp_path, segment_bytes=30)
+    assert (again.read(first), again.read(second)) == (b"a" * 40, b"b")
+
+
+def test_zeros_behind_the_end_are_no_records(tmp_path: Path) -> None:
+    log = SegmentLog(tmp_path)
+    log.append([b"one", b""])
+    end = log.end
+    log.close()
+    os.truncate(only_file(tmp_path), end + 4096)  # what some file systems leave after a power cut
+    again = SegmentLog(tmp_path)
+    assert (again.end, again.torn_bytes) == (end, 4096)
+    assert [record for _, record in again.read_from(0).records] == [b"one", b""]

@@ -133,7 +133,7 @@ def test_connack_says_what_is_offered(tmp_path: Path) -> None:
             assert b"\x24\x01" in body  # maximum QoS 1
             assert b"\x2a\x00" in body  # no shared subscriptions
             assert b"\x29\x00" in body  # no subscription identifiers
-            assert b"\x27" + (1_000_000).to_bytes(4, "big") in body
+            assert b"\x27" + (5_000_000).to_bytes(4, "big") in body
             assert b"\x13" + (3_600).to_bytes(2, "big") in body  # keep alive "none" becomes an hour
             assert b"\x11" + (120 * 86_400).to_bytes(4, "big") in body  # expiry "never" becomes 120 days
 

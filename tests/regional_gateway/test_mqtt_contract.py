@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from model_delta.topics import down, plan_topic, round_topic, up
+from model_delta.topics import PACKET_BYTES_MAX, down, plan_topic, round_topic, up
 from regional_gateway import mosquitto
 from tests.regional_gateway.mqtt_stage import (
     PATIENCE_SECONDS,
@@ -289,7 +289,7 @@ def test_a_packet_over_the_limit_closes_only_its_sender(broker: BrokerProcess) -
             raw.sendall(connect_packet(device))
             assert raw.recv(256)[:1] == b"\x20"
             try:
-                raw.sendall(publish_packet(up(device, "report"), bytes(1_000_001)))
+                raw.sendall(publish_packet(up(device, "report"), bytes(PACKET_BYTES_MAX + 1)))
                 answer = raw.recv(256)
                 while raw.recv(256):
                     pass

@@ -51,7 +51,7 @@ def test_writes_what_the_fleet_relies_on(tmp_path: Path) -> None:
         "persistence true",
         "max_inflight_messages 0",
         "max_queued_messages 1000",
-        "max_packet_size 1000000",
+        "max_packet_size 5000000",
         "set_tcp_nodelay true",
     ):
         assert line in settings

@@ -196,3 +196,21 @@ def test_devices_that_asked_the_mirror_lately_are_within_reach(tmp_path: Path) -
         serving.cancel()
 
     asyncio.run(story())
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_announcing_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        region = Region(tmp_path)
+        relay, opened = region.relay(), region.announcement()
+        await relay.carry_out(of_fraud(opened))
+        running = asyncio.create_task(relay.run())
+        await asyncio.sleep(0.05)
+        region.now -= 86_400
+        region.broker.retained.clear()  # a broker that lost its memory
+        async with asyncio.timeout(5):
+            while not region.broker.retained:  # noqa: ASYNC110 - the broker has no event for it
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(story())

@@ -1,0 +1,88 @@
+"""What one enrolled device sends costs it a refusal, and nobody else anything: no receipt, no room on the disk."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
+from model_delta.encoding import pack, unpack
+from model_delta.trust.signing import pre_authentication_encoding
+from tests.fl_coordinator.learning_platform import SPEC, honest, learning
+from tests.fl_coordinator.platform_in_memory import Device, on_a_loop, until
+
+P256 = bytes.fromhex("2a8648ce3d030107")
+
+
+def signed(device: Device, **changes: Any) -> bytes:
+    """The device's own contribution with another claim, signed all the same."""
+    found = parse(device.contribution(honest(0)))
+    claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
+    message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
+    return pack(Contribution(claim, device.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
+
+
+def with_certificate(device: Device, change: Callable[[bytes], bytes]) -> bytes:
+    lines = device.certificate.split(b"\n")
+    der = change(base64.b64decode(b"".join(line for line in lines if line and not line.startswith(b"-"))))
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
+    return signed(device, certificate=pem)
+
+
+def on_no_curve(device: Device) -> bytes:
+    return with_certificate(device, lambda der: der.replace(P256, P256[:-1] + b"\x06"))
+
+
+def off_the_curve(device: Device) -> bytes:
+    def moved(der: bytes) -> bytes:
+        at = der.index(P256) + len(P256) + 10
+        return der[:at] + bytes([der[at] ^ 1]) + der[at + 1 :]
+
+    return with_certificate(device, moved)
+
+
+def of_a_round_with_an_endless_name(device: Device) -> bytes:
+    return signed(device, round_id="x" * 500_000)
+
+
+def on_a_base_with_an_endless_name(device: Device) -> bytes:
+    return signed(device, base="x" * 500_000)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [
+        (on_no_curve, "malformed"),
+        (off_the_curve, "malformed"),
+        (of_a_round_with_an_endless_name, "malformed"),
+        (on_a_base_with_an_endless_name, "malformed"),
+    ],
+)
+@on_a_loop
+async def test_others_get_their_receipts_whatever_one_device_sends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoiled: Callable[[Device], bytes], reason: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with learning(tmp_path, 4) as at:
+        opened = await at.coordinator.open_round(SPEC)
+        await until(lambda: all(device.task is not None for device in at.devices))
+        hostile, *others = at.devices
+        await hostile.contribute(spoiled(hostile))
+        for number, device in enumerate(others):  # most of them in the same batch
+            await device.contribute(device.contribution(honest(number)))
+        await until(lambda: all(device.receipts for device in at.devices), 5.0)
+        assert all(device.receipts[-1].accepted for device in others)
+        assert hostile.receipts[-1].reason.startswith(f"{reason}: ")
+        assert len(pack(hostile.receipts[-1])) < 2_000
+        assert [entry.device_id for entry in at.ledger.contributions(opened.round_id)] == [
+            device.device_id for device in others
+        ]
+        assert max(len(record.getMessage()) for record in caplog.records) < 4_000
