@@ -45,6 +45,7 @@ def test_epsilon_is_that_of_the_gaussian_mechanism(sigma: float, rounds: int) ->
 def test_sampling_costs_less_and_no_noise_costs_everything() -> None:
     assert epsilon([Spend(2.0, 0.05)] * 20, DELTA) < 0.3 * epsilon([Spend(2.0)] * 20, DELTA)
     assert epsilon([Spend(0.0)], DELTA) == math.inf
+    assert epsilon([Spend(2.0), Spend(0.0)], DELTA) == math.inf
     assert epsilon([], DELTA) == 0.0
 
 
@@ -52,6 +53,12 @@ def test_sampling_costs_less_and_no_noise_costs_everything() -> None:
 def test_impossible_spends_are_refused(spend: Spend) -> None:
     with pytest.raises(Malformed, match="privacy: expected a"):
         epsilon([spend], DELTA)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_impossible_deltas_are_refused(delta: float) -> None:
+    with pytest.raises(Malformed, match="expected a delta between 0 and 1"):
+        epsilon([], delta)
 
 
 def test_a_round_that_would_overspend_is_refused_by_device_and_by_release() -> None:
@@ -71,6 +78,7 @@ def test_two_parts_are_the_noise_that_is_accounted_for() -> None:
     rng = np.random.default_rng(1)
     std = part_std_units(2.0, 1_000)
     parts = [noise(200_001, std, rng.bytes) for _ in range(3)]
+    assert [part.size for part in parts] == [200_001] * 3
     assert (parts[0] + parts[1]).std() == pytest.approx(2_000, rel=0.01)
     assert sum(parts).std() == pytest.approx(2_000 * math.sqrt(1.5), rel=0.01)
     assert abs(np.corrcoef(parts[0], parts[1])[0, 1]) < 0.01

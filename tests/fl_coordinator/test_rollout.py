@@ -288,6 +288,39 @@ def test_completing_for_some_cohorts_leaves_the_others_on_the_stable_version() -
     assert holds_devices(done)
 
 
+def test_one_cohort_of_everybody_is_enough_to_settle_what_is_stable() -> None:
+    spec = read_rollout(TEXT.replace("{merchant: kiosk}", "{}"))
+    assert [bool(cohort.match) for cohort in spec.cohorts] == [True, False]
+    done = msgspec.structs.replace(begun(spec, FLEET).rollout, stage=2, state="completed")
+    assert (next_stable(done), holds_devices(done)) == (NEW, False)
+
+
+BAD = {
+    "error_rate": {"errors": 60},
+    "fallback_rate": {"fallbacks": 60},
+    "decline_rate": {"declined": 60},
+    "false_positive_rate": {"false_positives": 60},
+    "miss_rate": {"true_positives": 40},
+}
+
+
+@pytest.mark.parametrize("metric", BAD)
+@pytest.mark.parametrize("bad", BAD)
+def test_each_rate_is_judged_by_its_own_count(metric: str, bad: str) -> None:
+    found = begun(simple(rails=f"{{metric: {metric}, max: 20%}}"), FLEET).rollout
+    counts = {"labelled_fraud": 100, "true_positives": 100, **BAD[bad]}
+    looked = look(found, health_of(found, FLEET, summary(NEW, 100, legitimate=100, **counts)))
+    assert (looked.rollout.state == "stopped") == (metric == bad)
+
+
+def test_a_ratio_to_a_silent_control_arm_is_no_evidence_of_health() -> None:
+    found = begun(simple(rails="{metric: error_rate, ratioToControl: 2}"), FLEET).rollout
+    assert (
+        look(found, health_of(found, FLEET, summary(NEW, 50))).rollout.reason == "waits for more evidence on error_rate"
+    )
+    assert look(found, health_of(found, FLEET, summary(NEW, 50), summary(OLD, 50))).event == "widened"
+
+
 def test_a_breach_withdraws_the_target_with_a_higher_serial() -> None:
     found = begun(simple(rails="{metric: rolled_back, max: 0}"), FLEET).rollout
     canary = min(arm(plan_of(found, {}, 0.0), FLEET, "target"))
