@@ -1,4 +1,4 @@
-"""From the aggregators' openings to the mean update, and from a mean update to new weights.
+"""From the aggregators' openings to the mean update.
 
 Each share of the weighted sum arrives from two aggregators and must be the same; the norm of its sketch must be the one
 that the opened Gram matrix foretells, or that was opened alone where the matrix was not. The plain mean of plain
@@ -85,13 +85,6 @@ def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> A
             f"{', '.join(names)} deviated"
         )
     return Aggregate(decision, (decode(total, task.fraction_bits) / decision.divisor).astype(np.float32))
-
-
-def apply_mean(base: NDArray[np.float32], mean: NDArray[np.float32], rate: float = 1.0) -> NDArray[np.float32]:
-    """New parameters base + rate * mean, float32[d] (the server's step of FedAvg: McMahan et al., AISTATS 2017)."""
-    if base.shape != mean.shape:
-        raise Malformed(f"mean update: expected shape {base.shape} as the base has, found {mean.shape}")
-    return (base.astype(np.float64) + rate * mean.astype(np.float64)).astype(np.float32)
 
 
 def _verified(reply: Mapping[str, Any], task: RoundTask) -> tuple[Opening, bytes, bytes]:

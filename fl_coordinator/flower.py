@@ -27,7 +27,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import logging
 import os
 import signal
 import ssl
@@ -52,8 +51,6 @@ sender died between the two, and Flower itself would wait for two hours."""
 REQUEST_TIMEOUT_S = 10.0
 
 NIST_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
-
-_log = logging.getLogger("atoll.flower")
 
 
 # --- the SuperLink's process -----------------------------------------------------------------------------------------

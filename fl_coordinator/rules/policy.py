@@ -181,7 +181,6 @@ POLICIES: Mapping[str, Callable[[Gram, Remembered, int], Weighing]] = {
 EQUAL = ("krum", "multikrum", "cluster")
 """Policies whose weights are 0 or 1."""
 _NOTHING = Remembered(Weighing(np.zeros(0, dtype=np.int64), 0), np.zeros(0, dtype=np.int64), np.zeros(0))
-DEFAULT = "robust"
 REMEMBERING = frozenset({"history"})
 
 

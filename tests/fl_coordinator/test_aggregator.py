@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from device_sim.faults import plain_average
-from fl_coordinator.aggregation import OPENING_TYPE, Opening, apply_mean, combine_openings
+from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.channel import Channel, ChannelMessage
 from fl_coordinator.privacy import Spend, Spent, epsilon
@@ -158,8 +158,6 @@ def test_a_round_from_contributions_to_the_mean(tmp_path: Path) -> None:
     assert np.abs(aggregate.mean - np.mean(honest, axis=0)).max() < 2.0**-16
     attacked = plain_average([*honest, -4 * honest[0], -4 * honest[1]])
     assert np.linalg.norm(attacked - np.mean(honest, axis=0)) > 0.5 * np.linalg.norm(np.mean(honest, axis=0))
-    base = np.ones(LENGTH, dtype=np.float32)
-    assert np.allclose(apply_mean(base, aggregate.mean), base + aggregate.mean)
 
 
 def test_asked_again_it_gives_the_same_bytes_also_after_a_restart(tmp_path: Path) -> None:

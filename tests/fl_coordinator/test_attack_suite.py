@@ -17,13 +17,14 @@ import pytest
 from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.rounds import Quota
 from fl_coordinator.shares.bounds import bounds_of
-from fl_coordinator.shares.contribution import Claim, parse
+from fl_coordinator.shares.contribution import Claim, parse, sealing_info
 from fl_coordinator.shares.decision import Decision, read_gram
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Untrusted
+from model_delta.keys.encryption import seal_to
 from tests.fakes.secure_round import SecureRound, honest_rows, measure_words, random_holdings, run_parties
 from tests.fl_coordinator.learning_platform import asked, contribute_all, honest, learning
 from tests.fl_coordinator.platform_in_memory import Platform, on_a_loop, until
@@ -199,6 +200,17 @@ def same_seal_for_two(world: SecureRound) -> bytes:
     return world.signed("pos-0004", claim, contribution.masked)
 
 
+def half_a_secret(world: SecureRound) -> bytes:
+    """Seals that open, to less than two keys."""
+    contribution = parse(world.contribution("pos-0004", np.ones(LENGTH)))
+    sealed = tuple(
+        seal_to(key.sealing, bytes(48), sealing_info(world.task, "pos-0004", index))
+        for index, key in enumerate(world.task.aggregators)
+    )
+    claim = msgspec.structs.replace(unpack(contribution.claim, Claim), sealed=sealed)
+    return world.signed("pos-0004", claim, contribution.masked)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -222,6 +234,7 @@ def same_seal_for_two(world: SecureRound) -> bytes:
             "inconsistent shares: south and centre were sealed different values of share 2",
         ),
         (same_seal_for_two, "does not open under this key and context"),
+        (half_a_secret, "sealed pair: expected 64 bytes, found 48"),
         (lambda w: b"not a contribution", "CBOR"),
     ],
 )

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fl_coordinator.aggregation import combine_openings
+from fl_coordinator.aggregation import OPENING_TYPE, combine_openings
 from fl_coordinator.replay import replay
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.freezing import Frozen
@@ -25,8 +25,8 @@ from fl_coordinator.shares.party import _Coin, _Compare, _Hello
 from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
-from model_delta.errors import Untrusted
-from model_delta.trust.signing import open_envelope
+from model_delta.errors import Malformed, SignatureInvalid, Untrusted
+from model_delta.trust.signing import open_envelope, seal_envelope, sign
 from tests.fakes.secure_round import NAMES, ArrayRows, SecureRound, honest_rows, random_holdings, run_parties
 
 Change = Callable[[SecureRound, bytes], bytes]
@@ -200,8 +200,39 @@ def test_a_false_complaint_keeps_devices_out_and_names_who_complained(lie: Calla
     assert (decision.devices[2].valid, decision.devices[2].weight) == (-1, 0)
 
 
+def test_without_a_lie_the_mean_is_that_of_the_chosen() -> None:
+    world = world_of()
+    assert run(world, honest_rows(world, 6), "nothing", set(), flipped).selected
+
+
+def test_nobody_opens_in_anothers_name() -> None:
+    """Two aggregators' silence cannot be made up for by the third one's key, whoever asks."""
+    world = world_of()
+    replies = world.replies(world.run_rows(honest_rows(world, 6))[0])
+    for index in (0, 2):
+        envelope = open_envelope(replies[index]["opening"])
+        forged = seal_envelope(sign(OPENING_TYPE, envelope.payload, [world.signing[LIAR]]))
+        with pytest.raises(SignatureInvalid, match="expected 1 valid signature"):
+            combine_openings(
+                [*replies[:index], {**replies[index], "opening": forged}, *replies[index + 1 :]], world.task
+            )
+    with pytest.raises(Untrusted, match="centre: opened round 'fraud-7' twice"):
+        combine_openings([replies[0], replies[LIAR], replies[LIAR]], world.task)
+
+
+def test_more_contributions_than_the_numbers_allow_are_not_summed() -> None:
+    world = world_of(contributions_max=8)
+    holding = random_holdings(honest_rows(world, 9), 0)[0]
+    with pytest.raises(Malformed, match="its numbers allow 8 contributions, found 9"):
+        world.party(0, [], holding=holding)
+
+
 def test_two_tongues_in_a_shares_noise_do_not_add_up() -> None:
     world = world_of(noise_multiplier=0.5)
+    with pytest.raises(Untrusted, match="centre: step 'noise': expected 32 bytes, found 31"):
+        run(world, honest_rows(world, 6), "noise", {2}, shorter)
+    with pytest.raises(Untrusted, match="centre: step 'noise': expected 80 bytes, found 79"):
+        run(world, honest_rows(world, 6), "noise", {0}, shorter)
     for victim in (0, 2):
         with pytest.raises(Untrusted, match=r"north|centre|south"):
             run(world, honest_rows(world, 6), "noise", {victim}, flipped)

@@ -116,6 +116,8 @@ def test_copies_count_as_one_voice_and_use_up_the_assumed_attackers() -> None:
     assert found.weights[:5].sum() <= 1.05 / 18
     others = [index for index in range(5, 24) if found.integers[index] <= policy.WEIGHT_FULL / 4]
     assert len(others) <= 9 - 4
+    loud = np.concatenate([90 * vectors[:5], vectors[5:]])
+    assert chosen("multikrum", loud).refused[0].endswith("; the same update as 4 others")
 
 
 def test_a_memory_follows_devices_not_rows() -> None:
@@ -218,12 +220,23 @@ def test_next_to_nobody_is_judged_without_an_accident(count: int) -> None:
     assert found.refusal
 
 
-def test_dbscan_finds_two_groups_and_a_loner() -> None:
-    spots = np.array([[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [20, 20], [21, 20], [20, 21], [-90, 40]]) * 1_000
-    assert outliers.clusters(spots @ spots.T).tolist()[:5] == [0] * 5
-    assert outliers.clusters(spots @ spots.T).tolist()[8] == -1
-    rays = np.array([[10, 1], [300, 31], [10, 2], [50, 4], [-10, 8], [-100, 79], [-1_000, 805]])
-    assert len(set(outliers.clusters(rays @ rays.T, "cosine").tolist()[:4])) == 1
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_dbscan_finds_two_groups_and_a_pair_that_is_too_few(metric: str) -> None:
+    """Of 23 devices a quarter are 5: so many within the radius make a core."""
+    rng = np.random.default_rng(5)
+    centres = np.repeat([[9e6, 0, 0], [0, 9e6, 0], [0, 0, 9e6]], [16, 5, 2], axis=0)
+    lengths = 1.0 if metric == "euclidean" else rng.uniform(0.1, 10, size=(23, 1))
+    spots = np.rint(lengths * (centres + rng.normal(size=(23, 3)) * 1_000)).astype(np.int64)
+    order = rng.permutation(23)
+    found = outliers.clusters((spots @ spots.T)[np.ix_(order, order)], metric)
+    assert found[np.argsort(order)].tolist() == [0] * 16 + [1] * 5 + [-1] * 2
+
+
+@pytest.mark.parametrize(("names", "hostile"), [(NAMES[:-1], HOSTILE), (NAMES, -1)])
+def test_names_that_do_not_fit_the_matrix_are_refused(names: tuple[str, ...], hostile: int) -> None:
+    vectors = updates()
+    with pytest.raises(Malformed, match="24 rows do not fit"):
+        policy.choose("robust", vectors @ vectors.T, hostile, names, selected_min=8)
 
 
 def test_extreme_entries_are_exact_or_refused() -> None:

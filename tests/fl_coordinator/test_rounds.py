@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from fl_coordinator.rounds import ENDED, TABLE, Command, Event, RoundSpec, State, step
+from fl_coordinator.rounds import ENDED, TABLE, Command, Event, Privacy, Quota, RoundSpec, State, step
 from model_delta.errors import Malformed
 
 
@@ -65,6 +67,19 @@ def test_a_pair_that_is_not_listed_is_refused() -> None:
         ({"steps": 0}, "steps: expected 1 to 100000, found 0"),
         ({"clip_norm_l2": float("nan")}, "clip_norm_l2"),
         ({"deadline_s": float("inf")}, "deadline_s"),
+        ({"policy": "mean"}, "policy: expected .* found 'mean'"),
+        ({"reveal": "everything"}, "reveal: expected .* found 'everything'"),
+        ({"eps_l2": 1.0}, "eps_l2: expected `reveal: graph`"),
+        ({"privacy": Privacy(epsilon=math.inf, delta=1e-5, noise_multiplier=1)}, "privacy: expected a budget"),
+        ({"privacy": Privacy(epsilon=0, delta=1e-5, noise_multiplier=1)}, "privacy: expected a budget"),
+        (
+            {"privacy": Privacy(epsilon=1, epsilon_device=-1, delta=1e-5, noise_multiplier=1)},
+            "privacy: expected a budget",
+        ),
+        ({"privacy": Privacy(epsilon=1, delta=1, noise_multiplier=1)}, "privacy: expected a delta"),
+        ({"privacy": Privacy(epsilon=1, delta=1e-5, noise_multiplier=0)}, "privacy: expected a noise_multiplier"),
+        ({"quota": Quota(per_group=-1)}, "quota: expected numbers from 0"),
+        ({"quota": Quota(group="")}, "quota: expected numbers from 0"),
     ],
 )
 def test_a_spec_that_cannot_work_is_refused_with_the_number(changes: dict[str, object], words: str) -> None:
