@@ -214,6 +214,12 @@ def test_other_anchors_do_not_vouch_for_it() -> None:
     assert problems(found).keys() == {"announcement"}
 
 
+def test_another_tenants_round_under_the_same_key_is_not_ours() -> None:
+    task = msgspec.structs.replace(written().world.task, tenant="globex")
+    found = written().replay(written().transcript(task=task))
+    assert problems(found) == {"announcement": "announcement: expected tenant 'acme', found 'globex'"}
+
+
 def devices_with(index: int, **changes: Any) -> Callable[[Decision], Decision]:
     def change(decision: Decision) -> Decision:
         devices = list(decision.devices)
