@@ -34,6 +34,7 @@ from monitoring.metrics import Metrics
 
 REGISTER_PAUSE_S = 0.5
 PEER_TIMEOUT_S = 10.0
+ARRIVING_BYTES_MAX = 4 * MAILBOX_BYTES_MAX
 STEP_TIMEOUT_S = 10.0
 COMMAND_DEADLINE_S = 3_660.0
 """Longer than any attempt may take (`aggregation_s`), which ends by itself."""
@@ -131,17 +132,26 @@ def _measure(following: Following, metrics: Metrics) -> None:
 
 
 def _mailbox(own: Aggregator, token: str, metrics: Metrics) -> Starlette:
-    """Takes messages of the other two. They are authenticated by their own sealing; the token keeps strangers out."""
+    """Takes messages of the other two. They are authenticated by their own sealing; the token keeps strangers out, and
+    what arrives at the same time is bounded, whoever sends it."""
+    arriving = 0
 
     async def deliver(request: Request) -> Response:
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return JSONResponse({"error": "expected the aggregators' token"}, status_code=401)
+        nonlocal arriving
         content = bytearray()
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > MAILBOX_BYTES_MAX:
-                return JSONResponse({"error": f"expected at most {MAILBOX_BYTES_MAX} bytes"}, status_code=413)
+        try:
+            async for chunk in request.stream():
+                content += chunk
+                arriving += len(chunk)
+                if len(content) > MAILBOX_BYTES_MAX:
+                    return JSONResponse({"error": f"expected at most {MAILBOX_BYTES_MAX} bytes"}, status_code=413)
+                if arriving > ARRIVING_BYTES_MAX:
+                    return JSONResponse({"error": "too many messages arrive at once; try again"}, status_code=503)
+        finally:
+            arriving -= len(content)
         try:
             own.deliver(request.path_params["sender"], request.path_params["message"], bytes(content))
         except Unavailable as error:

@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from atoll.events import Events
+from atoll.log_lines import FewAlike
 from atoll.settings import ConfigurationError
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
 
@@ -31,6 +32,8 @@ def run_process(
         level=os.environ.get("ATOLL_LOG", default_level),
         format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s",
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(FewAlike())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     events = events or Events(name, as_json=False)
     try:

@@ -217,6 +217,8 @@ def _details(found: dict[str, Any]) -> list[str]:
     lines += [f"  relay of {name}: {_relayed(told)}" for name, told in found["figures"].get("relays", {}).items()]
     if found.get("transcript_digest"):
         lines.append(f"transcript {found['transcript_digest']}")
+    evidence = found["figures"].get("evidence", {})
+    lines += [f"  signed by {device}, kept as evidence {name}" for device, name in evidence.items()]
     lines += [f"  failed: {failure}" for failure in found["failures"]]
     lines += [f"  {state.lower()}: {seconds:.1f} s" for state, seconds in found["seconds"].items()]
     lines += [f"  gate {name}: {reason}" for name, reason in found["figures"].get("gates", {}).items()]

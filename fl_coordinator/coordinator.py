@@ -160,7 +160,9 @@ class Coordinator:
                 clock=clock,
                 note=self.note,
             ),
-            opening=Opening(ledger=ledger, store=store, keyring=keyring, bridge=bridge, tick_s=tick_s, note=self.note),
+            opening=Opening(
+                ledger=ledger, log=log, store=store, keyring=keyring, bridge=bridge, tick_s=tick_s, note=self.note
+            ),
             candidates=Candidates(
                 ledger=ledger,
                 publisher=publisher,

@@ -6,17 +6,19 @@ An attempt's number, its price and its result are each durable before anybody he
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import msgspec
 
 from fl_coordinator.aggregation import combine_openings
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.ports import Bridge, Note
+from fl_coordinator.ports import Bridge, Note, UpdatesLog
 from fl_coordinator.privacy import Spent
 from fl_coordinator.recorded_rounds import save_round
 from fl_coordinator.remembered_rounds import memory_record
 from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
 from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
+from fl_coordinator.shares.contribution import parse
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.spending import Charge, charge
 from fl_coordinator.transcript import (
@@ -29,22 +31,34 @@ from fl_coordinator.transcript import (
 )
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
-from model_delta.errors import Unavailable
+from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
 from model_delta.trust.signing import seal_envelope
 
 TRANSCRIPT = "transcript"
-"""The kind in the store; never cleaned away, as the ledger's copy is not."""
+EVIDENCE = "evidence"
+"""Kinds in the store; never cleaned away, as the ledger's copy of a transcript is not."""
+
+_log = logging.getLogger("atoll.coordinator")
 
 
 class Opening:
     """Has rounds opened by the aggregators that the bridge reaches."""
 
     def __init__(
-        self, *, ledger: Ledger, store: ArtifactStore, keyring: Keyring, bridge: Bridge, tick_s: float, note: Note
+        self,
+        *,
+        ledger: Ledger,
+        log: UpdatesLog,
+        store: ArtifactStore,
+        keyring: Keyring,
+        bridge: Bridge,
+        tick_s: float,
+        note: Note,
     ) -> None:
         self._ledger = ledger
+        self._log = log
         self._store = store
         self._keyring = keyring
         self._bridge = bridge
@@ -103,7 +117,27 @@ class Opening:
         """The round with everybody's verdict and its transcript's digest, under which the store has it from now on."""
         name = digest_of(transcript)
         await asyncio.to_thread(self._store.put, TRANSCRIPT, name, transcript)
-        return _with_verdicts(msgspec.structs.replace(found, transcript=name), decision)
+        kept = await asyncio.to_thread(self._evidence, found, decision)
+        figures = {**found.figures, "evidence": kept} if kept else found.figures
+        return _with_verdicts(msgspec.structs.replace(found, transcript=name, figures=figures), decision)
+
+    def _evidence(self, found: Round, decision: Decision) -> dict[str, str]:
+        """Keep what a device signed whose contribution the aggregators dropped before they measured it, because its
+        shares differ or its seals do not open: without the vector, since the log lets go of it soon. Two aggregators
+        who open their seals in it show who is to blame. By device: the contribution's digest, its name in the store."""
+        offsets = {entry.digest: entry.log_offset for entry in self._ledger.contributions(found.round_id)}
+        kept = {}
+        for device in decision.devices:
+            if device.valid != -1 or device.reason in ("", decision.refusal) or device.contribution not in offsets:
+                continue
+            try:
+                signed = parse(self._log.read(offsets[device.contribution]))
+            except (NotFound, Malformed) as error:
+                _log.warning("round %s: no evidence against %s: %s", found.round_id, device.device_id, error)
+                continue
+            self._store.put(EVIDENCE, device.contribution, pack(msgspec.structs.replace(signed, masked=b"")))
+            kept[device.device_id] = device.contribution
+        return kept
 
     def _pay(self, found: Round) -> Charge | None:
         """What the opening costs, written down; None without privacy. Raises Malformed when it would overspend."""

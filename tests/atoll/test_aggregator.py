@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import httpx
 import pytest
 
-from atoll import aggregator_reading
+from atoll import aggregator, aggregator_reading
 from atoll.aggregator_reading import CoordinatorClient, CoordinatorLog
 from fl_coordinator.updates_log import LogPart, packed_part
 from model_delta.errors import Malformed, NotFound, Unavailable
+from monitoring.metrics import Metrics
 
 T = TypeVar("T")
 Ask = Callable[[CoordinatorClient], Awaitable[T]]
@@ -76,3 +77,35 @@ def test_an_answer_without_end_is_cut_off() -> None:
     with pytest.raises(Malformed, match="announcement of round fraud-7: expected at most"):
         asked(lambda request: httpx.Response(200, stream=stream), lambda client: client.announcement("fraud-7"))
     assert stream.sent <= aggregator_reading.ANNOUNCEMENT_BYTES_MAX + 2**21
+
+
+def test_what_arrives_at_once_in_a_mailbox_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregator, "ARRIVING_BYTES_MAX", 1_000)
+
+    class Own:
+        def deliver(self, sender: str, name: str, data: bytes) -> None:
+            raise Malformed("no message")
+
+    async def story() -> list[int]:
+        app = aggregator._mailbox(Own(), "secret", Metrics())  # type: ignore[arg-type]
+        goes_on = asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield bytes(900)
+            await goes_on.wait()
+            yield bytes(50)
+
+        headers = {"Authorization": "Bearer secret"}
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://own", headers=headers) as client:
+            slow = asyncio.create_task(client.post("/v1/messages/a/hello", content=slowly()))
+            await asyncio.sleep(0.02)
+            refused = await client.post("/v1/messages/b/hello", content=bytes(200))
+            goes_on.set()
+            return [
+                refused.status_code,
+                (await slow).status_code,
+                (await client.post("/v1/messages/b/hello")).status_code,
+            ]
+
+    assert asyncio.run(story()) == [503, 400, 400]

@@ -13,8 +13,17 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
+from fl_coordinator.shares.contribution import (
+    CONTRIBUTION_TYPE,
+    Claim,
+    Contribution,
+    parse,
+    sealing_info,
+    verify_claim,
+)
+from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
+from model_delta.keys.encryption import seal_to
 from model_delta.trust.signing import pre_authentication_encoding
 from tests.fl_coordinator.learning_platform import SPEC, honest, learning
 from tests.fl_coordinator.platform_in_memory import Device, on_a_loop, until
@@ -86,3 +95,26 @@ async def test_others_get_their_receipts_whatever_one_device_sends(
             device.device_id for device in others
         ]
         assert max(len(record.getMessage()) for record in caplog.records) < 4_000
+
+
+@on_a_loop
+async def test_what_a_device_signed_that_sealed_different_shares_is_kept_when_it_is_dropped(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        opened = await at.coordinator.open_round(SPEC)
+        await until(lambda: all(device.task is not None for device in at.devices))
+        liar, *others = at.devices
+        assert liar.task is not None
+        first, _, third = unpack(parse(liar.contribution(honest(0))).claim, Claim).sealed
+        other = seal_to(liar.task.aggregators[1].sealing, bytes(64), sealing_info(liar.task, liar.device_id, 1))
+        sent = signed(liar, sealed=(first, other, third))
+        await liar.contribute(sent)
+        for number, device in enumerate(others):
+            await device.contribute(device.contribution(honest(number)))
+        ended = await at.ended(opened.round_id)
+        assert (ended.state, len(ended.chosen)) == ("PUBLISHED", 6)
+        assert ended.rejected[liar.device_id].startswith("inconsistent shares: ")
+        assert ended.figures["evidence"] == {liar.device_id: digest_of(sent)}
+        kept = parse(at.platform.store.get("evidence", digest_of(sent)))
+        assert (kept.claim, kept.signature, kept.masked) == (parse(sent).claim, parse(sent).signature, b"")
+        verified = verify_claim(kept.claim, kept.signature, liar.ca, frozenset(), at.platform.clock())
+        assert (verified.device_id, verified.round_id) == (liar.device_id, opened.round_id)
