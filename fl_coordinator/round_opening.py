@@ -31,7 +31,7 @@ from fl_coordinator.transcript import (
 )
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
-from model_delta.errors import Malformed, NotFound, Unavailable
+from model_delta.errors import AtollError, Malformed, NotFound
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
 from model_delta.trust.signing import seal_envelope
@@ -96,15 +96,15 @@ class Opening:
         names = [key.name for key in found.task.aggregators]
         try:
             replies = await self._bridge.command(payload, names, found.spec.aggregation_s)
-        except Unavailable as error:
+            ordered = [replies[name] for name in names]
+            aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
+        except AtollError as error:  # somebody is down, or lies, or was spoken for: the error names who
             failures = (*found.failures, str(error)[:500])
             await asyncio.to_thread(
                 self._note, "alert", f"round {found.round_id}: attempt {found.attempt} failed: {error}"
             )
             await asyncio.sleep(self._tick_s * found.attempt)
             return msgspec.structs.replace(found, failures=failures), Event.ATTEMPT_FAILED
-        ordered = [replies[name] for name in names]
-        aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
         settled = _settlement(found, mean_digest(aggregate.mean), aggregate.decision)
         signed = seal_envelope(await asyncio.to_thread(self._keyring.sign, ROLE_ROUND, SETTLEMENT_TYPE, pack(settled)))
         transcript = pack_transcript(transcript_of(announcement, ordered, signed))

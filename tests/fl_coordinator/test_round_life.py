@@ -257,6 +257,29 @@ async def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path)
         assert len(at.aggregators.commands) == 1
 
 
+@pytest.mark.parametrize(("lies", "state"), [(1, "PUBLISHED"), (3, "FAILED")])
+@on_a_loop
+async def test_a_lie_about_the_sum_ends_an_attempt_by_name_and_the_same_set_is_run_again(
+    tmp_path: Path, lies: int, state: str
+) -> None:
+    async with learning(tmp_path, 6) as at:
+        asked_for = at.aggregators._run
+
+        async def lying(name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+            answer = await asked_for(name, command)
+            if name == "a1" and command["attempt"] <= lies and isinstance(answer, dict):
+                answer = {**answer, "first": bytes(len(answer["first"]))}
+            return answer
+
+        at.aggregators._run = lying  # type: ignore[method-assign]
+        ended = await at.learned(asked())
+        assert ended.state == state
+        assert ended.attempt == min(lies + 1, 3)
+        assert set(ended.failures) == {"a1: share 1 of the sum is not the one it signed"}
+        assert ended.reason == ("" if state == "PUBLISHED" else ended.failures[-1])
+        assert {tuple(command["contributions"]) for command in at.aggregators.commands} == {ended.frozen}
+
+
 @on_a_loop
 async def test_aggregators_follow_the_log_and_fetch_what_was_frozen_one_by_one(tmp_path: Path) -> None:
     async with learning(tmp_path) as at:
