@@ -46,7 +46,7 @@ from fl_coordinator.rules.reveals import POLICIES
 from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import Keep, Protocol
+from fl_coordinator.shares.party import Committed, Keep, Protocol
 from fl_coordinator.shares.revealing import SAMPLE_MAX, quantile_place
 from fl_coordinator.shares.sharing import Exchange
 from model_delta.encoding import unpack
@@ -126,8 +126,10 @@ def _run(world: SecureRound, rows: NDArray[np.uint32], seed: int) -> tuple[list[
             start = time.thread_time()
             try:
                 command = next(generator) if inputs[index] is None else generator.send(inputs[index] or {})
-                while isinstance(command, Keep):
-                    decision, command = command.decision, generator.send({})
+                while isinstance(command, Keep | Committed):
+                    if isinstance(command, Keep):
+                        decision = command.decision
+                    command = generator.send({})
                 wanted[index] = command
                 costs[index].sent[command.step] += sum(map(len, command.outgoing.values()))
                 costs[index].seconds[command.step] += time.thread_time() - start

@@ -43,7 +43,7 @@ from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
+from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, Protocol
 from fl_coordinator.shares.sharing import Exchange
 from model_delta.encoding import unpack
 from tests.fakes.secure_round import NOW, ArrayRows, SecureRound
@@ -147,7 +147,7 @@ def _timed(world: SecureRound, holdings: Sequence[Holding], attempt: int) -> tup
             start = time.thread_time()
             try:
                 command = next(generator) if inputs[index] is None else generator.send(inputs[index] or {})
-                while isinstance(command, Keep):
+                while isinstance(command, Keep | Committed):
                     command = generator.send({})
                 wanted[index] = command
             except StopIteration as done:

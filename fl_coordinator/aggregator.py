@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.aggregator_state import AggregatorState, RoundProgress
@@ -48,7 +46,7 @@ from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import FROZEN_TYPE
-from fl_coordinator.shares.party import AggregationParty, Keep, Outcome, Protocol
+from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, Protocol, own_secret_of
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory
 from fl_coordinator.shares.sharing import Exchange, to_bytes
 from fl_coordinator.threads import in_thread
@@ -335,7 +333,8 @@ class Aggregator:
             memory=begun,
             remembered=progress.decision,
             final=progress.final,
-            noise_secret=self._noise_secret(),
+            committed=progress.commitments,
+            own_secret=own_secret_of(self.name, self._state.sealing),
             spent=command.spent,
         )
         steps = party.steps()
@@ -348,13 +347,12 @@ class Aggregator:
                 progress = msgspec.structs.replace(progress, decision=wanted.decision, final=wanted.agreed)
                 await in_thread(self._state.remember, progress)
                 received = {}
+            elif isinstance(wanted, Committed):
+                progress = msgspec.structs.replace(progress, commitments=wanted.commitments)
+                await in_thread(self._state.remember, progress)
+                received = {}
             else:
                 received = await conversation.exchange(wanted)
-
-    def _noise_secret(self) -> bytes:
-        """From its own key, so that it is the same after a crash, and nobody else's."""
-        info = pack(["atoll noise", self.name])
-        return HKDF(hashes.SHA256(), 32, None, info).derive(self._state.sealing.private_bytes_raw())
 
     def _sign(self, command: RoundCommand, index: int, outcome: Outcome) -> dict[str, Any]:
         """The answer, written down before it is given; an earlier one stands."""
@@ -377,7 +375,7 @@ class Aggregator:
         return reply
 
 
-def _advance(steps: Protocol, received: Mapping[int, bytes] | None) -> Exchange | Keep | Outcome:
+def _advance(steps: Protocol, received: Mapping[int, bytes] | None) -> Exchange | Keep | Committed | Outcome:
     """One stretch of computing, until the party needs its peers or is done."""
     try:
         return next(steps) if received is None else steps.send(received)

@@ -27,8 +27,8 @@ _log = logging.getLogger("atoll.aggregator")
 
 
 class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """What must survive a crash: the frozen list's root, the announcement's terms, the last attempt begun, the decision
-    (`final` once all three agreed on it)."""
+    """What must survive a crash: the frozen list's root, the announcement's terms, the last attempt begun, what all
+    three committed to for the coin, the decision (`final` once all three agreed on it)."""
 
     round_id: str
     root: str
@@ -38,6 +38,7 @@ class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
     final: bool = False
     format: int = 1
     terms: str = ""
+    commitments: tuple[bytes, ...] = ()
 
 
 class _Keys(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ from fl_coordinator.channel import Channel
 from fl_coordinator.shares.contribution import hold, keep, size_max
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import FROZEN_TYPE, Frozen
-from fl_coordinator.shares.party import AggregationParty, Keep, Outcome
+from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, own_secret_of
 from fl_coordinator.shares.remembering import RoundMemory
 from fl_coordinator.shares.sharing import PARTIES, Exchange, to_bytes
 from model_delta.digest import digest_of
@@ -90,6 +90,7 @@ class LocalAggregators:
                     rng=self._rngs[index],
                     sign=functools.partial(self._frozen, index),
                     memory=memory,
+                    own_secret=own_secret_of(self._names[index], sealing),
                 )
             )
         outcomes = _in_step(parties)
@@ -134,7 +135,7 @@ def _in_step(parties: Sequence[AggregationParty]) -> list[Outcome]:
             received = given[index]
             try:
                 command = next(generator) if received is None else generator.send(received)
-                while isinstance(command, Keep):  # there is no crash to remember anything for
+                while isinstance(command, Keep | Committed):  # there is no crash to remember anything for
                     command = generator.send({})
                 wanted[index] = command
             except StopIteration as done:

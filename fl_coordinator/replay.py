@@ -284,12 +284,14 @@ def _freeze(decision: Decision, task: RoundTask, announced: str) -> str:
     if not len(decision.frozen) == len(decision.parts) == PARTIES:
         return f"expected {PARTIES} statements and parts, found {len(decision.frozen)} and {len(decision.parts)}"
     expected = (task.tenant, task.round_id, decision.attempt, announced, decision.root, len(decision.devices))
+    tosses = set()
     for index, (sealed, part) in enumerate(zip(decision.frozen, decision.parts, strict=True)):
         said, name = read_statement(sealed, task, index), task.aggregators[index].name
         if (said.tenant, said.round_id, said.attempt, said.task, said.root, said.count) != expected:
             return f"{name} signed a freeze of another announcement, attempt or list"
         require_opening(said, part, name)
-    if decision.coin != joint_coin(task.round_id, decision.attempt, decision.root, decision.parts):
+        tosses.add(said.toss)
+    if [decision.coin] != [joint_coin(task.round_id, decision.root, decision.parts, toss) for toss in tosses]:
         return "the coin is not the one that the parts make"
     return ""
 

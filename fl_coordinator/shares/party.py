@@ -6,7 +6,8 @@ Three parties run this over the same frozen, ordered list of contributions, one 
                round is remembered, if any
     compare    which contributions were refused and why; for each share a keyed hash of what it follows from (secret,
                digest of the ciphertext), compared with its other holder
-    coin       the coin's opening, and a hash of all that was public so far: everybody must have seen the same
+    coin       the coin's opening, the same in every attempt (what the others committed to is on disk before), and a
+               hash of all that was public so far: everybody must have seen the same
     measured   64 projections and a sketch (see `measuring`) of the first share, sent to the other holder of it
     split ...  range check of the projections (see `range_check`), one bit per device opened
     lift ...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
@@ -39,6 +40,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
@@ -58,8 +60,10 @@ from fl_coordinator.shares.decision import (
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import (
     Frozen,
+    coin_part,
     joint_coin,
     read_statement,
+    require_one_coin,
     require_opening,
     require_same_freeze,
     statement,
@@ -110,7 +114,16 @@ class Outcome:
     opened: Pair | None
 
 
-Protocol = Generator[Exchange | Keep, Mapping[int, bytes], Outcome]
+@dataclass(frozen=True)
+class Committed:
+    """Write down, durably, what all three committed to, before resuming: no other coin is tossed for this list."""
+
+    commitments: tuple[bytes, ...]
+
+
+T = TypeVar("T")
+Talk = Generator[Exchange | Keep | Committed, Mapping[int, bytes], T]
+Protocol = Talk[Outcome]
 
 
 class _Hello(msgspec.Struct, frozen=True):
@@ -143,8 +156,9 @@ class AggregationParty:
     """Party `index` of attempt `attempt` at a round whose contributions are frozen under the Merkle root `root`.
 
     `pair_secrets` are 32 bytes per peer index that only the two know (any number of attempts may share them);
-    `remembered` is the decision kept by an earlier attempt, `final` whether all three had agreed on it. `noise_secret`
-    is known to nobody else and the same in every attempt. `sign` seals a `freezing.Frozen` under this aggregator's key;
+    `remembered` is the decision kept by an earlier attempt, `final` whether all three had agreed on it, `committed`
+    what all committed to then. `own_secret` (`own_secret_of`) is known to nobody else and the same in every attempt:
+    its part of the coin and of the noise follow from it. `sign` seals a `freezing.Frozen` under this aggregator's key;
     `announced` is the digest of the announcement's payload as it was signed, that of `task` packed if not given.
     `memory` is what the policy remembers of earlier rounds, `spent` the account to be signed. Raises Malformed for a
     round that must not be run, Untrusted for one that was announced with another memory.
@@ -166,7 +180,8 @@ class AggregationParty:
         spent: Spent | None = None,
         remembered: bytes = b"",
         final: bool = False,
-        noise_secret: bytes = b"",
+        committed: tuple[bytes, ...] = (),
+        own_secret: bytes = b"",
     ) -> None:
         require_announceable(task)
         self._memory = memory or empty_memory(task)
@@ -188,16 +203,17 @@ class AggregationParty:
         self._sign = sign
         self._spent = spent
         self._announced = announced or digest_of(pack(task))
-        self._noise_secret = noise_secret or rng(SEED_BYTES)
+        self._own_secret = own_secret or rng(SEED_BYTES)
         self._remembered = remembered
         self._final = final
+        self._committed = committed
         self._summed: tuple[Words, list[int]] | None = None
         self._names = (task.aggregators[0].name, task.aggregators[1].name, task.aggregators[2].name)
 
     def steps(self) -> Protocol:
         """The protocol as a generator of Exchange and Keep. Raises Untrusted, naming the peer where possible."""
         me = self._index
-        secret = self._rng(SEED_BYTES)
+        secret = coin_part(self._own_secret, self._task, self._root)
         count = len(self._holding.digests)
         said = statement(self._task, self._announced, self._attempt, self._root, count, me, secret)
         own = _Hello(self._rng(SEED_BYTES), self._sign(said), _name_of(self._remembered))
@@ -243,7 +259,7 @@ class AggregationParty:
         openings with fresh noise would be less noisy together.
         """
         info = pack(["atoll noise", self._task.round_id, self._root, digest_of(decision)])
-        secret = HKDF(hashes.SHA256(), 2 * SEED_BYTES, None, info).derive(self._noise_secret)
+        secret = HKDF(hashes.SHA256(), 2 * SEED_BYTES, None, info).derive(self._own_secret)
         seed, draw = secret[:SEED_BYTES], KeyStream(secret[SEED_BYTES:])
         own = noise(first.size, noise_std(self._task), draw.take).astype(np.uint32)
         after = expand(seed, first.size)
@@ -262,7 +278,7 @@ class AggregationParty:
 
     def _decide(
         self, session: Session, hellos: Sequence[_Hello], frozen: Sequence[Frozen], secret: bytes
-    ) -> Steps[Decision]:
+    ) -> Talk[Decision]:
         task = self._task
         compares = yield from self._broadcast("compare", self._compare(session), _Compare)
         refused = self._judge_compares(session, compares)
@@ -436,15 +452,16 @@ class AggregationParty:
 
     def _toss(
         self, hellos: Sequence[_Hello], frozen: Sequence[Frozen], compares: Sequence[_Compare], secret: bytes
-    ) -> Steps[_Coined]:
+    ) -> Talk[_Coined]:
         """The joint coin: random if one of the three is honest, unknown to all before the contributions are fixed."""
+        yield Committed(require_one_coin(frozen, self._committed, self._names))
         seen = digest_of(pack([list(hellos), list(compares)]))
         coins = yield from self._broadcast("coin", _Coin(secret, seen), _Coin)
         for name, said, coin in zip(self._names, frozen, coins, strict=True):
             require_opening(said, coin.secret, name)
         self._require_same("coin", "other messages", [coin.seen for coin in coins])
         parts = tuple(coin.secret for coin in coins)
-        joint = joint_coin(self._task.round_id, self._attempt, self._root, parts)
+        joint = joint_coin(self._task.round_id, self._root, parts)
         return _Coined(joint, tuple(hello.frozen for hello in hellos), parts)
 
     def _broadcast(self, step: str, own: R, kind: type[R]) -> Steps[list[R]]:
@@ -468,6 +485,11 @@ class AggregationParty:
             return
         odd = [name for name, value in zip(self._names, values, strict=True) if values.count(value) == 1]
         raise Untrusted(f"step {step!r}: {' and '.join(odd)} saw {what} than the rest; nothing was opened")
+
+
+def own_secret_of(name: str, sealing: X25519PrivateKey) -> bytes:
+    """32 bytes from an aggregator's own key, so that they are the same after a crash, and nobody else's."""
+    return HKDF(hashes.SHA256(), SEED_BYTES, None, pack(["atoll noise", name])).derive(sealing.private_bytes_raw())
 
 
 def _require_possible(gram: NDArray[np.int64]) -> None:

@@ -38,7 +38,7 @@ from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.fixed_point import clip, encode
 from fl_coordinator.shares.freezing import FROZEN_TYPE, Frozen
 from fl_coordinator.shares.measuring import Coefficients, Measured
-from fl_coordinator.shares.party import AggregationParty, Keep, Outcome
+from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, own_secret_of
 from fl_coordinator.shares.remembering import RoundMemory
 from fl_coordinator.shares.sharing import Exchange, Pair, Ring, to_bytes
 from fl_coordinator.shares.streams import COLUMNS, KeyStream, Rows, Words, expand
@@ -65,6 +65,7 @@ class View:
     received: dict[tuple[str, int], bytes] = field(default_factory=dict)
     sent: dict[tuple[str, int], bytes] = field(default_factory=dict)
     kept: list[Keep] = field(default_factory=list)
+    committed: tuple[bytes, ...] = ()
 
 
 class Device:
@@ -180,6 +181,7 @@ class SecureRound:
         final: bool = False,
         memory: RoundMemory | None = None,
         spent: Spent | None = None,
+        committed: tuple[bytes, ...] = (),
     ) -> AggregationParty:
         digests = holding.digests if holding else [digest_of(data) for data in contributions]
         frozen = root([bytes.fromhex(digest) for digest in digests])
@@ -209,6 +211,8 @@ class SecureRound:
             spent=spent,
             remembered=remembered,
             final=final,
+            committed=committed,
+            own_secret=own_secret_of(NAMES[index], self.sealing[index]),
         )
 
     def run(
@@ -277,8 +281,11 @@ def run_parties(parties: Sequence[AggregationParty], tamper: Tamper | None = Non
             try:
                 given = inputs[index]
                 command = next(generator) if given is None else generator.send(given)
-                while isinstance(command, Keep):
-                    views[index].kept.append(command)
+                while isinstance(command, Keep | Committed):
+                    if isinstance(command, Keep):
+                        views[index].kept.append(command)
+                    else:
+                        views[index].committed = command.commitments
                     command = generator.send({})
                 wanted[index] = command
             except StopIteration as done:

@@ -15,10 +15,12 @@ import pytest
 from device_sim.faults import plain_average
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
 from fl_coordinator.aggregator import Aggregator
+from fl_coordinator.aggregator_state import RoundProgress
 from fl_coordinator.channel import Channel, ChannelMessage
 from fl_coordinator.privacy import Spend, Spent, epsilon
 from fl_coordinator.round_command import KEPT_S
 from fl_coordinator.shares.decision import Decision
+from fl_coordinator.shares.freezing import Frozen
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, DigestMismatch, Expired, Malformed, SignatureInvalid, Unavailable, Untrusted
@@ -210,6 +212,22 @@ def test_dying_in_any_step_opens_nothing(tmp_path: Path, step: str) -> None:
     assert not list(tmp_path.glob("*/reply/*"))
     platform.lost = set()
     assert combine_openings(platform.run(attempt=2), platform.world.task).mean is not None
+
+
+def test_an_attempt_that_failed_after_the_coin_does_not_get_another_one(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.contribute(updates(4))
+    platform.lost = {("centre", peer, "gram") for peer in NAMES}
+    assert all(isinstance(failure, Unavailable) for failure in platform.run())
+    kept = [unpack(file.read_bytes(), RoundProgress) for file in tmp_path.glob("*/round/*")]
+    assert len(kept) == 3
+    platform.lost = set()
+    for name in NAMES:
+        platform.start(name)
+    decision = combine_openings(platform.run(attempt=2), platform.world.task).decision
+    said = [unpack(open_envelope(frozen).payload, Frozen) for frozen in decision.frozen]
+    assert {progress.commitments for progress in kept} == {tuple(frozen.commitment for frozen in said)}
+    assert {frozen.attempt for frozen in said} == {2}
 
 
 @pytest.mark.slow

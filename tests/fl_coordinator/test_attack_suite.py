@@ -119,14 +119,14 @@ def blind_spot(projections: np.ndarray) -> Words:
 
 
 def run_with_chance(world: SecureRound, rows: Words, like: Words, seed: int) -> Decision:
-    """The round with all randomness of the aggregators from a seed, on `rows` under the digests of `like`: the same
+    """The round with the secrets of the aggregators from a seed, on `rows` under the digests of `like`: the same
     coin each time."""
     named = random_holdings(like, 0)[0].digests
     holdings = [dataclasses.replace(holding, digests=named) for holding in random_holdings(rows, 0)]
     parties = []
     for index, holding in enumerate(holdings):
         party = world.party(index, [bytes.fromhex(digest) for digest in named], holding=holding)
-        party._rng = np.random.default_rng([seed, index]).bytes
+        party._own_secret = bytes([seed, index]) * 16
         parties.append(party)
     return unpack(run_parties(parties)[0][0].decision, Decision)
 

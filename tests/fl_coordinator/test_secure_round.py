@@ -16,7 +16,7 @@ from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.decision import Decision, judge, read_gram
 from fl_coordinator.shares.freezing import Frozen, joint_coin, statement
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import Keep, Outcome, _Coin, _Compare, _Hello
+from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, _Coin, _Compare, _Hello
 from fl_coordinator.shares.sharing import Exchange
 from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack, unpack
@@ -135,12 +135,12 @@ def simulate(world: SecureRound, index: int, rows: Words, gram: np.ndarray, answ
             wanted = next(steps) if received is None else steps.send(received)
         except StopIteration as done:
             return done.value
-        if isinstance(wanted, Keep):
+        if isinstance(wanted, Keep | Committed):
             received = {}
             continue
         if wanted.step == "coin":
             coins = {**secrets, index: unpack(wanted.outgoing[following], _Coin).secret}
-            coin = joint_coin(world.task.round_id, 1, party._root, [coins[place] for place in range(3)])
+            coin = joint_coin(world.task.round_id, party._root, [coins[place] for place in range(3)])
         if wanted.step == "measured":
             coefficients = Coefficients(coin, world.task.length, bounds_of(world.task))
             received = {following: measure_words(coefficients, noise[1]).joined.tobytes()}
@@ -241,14 +241,36 @@ def test_the_coordinator_sees_the_sum_and_no_summand() -> None:
     assert np.array_equal(read_gram(decision), integers @ integers.T)
 
 
-def test_two_attempts_share_no_mask_and_no_coin() -> None:
+def test_two_attempts_share_a_coin_and_no_mask() -> None:
     world = SecureRound(length=60, selected_min=4)
     contributions = [world.raw(f"pos-{i:04d}", row) for i, row in enumerate(honest_rows(world, 6))]
     first, second = (world.run(contributions, attempt=attempt) for attempt in (1, 1))
     for step, sender in first[1][0].received:
-        if step not in ("range",):
+        if step not in ("range", "measured", "agree"):  # what was measured goes, as it is, to who has that share
             assert first[1][0].received[step, sender] != second[1][0].received[step, sender], step
     assert np.array_equal(opened_sum(first[0]), opened_sum(second[0]))
+    assert len({unpack(outcomes[0].decision, Decision).coin for outcomes, _ in (first, second)}) == 1
+    other = [world.raw(f"pos-{i:04d}", row) for i, row in enumerate(honest_rows(world, 6))]
+    assert world.decide(other).coin != world.decide(contributions).coin
+
+
+def test_who_commits_to_another_coin_for_the_same_list_is_named() -> None:
+    """Whoever makes attempts fail after the distances were opened sees no other sketch of the same updates."""
+    world = SecureRound(length=60, selected_min=4)
+    contributions = [world.raw(f"pos-{i:04d}", row) for i, row in enumerate(honest_rows(world, 6))]
+    _, views = world.run(contributions)
+    assert len({view.committed for view in views}) == 1
+
+    def again(liar: int | None) -> list[AggregationParty]:
+        parties = [world.party(i, contributions, attempt=2, committed=views[i].committed) for i in range(3)]
+        for index, party in enumerate(parties):
+            if index == liar:
+                party._own_secret, party._committed = os.urandom(32), ()
+        return parties
+
+    run_parties(again(None))
+    with pytest.raises(Untrusted, match="centre: step 'coin': committed to another part of the coin"):
+        run_parties(again(1))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -293,7 +315,7 @@ def test_noise_on_the_sum_is_as_strong_as_announced_and_the_same_when_opened_aga
         digests = [bytes.fromhex(digest) for digest in holdings[0].digests]
         parties = [world.party(i, digests, 2, holdings[i], outcomes[0].decision, True) for i in range(3)]
         for place, party in enumerate(parties):
-            party._noise_secret = bytes([secret, place]) * 16
+            party._own_secret = bytes([secret, place]) * 16
         return opened_sum(run_parties(parties)[0])
 
     assert np.array_equal(again(1), again(1))
