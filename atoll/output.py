@@ -10,8 +10,9 @@ import typer
 
 
 def show(value: Any, text: str, *, as_json: bool) -> None:
-    """Print `value` as JSON or `text` as it is."""
-    typer.echo(json.dumps(value, indent=2, default=str) if as_json else text)
+    """Print `value` as JSON or `text`, in which nothing but a line break steers the terminal: some of it is what
+    devices, relays and aggregators said."""
+    typer.echo(json.dumps(value, indent=2, default=str) if as_json else _plain(text))
 
 
 def columns(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
@@ -23,6 +24,10 @@ def columns(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )
+
+
+def _plain(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def _cell(value: Any) -> str:

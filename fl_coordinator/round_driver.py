@@ -79,6 +79,7 @@ class RoundDriver:
 
     def recall(self) -> list[str]:
         """The rounds that a coordinator which starts must go on with. Blocking."""
+        self._aborted |= self._ledger.aborted_rounds()
         return [found.round_id for found in every_round(self._ledger) if found.live]
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
@@ -101,9 +102,11 @@ class RoundDriver:
         """Stop a round before its result is published. Raises NotFound."""
         found = await asyncio.to_thread(self.round, round_id)
         if found.live:
+            await in_thread(self._ledger.abort_round, round_id)
             self._aborted.add(round_id)
             async with self._intake.admitted:
                 self._intake.admitted.notify_all()
+            self.due.put_nowait(round_id)  # in case that nobody drives it any more
         return found
 
     def round(self, round_id: str) -> Round:

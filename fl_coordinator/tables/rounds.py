@@ -43,6 +43,15 @@ class Rounds(LedgerFile):
             raise NotFound(f"round {round_id!r}: there is none of that name")
         return bytes(rows[0][0])
 
+    def abort_round(self, round_id: str) -> None:
+        """Write down that a round is to end, before whoever asked for it is told so."""
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO aborted_rounds VALUES (?)", (round_id,))
+
+    def aborted_rounds(self) -> set[str]:
+        """The rounds that somebody wanted to end."""
+        return {row[0] for row in self._rows("SELECT round_id FROM aborted_rounds")}
+
     def save_round_result(
         self, round_id: str, mean: bytes, transcript: bytes, memory: MemoryRecord | None = None
     ) -> None:

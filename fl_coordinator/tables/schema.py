@@ -82,7 +82,11 @@ _SCHEMA_7 = """
 ALTER TABLE devices ADD COLUMN model TEXT NOT NULL DEFAULT '';
 """
 
-SCHEMAS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5, _SCHEMA_6, _SCHEMA_7)
+_SCHEMA_8 = """
+CREATE TABLE aborted_rounds (round_id TEXT PRIMARY KEY);
+"""
+
+SCHEMAS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5, _SCHEMA_6, _SCHEMA_7, _SCHEMA_8)
 """In order; the first makes an empty file a ledger of version 1."""
 
 

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from atoll import cli
+from atoll.output import show
 from fl_coordinator.rounds import Privacy, Quota, RoundSpec
 from model_delta.encoding import pack
 from tests.fakes.control_api import answering
@@ -193,3 +194,8 @@ def test_a_transcript_is_exported_and_replayed_without_the_platform(
     assert (code, "expected a readable file" in err) == (2, True)
     code, _, err = run("round", "verify", file, "--anchors", file)
     assert (code, "expected trust anchors" in err) == (2, True)
+
+
+def test_what_others_said_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show({}, "relay of eu: \x1b[2J\x07 gone\r\nsecond line \u202e", as_json=False)
+    assert capsys.readouterr().out == "relay of eu: ?[2J? gone?\nsecond line ?\n"

@@ -541,6 +541,13 @@ def test_a_round_of_long_ago_is_refused_and_forgotten(tmp_path: Path) -> None:
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_damaged_memory_of_one_round_stops_no_other_one(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    platform.aggregators["centre"]._state.store.put("round", "0" * 64, b"\xff damaged")
+    assert combine_openings(platform.run(), platform.world.task).mean is not None
+
+
 def test_keys_are_made_once_and_for_nobody_else_to_read(tmp_path: Path) -> None:
     platform = Platform(tmp_path)
     key = platform.aggregators["north"].key

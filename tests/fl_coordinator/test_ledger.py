@@ -211,6 +211,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     raw.execute("DROP INDEX contributions_by_device")
     raw.execute("DROP TABLE round_memories")
     raw.execute("ALTER TABLE devices DROP COLUMN model")
+    raw.execute("DROP TABLE aborted_rounds")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
@@ -222,6 +223,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     assert len(ledger.identity()) == 32
     assert ledger.round_memory("none") is None
     assert ledger.followers("fraud") == []
+    assert ledger.aborted_rounds() == set()
     ledger.close()
 
 

@@ -2,6 +2,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from fl_coordinator.rounds import RoundSpec, State
 from fl_coordinator.shares.contribution import OVERHEAD_BYTES
 from fl_coordinator.tables.records import AdmittedContribution, DeviceRecord
 from model_delta.digest import digest_of
+from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
 from tests.fl_coordinator.learning_platform import LENGTH, SPEC, asked, contribute_all, honest, learning
@@ -307,3 +309,24 @@ async def test_a_quorum_that_is_reached_just_before_the_deadline_counts(tmp_path
         await until(lambda: at.coordinator.round(opened.round_id).at is not State.COLLECTING)
         assert at.coordinator.round(opened.round_id).reason == ""
         await until(lambda: len(at.coordinator.round(opened.round_id).frozen) == SPEC.quorum)
+
+
+@on_a_loop
+async def test_a_round_that_was_told_to_end_ends_also_when_the_coordinator_dies_meanwhile(tmp_path: Path) -> None:
+    async with learning(tmp_path) as at:
+        opened = await at.coordinator.open_round(SPEC)
+        await until(lambda: at.coordinator.round(opened.round_id).at is State.COLLECTING)
+        aborting = asyncio.create_task(at.coordinator.abort_round(opened.round_id))
+        await until(lambda: at.ledger.aborted_rounds() == {opened.round_id})
+    await asyncio.gather(aborting, return_exceptions=True)
+    at.ledger.save_round(
+        round_id=opened.round_id,
+        model="fraud",
+        state=State.COLLECTING.value,
+        created=opened.opened,
+        record=pack(msgspec.structs.replace(opened, state=State.COLLECTING.value)),
+    )
+    at.platform.reopen()
+    async with at.platform.running():
+        ended = await at.ended(opened.round_id)
+        assert (ended.at, ended.reason) == (State.FAILED, "an operator aborted it")

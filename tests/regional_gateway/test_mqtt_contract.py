@@ -282,7 +282,7 @@ def test_a_packet_over_the_limit_closes_only_its_sender(broker: BrokerProcess) -
     device, bystander = name(), name()
     with Client(broker, bystander) as other, Client(broker, "coordinator") as coordinator:
         coordinator.subscribe("atoll/1/dev/+/up/#")
-        largest = bytes(999_000)
+        largest = bytes(4 * 1_000_000 + 16_384)  # a contribution of a million parameters
         assert other.publish(up(bystander, "report"), largest) == 0
         assert coordinator.next().payload == largest
         with tls_socket(broker, device) as raw:
