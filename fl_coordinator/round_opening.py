@@ -15,11 +15,11 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Bridge, Note, UpdatesLog
 from fl_coordinator.privacy import Spent
 from fl_coordinator.recorded_rounds import save_round
-from fl_coordinator.remembered_rounds import memory_record
+from fl_coordinator.remembered_rounds import memory_of, memory_record
 from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
 from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
 from fl_coordinator.shares.contribution import parse
-from fl_coordinator.shares.decision import Decision
+from fl_coordinator.shares.decision import Decision, restated
 from fl_coordinator.spending import Charge, charge
 from fl_coordinator.transcript import (
     SETTLEMENT_TYPE,
@@ -31,9 +31,10 @@ from fl_coordinator.transcript import (
 )
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
-from model_delta.errors import AtollError, Malformed, NotFound
+from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
+from model_delta.task import RoundTask
 from model_delta.trust.signing import seal_envelope
 
 TRANSCRIPT = "transcript"
@@ -98,6 +99,7 @@ class Opening:
             replies = await self._bridge.command(payload, names, found.spec.aggregation_s)
             ordered = [replies[name] for name in names]
             aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
+            await asyncio.to_thread(self._require_rules, found.task, aggregate.decision)
         except AtollError as error:  # somebody is down, or lies, or was spoken for: the error names who
             failures = (*found.failures, str(error)[:500])
             await asyncio.to_thread(
@@ -120,6 +122,15 @@ class Opening:
         kept = await asyncio.to_thread(self._evidence, found, decision)
         figures = {**found.figures, "evidence": kept} if kept else found.figures
         return _with_verdicts(msgspec.structs.replace(found, transcript=name, figures=figures), decision)
+
+    def _require_rules(self, task: RoundTask, decision: Decision) -> None:
+        """The rules again, as each aggregator has computed them. Raises Untrusted for another choice than they make."""
+        rules = restated(task, decision, memory_of(self._ledger, task).memory)
+        for name in ("selected", "divisor", "refusal"):
+            if getattr(decision, name) != getattr(rules, name):
+                raise Untrusted(f"round {task.round_id!r}: the aggregators' {name} is not what the rules give")
+        if [device.weight for device in decision.devices] != [device.weight for device in rules.devices]:
+            raise Untrusted(f"round {task.round_id!r}: the aggregators' weights are not what the rules give")
 
     def _evidence(self, found: Round, decision: Decision) -> dict[str, str]:
         """Keep what a device signed whose contribution the aggregators dropped before they measured it, because its

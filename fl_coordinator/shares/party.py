@@ -239,6 +239,7 @@ class AggregationParty:
         chosen = list(taken.selected)
         if not chosen:
             return Outcome(decision, None)
+        self._require_still_held(chosen)
         weights = [taken.devices[index].weight for index in chosen]
         if self._summed is None:
             first = weighted_sum(self._holding.first, chosen, weights)
@@ -249,6 +250,15 @@ class AggregationParty:
         if self._task.noise_multiplier > 0:
             first, second = yield from self._noisy(decision, first, second)
         return Outcome(decision, Pair(first, second))
+
+    def _require_still_held(self, chosen: Sequence[int]) -> None:
+        """Between two attempts a certificate may expire or be revoked: then there is no share to open any more."""
+        gone = [index for index in chosen if index in self._holding.refusals]
+        if gone:
+            raise Untrusted(
+                f"round {self._task.round_id!r} was decided with {self._holding.device_ids[gone[0]]}, which is refused "
+                f"now: {self._holding.refusals[gone[0]]}; another set would give updates away, so the round is over"
+            )
 
     def _noisy(self, decision: bytes, first: Words, second: Words) -> Steps[tuple[Words, Words]]:
         """The shares of the sum with the noise of all three on them.

@@ -12,20 +12,24 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.privacy import Spend, epsilon
 from fl_coordinator.promotion import Evaluation, Limits
 from fl_coordinator.rounds import Privacy, Quota, Round, State
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
+from fl_coordinator.shares.decision import Decision
 from fl_coordinator.updates_log import unpacked_part
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.task import RoundTask
-from model_delta.trust.signing import open_envelope, pre_authentication_encoding
+from model_delta.trust.signing import open_envelope, pre_authentication_encoding, seal_envelope, sign
 from tests.fl_coordinator.control_calls import calls
 from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, learning
 from tests.fl_coordinator.platform_in_memory import CANARY, Device, Platform, fraud_model, on_a_loop, until
+
+PARTS = ("first", "second")
 
 
 def rollouts(platform: Platform) -> dict[str, Any]:
@@ -278,6 +282,30 @@ async def test_a_lie_about_the_sum_ends_an_attempt_by_name_and_the_same_set_is_r
         assert set(ended.failures) == {"a1: share 1 of the sum is not the one it signed"}
         assert ended.reason == ("" if state == "PUBLISHED" else ended.failures[-1])
         assert {tuple(command["contributions"]) for command in at.aggregators.commands} == {ended.frozen}
+
+
+@on_a_loop
+async def test_a_choice_that_the_rules_do_not_make_is_not_taken_from_three_aggregators_either(tmp_path: Path) -> None:
+    async with learning(tmp_path, 6) as at:
+        asked_for = at.aggregators._run
+
+        async def agreed(name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+            answer = await asked_for(name, command)
+            assert isinstance(answer, dict)
+            opening = unpack(open_envelope(answer["opening"]).payload, Opening)
+            decision = unpack(opening.decision, Decision)
+            devices = tuple(msgspec.structs.replace(one, weight=2 * one.weight) for one in decision.devices)
+            changed = pack(msgspec.structs.replace(decision, devices=devices, divisor=2 * decision.divisor))
+            first, second = ((2 * np.frombuffer(answer[part], "<u4")).astype("<u4").tobytes() for part in PARTS)
+            digests = {"first": digest_of(first), "second": digest_of(second)}
+            told = pack(msgspec.structs.replace(opening, decision=changed, **digests))
+            envelope = sign(OPENING_TYPE, told, [at.aggregators.members[name]._state.signing])
+            return {**answer, "opening": seal_envelope(envelope), "first": first, "second": second}
+
+        at.aggregators._run = agreed  # type: ignore[method-assign]
+        ended = await at.learned(asked())
+        assert ended.state == "FAILED"
+        assert ended.reason.endswith("the aggregators' divisor is not what the rules give")
 
 
 @on_a_loop

@@ -347,6 +347,18 @@ def test_a_remembered_decision_is_repeated_and_a_forgotten_one_is_not_replaced()
     assert {unpack(outcome.decision, Decision).attempt for outcome in fresh} == {2}
 
 
+def test_a_chosen_device_that_is_refused_by_the_next_attempt_ends_the_round_by_name() -> None:
+    """Its certificate expired meanwhile, say: there is a decision, and no share of it any more."""
+    world = SecureRound(length=60, selected_min=4)
+    contributions = [world.raw(f"pos-{i:04d}", row) for i, row in enumerate(honest_rows(world, 6))]
+    outcomes, _ = world.run(contributions)
+    parties = [world.party(i, contributions, 2, remembered=outcomes[0].decision, final=True) for i in range(3)]
+    for party in parties:
+        party._holding = dataclasses.replace(party._holding, refusals={3: "its certificate expired"})
+    with pytest.raises(Untrusted, match="decided with pos-0003, which is refused now: its certificate expired"):
+        run_parties(parties)
+
+
 def test_names_in_the_decision_are_the_announced_ones() -> None:
     world = SecureRound(length=60, selected_min=4)
     _, _, decision = world.run_rows(honest_rows(world, 6))

@@ -56,7 +56,8 @@ def transcripts(signed: Signed) -> Iterator[tuple[str, bytes]]:
         reply["opening"] for reply in written.replies(msgspec.structs.replace(written.decision, coin=bytes(32)))
     )
     yield "transcript.cbor", pack(good)  # of decision format 2, before the freeze was signed
-    yield "transcript_with_a_signed_freeze.cbor", pack(good)
+    yield "transcript_with_a_signed_freeze.cbor", pack(good)  # of freeze format 1, with a coin for each attempt
+    yield "transcript_with_one_coin.cbor", pack(good)
     yield "transcript_with_another_coin.cbor", but(openings=list(coined))
     yield "transcript_with_a_field_of_the_future.cbor", but(weather="fine")
     yield "transcript_of_a_newer_format.cbor", but(format=2)

@@ -245,6 +245,21 @@ def _rounds(keyring: EmbeddedKeyring) -> Iterator[tuple[str, bytes]]:
     }.items():
         yield f"round_{name}.cbor", _signed(keyring, "round", TASK_TYPE, _plus(task, **fields))
     yield from _contributions(keyring, task)
+    yield from _contributions_on_terms(keyring, unpack(open_envelope(good).payload, RoundTask))
+
+
+def _contributions_on_terms(keyring: EmbeddedKeyring, task: RoundTask) -> Iterator[tuple[str, bytes]]:
+    """Since devices sign what they were told of the round."""
+    if (FOLDER / "contribution_on_terms.cbor").exists():
+        return  # its device's key is gone, as it should be
+    key, name = ec.generate_private_key(ec.SECP256R1()), "pos-0003"
+    sealing = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    certificate = keyring.issue_certificate(make_request(key, name), name, sealing)
+    for terms, told in {"terms": task, "other_terms": msgspec.structs.replace(task, selected_min=2)}.items():
+        made = make_contribution(
+            UPDATE, told, lambda message: key.sign(message, ec.ECDSA(hashes.SHA256())), certificate, name, os.urandom
+        )
+        yield f"contribution_on_{terms}.cbor", made
 
 
 def _contributions(keyring: EmbeddedKeyring, task: RoundTask) -> Iterator[tuple[str, bytes]]:
