@@ -54,10 +54,6 @@ class Identities(LedgerFile):
         rows = self._rows(f"SELECT {_DEVICE_COLUMNS} FROM devices WHERE kind = ? ORDER BY device_id", (kind,))
         return [_device(row) for row in rows]
 
-    def followers(self, model: str) -> list[DeviceRecord]:
-        """The devices that a plan of `model` may mean: those that follow it, and those that never said what they do."""
-        return [record for record in self.devices() if record.model in ("", model)]
-
     def groups_of(self, round_id: str, trait: str) -> dict[str, int]:
         """How many contributions of a round came from devices that were enrolled with each value of a trait."""
         query = f"SELECT {_DEVICE_COLUMNS} FROM devices JOIN contributions USING (device_id) WHERE round_id = ?"

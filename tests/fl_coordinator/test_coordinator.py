@@ -7,8 +7,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.enrolment import Enrolment
 from fl_coordinator.publishing import Publisher
+from fl_coordinator.rollout import Rollout
 from model_delta import topics
-from model_delta.encoding import pack
+from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
 from model_delta.keys.certificates import make_request
 from model_delta.trust.updater import read_manifest
@@ -94,6 +95,29 @@ async def test_devices_of_another_model_are_in_nobodys_canary(tmp_path: Path) ->
         shown = {one.name: (one.state, one.in_stage, one.adopted) for one in coordinator.snapshot().rollouts}
         assert shown["second"] == ("completed", 3, 3)
         assert shown["ranks"] == ("completed", 9, 9)
+
+
+@on_a_loop
+async def test_a_revoked_device_holds_up_no_rollout(tmp_path: Path) -> None:
+    """Lost devices are revoked so that they count no more; until then a stage waits for the silent among few."""
+    platform = Platform(tmp_path)
+    devices = fleet(platform, 2)
+    async with platform.running() as coordinator:
+        await adopt_first(platform, devices)
+        platform.clock.now += 3_600
+        await devices[0].hello()
+        second = (await coordinator.publish(fraud_model(2), model="fraud")).manifest
+        rails = "  guardrails: [{metric: silence, share: 20%, withinSeconds: 30}]\n"
+        await coordinator.start_rollout(FIRST.replace("first", "second") + rails)
+        await until(lambda: devices[0].running == second)
+        await report_all(platform, devices[:1])
+        await until(lambda: "1 silent" in unpack(platform.ledger.rollout("second"), Rollout).reason)
+        coordinator.revoke(devices[1].device_id)
+        await report_all(platform, devices[:1])
+        await until(lambda: state_of(platform, "second") == "completed")
+        snapshot = coordinator.snapshot()
+        assert [(one.device_id, one.running) for one in snapshot.devices] == [(devices[0].device_id, second)]
+        assert snapshot.rollouts[-1].in_stage == 1
 
 
 @on_a_loop

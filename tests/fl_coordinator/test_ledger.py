@@ -222,7 +222,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     assert ledger.retired() == frozenset()
     assert len(ledger.identity()) == 32
     assert ledger.round_memory("none") is None
-    assert ledger.followers("fraud") == []
+    assert ledger.devices() == []
     assert ledger.aborted_rounds() == set()
     ledger.close()
 
