@@ -142,7 +142,6 @@ class Coordinator:
             clock=clock,
             note=self.note,
             publish_soon=self._publish_soon,
-            fleet=self._registrar.fleet,
         )
         self._relaying = Relaying(ledger=ledger, relays=relays, clock=clock, tick_s=tick_s)
         self._rounds = RoundDriver(
@@ -192,7 +191,6 @@ class Coordinator:
             health=self._rollouts.health,
             connected=lambda: link.connected,
             devices=self.metrics.gauge("devices", "Enrolled devices, without those that were revoked."),
-            fleet=self._registrar.fleet,
             clock=clock,
         )
 

@@ -13,7 +13,7 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note
 from fl_coordinator.tables.records import AggregatorRecord, DeviceRecord
 from model_delta.encoding import pack
-from model_delta.errors import Malformed, NotFound, Unavailable, Untrusted
+from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.keys.certificates import days_left, require_identity, same_keys, serial_of
 from model_delta.keys.keyring import Keyring
 from model_delta.store import ArtifactStore
@@ -114,19 +114,8 @@ class Registrar:
         Durable when it returns; the embedded broker and the aggregators hear of it within seconds. Raises NotFound."""
         record = self._ledger.device(name)
         self._keyring.revoke(int(record.certificate_serial))
+        self._ledger.mark_revoked(name)
         self._note("alert", f"{name}: its certificate was revoked")
-
-    def fleet(self, model: str = "") -> list[DeviceRecord]:
-        """The devices whose certificates hold, by id; with a `model` those that its plans may mean: who follows it, and
-        who never said what it follows. Before the key server has answered once nobody counts as revoked."""
-        gone: frozenset[int] = frozenset()
-        with contextlib.suppress(Unavailable):
-            gone = self._keyring.revoked()
-        return [
-            record
-            for record in self._ledger.devices()
-            if int(record.certificate_serial) not in gone and (not model or record.model in ("", model))
-        ]
 
     def register_aggregator(self, record: AggregatorRecord, *, replace: bool = False) -> None:
         """Remember an aggregator's keys and address; rounds take the first three by name.

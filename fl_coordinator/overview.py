@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from fl_coordinator import rollout as rollouts
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.recorded_rounds import every_round
 from fl_coordinator.rollout import Rollout
 from fl_coordinator.rounds import Round
-from fl_coordinator.tables.records import DeviceRecord
 from model_delta.encoding import unpack
 from model_delta.plan import DeviceTraits, assign, matches
 from model_delta.version import show
@@ -47,7 +46,6 @@ class Overview:
         health: Callable[[Rollout, float], CohortHealth],
         connected: Callable[[], bool],
         devices: Gauge,
-        fleet: Callable[[str], Sequence[DeviceRecord]],
         clock: Callable[[], float],
     ) -> None:
         self.act = ""
@@ -59,7 +57,6 @@ class Overview:
         self._health = health
         self._connected = connected
         self._gauge_devices = devices
-        self._fleet = fleet
         self._clock = clock
         self._snapshot: tuple[float, Snapshot] | None = None
 
@@ -76,7 +73,7 @@ class Overview:
         live = self._window.rate(now)
         releases = self._ledger.releases()
         labels = {record.manifest: show(record.version) for record in releases}
-        devices = self._fleet("")
+        devices = self._ledger.followers()
         decided = Counter(self._decided)
         withdrawn = {digest for model in {r.model for r in releases} for digest in self._ledger.withdrawn(model)}
         running = Counter(record.running for record in devices)
@@ -136,7 +133,7 @@ class Overview:
 
     def _rollout_state(self, found: Rollout, now: float) -> RolloutState:
         plan = rollouts.plan_of(found, self._ledger.withdrawn(found.model), now)
-        records = self._fleet(found.model)
+        records = self._ledger.followers(found.model)
         traits: list[DeviceTraits] = [record.traits for record in records]
         eligible = [one for one in traits if any(matches(cohort, one) for cohort in plan.cohorts)]
         in_stage = {one.device_id for one in eligible if assign(plan, one).arm == "target"}

@@ -7,7 +7,7 @@ that lets one decision at a time be taken.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -17,7 +17,7 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.rollout import Advance, Rollout
-from fl_coordinator.tables.records import DeviceRecord, StageEvent
+from fl_coordinator.tables.records import StageEvent
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound
 from model_delta.keys.keyring import Keyring
@@ -43,9 +43,7 @@ class RolloutDriver:
         clock: Clock,
         note: Note,
         publish_soon: Callable[[], Awaitable[None]],
-        fleet: Callable[[str], Sequence[DeviceRecord]],
     ) -> None:
-        """`fleet(model)`: the devices that a plan of the model may mean."""
         self._tenant = tenant
         self._ledger = ledger
         self._keyring = keyring
@@ -53,7 +51,6 @@ class RolloutDriver:
         self._clock = clock
         self._note = note
         self._publish_soon = publish_soon
-        self._fleet = fleet
         self._deciding = asyncio.Lock()
 
     async def start(self, text: str, target: str = "", file: str = "rollout.yaml", name: str = "") -> Rollout:
@@ -96,7 +93,9 @@ class RolloutDriver:
             tenant=self._tenant,
             target=manifest,
             stable=self._ledger.stable(spec.model),
-            devices=[(device.traits, now - device.last_seen <= AWAKE_S) for device in self._fleet(spec.model)],
+            devices=[
+                (device.traits, now - device.last_seen <= AWAKE_S) for device in self._ledger.followers(spec.model)
+            ],
             serial=self._next_serial(spec.model),
             withdrawn=self._ledger.withdrawn(spec.model),
             now=now,
@@ -160,7 +159,7 @@ class RolloutDriver:
         """How the arms of this rollout do, at `now`. Blocking."""
         devices = [
             DeviceStanding(record.traits, record.last_seen, record.running, record.safe_mode)
-            for record in self._fleet(found.model)
+            for record in self._ledger.followers(found.model)
         ]
         summaries = self._ledger.summaries([found.target, found.stable], found.first_serial)
         outcomes = [o for o in self._ledger.outcomes(found.target) if o.received >= found.created]

@@ -11,6 +11,9 @@ from fl_coordinator.tables.records import AggregatorRecord, DeviceRecord, Direct
 from model_delta.encoding import pack, unpack
 from model_delta.errors import NotFound
 
+REVOKED = "REVOKED"
+"""What stands for the state of an identity whose certificate was ended."""
+
 _DEVICE_COLUMNS = (
     "device_id, kind, tenant, device_class, region, labels, certificate, certificate_serial, enrolled, last_seen,"
     " running, state, safe_mode, plan_serial, dropped, lost_requests, model"
@@ -28,6 +31,7 @@ class Identities(LedgerFile):
                 " certificate_serial, enrolled) VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (device_id) DO UPDATE SET"
                 " kind = excluded.kind, device_class = excluded.device_class, region = excluded.region,"
                 " labels = excluded.labels, certificate = excluded.certificate,"
+                f" state = CASE state WHEN '{REVOKED}' THEN '' ELSE state END,"
                 " certificate_serial = excluded.certificate_serial, enrolled = excluded.enrolled",
                 (
                     record.device_id,
@@ -53,6 +57,20 @@ class Identities(LedgerFile):
         """All enrolled identities of a kind, by id."""
         rows = self._rows(f"SELECT {_DEVICE_COLUMNS} FROM devices WHERE kind = ? ORDER BY device_id", (kind,))
         return [_device(row) for row in rows]
+
+    def followers(self, model: str = "") -> list[DeviceRecord]:
+        """All devices but the revoked, by id; with a `model` those that its plans may mean: who follows it, and who
+        never said what it follows."""
+        return [
+            record
+            for record in self.devices()
+            if record.state != REVOKED and (not model or record.model in ("", model))
+        ]
+
+    def mark_revoked(self, device_id: str) -> None:
+        """An identity's certificate was ended; it counts no more until it enrols again."""
+        with self._write() as db:
+            db.execute("UPDATE devices SET state = ? WHERE device_id = ?", (REVOKED, device_id))
 
     def groups_of(self, round_id: str, trait: str) -> dict[str, int]:
         """How many contributions of a round came from devices that were enrolled with each value of a trait."""

@@ -118,6 +118,8 @@ async def test_a_revoked_device_holds_up_no_rollout(tmp_path: Path) -> None:
         snapshot = coordinator.snapshot()
         assert [(one.device_id, one.running) for one in snapshot.devices] == [(devices[0].device_id, second)]
         assert snapshot.rollouts[-1].in_stage == 1
+        devices[1].enrol(replace=True)
+        assert len(platform.ledger.followers("fraud")) == 2
 
 
 @on_a_loop
