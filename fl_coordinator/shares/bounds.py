@@ -13,7 +13,7 @@ import msgspec
 
 from fl_coordinator.privacy import HONEST_MIN, headroom_units, part_std_units
 from fl_coordinator.rules import reveals
-from fl_coordinator.rules.policy import contributions_min, remembers, weight_bits
+from fl_coordinator.rules.policy import remembers, weight_bits
 from fl_coordinator.shares.fixed_point import norm_max
 from fl_coordinator.shares.sharing import PARTIES
 from model_delta.errors import Malformed
@@ -98,7 +98,6 @@ def require_announceable(task: RoundTask) -> None:
     _require_revealable(task, what)
     if task.memory and not remembers(task.policy):
         raise Malformed(f"{what}: policy: expected one that remembers rounds, found {task.policy!r} with a memory")
-    contributions_min(task.policy, task.hostile_max)
     if not 0 <= task.noise_multiplier <= NOISE_MAX:
         raise Malformed(f"{what}: noise_multiplier: expected 0 to {NOISE_MAX}, found {task.noise_multiplier}")
     overflow = _overflow(task)
