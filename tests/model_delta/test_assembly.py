@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice, pairwise
@@ -18,7 +18,7 @@ import pytest
 from benchmarks import device_update
 from model_delta.assembly import PATCH_NAME, MemoryRoom, check_file, is_finished, patch_label, pieces_of, write_release
 from model_delta.digest import digest_of
-from model_delta.errors import AtollError, DigestMismatch, NotFound, Unavailable, Untrusted
+from model_delta.errors import AtollError, DigestMismatch, Malformed, NotFound, Unavailable, Untrusted
 from model_delta.graphs.int8 import quantize_weights
 from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.encryption import CHUNK_BYTES, open_stream, seal_blob
@@ -271,6 +271,26 @@ def test_a_manifest_that_contradicts_itself_is_refused_before_a_byte_is_written(
     assert not room.written
     with pytest.raises(DigestMismatch):
         check_file(want, versions.files[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda step: {"blobs": step.blobs[:-1]}, Malformed, "segments, found"),
+        (lambda step: {"blobs": (*step.blobs, step.blobs[0])}, Malformed, "segments, found"),
+        (lambda step: {"kind": "replace", "segments": (99,), "blobs": step.blobs[:1]}, Malformed, "segments, found"),
+        (lambda step: {"kind": "replace", "segments": (0,), "blobs": step.blobs[:1]}, NotFound, "not at hand"),
+        (lambda step: {"blobs": (step.blobs[1], step.blobs[0], *step.blobs[2:])}, AtollError, "does not open"),
+    ],
+    ids=["one too few", "one too many", "a number beyond", "parts without the rest", "another order"],
+)
+def test_a_step_that_does_not_make_its_version_is_refused(
+    versions: Versions, change: Callable[[Step], dict[str, Any]], kind: type[AtollError], words: str
+) -> None:
+    (step,) = versions.route("whole")[0].steps
+    route = Route((msgspec.structs.replace(step, **change(step)),), 0, "whole")
+    with pytest.raises(kind, match=words):
+        write_release(versions.want, route, versions.blobs, versions.keys, FragileRoom())
 
 
 # Sealed blobs as streams
