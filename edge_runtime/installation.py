@@ -288,8 +288,8 @@ class Installation:
     def _switch(self) -> Happened:
         """Flip the pointer to the staged slot. Answers still come from the old version until the new one has passed its
         golden cases. A version that is left because it was withdrawn is told of as rolled back."""
-        slot = other_slot(other_slot(self.record.slot))
-        before = self._slots.installed(other_slot(slot))
+        answering = other_slot(self.record.slot)
+        before = self._slots.installed(answering)
         left = None
         now = self._clock()
         if before is not None and before.digest in self._running.withdrawn and self.record.switched:
@@ -301,7 +301,7 @@ class Installation:
                 seconds_active=active,
                 time=now,
             )
-        self._slots.point_to(slot)
+        self._slots.point_to(other_slot(answering))
         return Happened(Event.SWITCHED, left, {"switched": now})
 
     async def _judge(self) -> Happened:

@@ -240,9 +240,12 @@ def test_a_rollout_stopped_during_probation_restores_the_old_version(tmp_path: P
             world.plan(second, stable=first)
             await eventually(lambda: device.running.digest == second.digest)
             assert device.state == State.ON_PROBATION
+            world.now += 7
             world.plan(second, stable=first, share=0.0, withdrawn=(second.digest,))
             await eventually(lambda: events(world) == ["adopted", "rolled_back"])
             assert (device.running.digest, device.state) == (first.digest, State.IDLE)
+        assert world.outcomes[1].seconds_active >= 7
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     play(story, tmp_path)
 
