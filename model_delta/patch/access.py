@@ -109,11 +109,12 @@ class Part:
         return self._whole.pread(self._start + offset, max(0, min(size, self._size - offset)))
 
 
-def pieces_from(source: RandomAccess, start: int = 0) -> Iterator[bytes]:
-    """The bytes from `start` to the end, at most PIECE_BYTES at a time."""
-    while piece := source.pread(start, PIECE_BYTES):
+def pieces_from(source: RandomAccess) -> Iterator[bytes]:
+    """All bytes in order, at most PIECE_BYTES at a time."""
+    at = 0
+    while piece := source.pread(at, PIECE_BYTES):
         yield piece
-        start += len(piece)
+        at += len(piece)
 
 
 def digest_at(source: RandomAccess) -> str:

@@ -111,8 +111,8 @@ class FolderSource:
 class AskSource:
     """Files by request and response, a range at a time, out of a mirror's store: what an MQTT link offers."""
 
-    def __init__(self, ask: Ask, monotonic: Monotonic = time.monotonic, piece_bytes: int = PIECE_BYTES) -> None:
-        self._ask, self._monotonic, self._piece_bytes = ask, monotonic, piece_bytes
+    def __init__(self, ask: Ask, monotonic: Monotonic = time.monotonic) -> None:
+        self._ask, self._monotonic = ask, monotonic
 
     def open(self, name: str, timeout_s: float) -> Iterator[bytes]:
         """See `Source.open`. Raises Malformed for an answer that is not the range asked for."""
@@ -122,7 +122,7 @@ class AskSource:
             if left <= 0:
                 raise TooSlow(f"{name}: expected within {timeout_s:g} s, found {at} bytes")
             try:
-                total, piece = self._ask(name, at, self._piece_bytes, left)
+                total, piece = self._ask(name, at, PIECE_BYTES, left)
             except TimeoutError:
                 raise TooSlow(f"{name}: expected within {timeout_s:g} s, found {at} bytes") from None
             except OSError as error:  # the line's, which must not be taken for the disk's
