@@ -11,7 +11,7 @@ from fl_coordinator.rollout import Rollout
 from model_delta import topics
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound, StorageFull, Untrusted
-from model_delta.keys.certificates import make_request
+from model_delta.keys.certificates import days_left, make_request, same_keys, serial_of
 from model_delta.trust.updater import read_manifest
 from monitoring.telemetry import Report
 from tests.fl_coordinator.platform_in_memory import (
@@ -253,6 +253,25 @@ def test_enrolment_gives_no_name_away(tmp_path: Path) -> None:
         )
         with pytest.raises(Malformed):
             platform.coordinator.enrol(wanted, replace=True)
+
+
+def test_a_certificate_is_renewed_in_its_last_60_days_and_a_revoked_one_is_never_given_back(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    device = platform.device("pos-0001")
+    first = device.certificate
+    platform.clock.now += (400 - 60) * 86_400 - 3_600
+    device.enrol()
+    assert device.certificate == first
+    platform.clock.now += 7_200
+    device.enrol()
+    assert device.certificate != first
+    assert same_keys(first, device.certificate)
+    assert days_left(device.certificate, platform.clock()) == pytest.approx(400, abs=0.1)
+    platform.coordinator.revoke("pos-0001")
+    with pytest.raises(Untrusted, match="its certificate was revoked"):
+        device.enrol()
+    device.enrol(replace=True)
+    assert serial_of(device.certificate) not in platform.keyring.revoked()
 
 
 def test_the_same_bytes_on_the_same_parent_are_the_same_version(tmp_path: Path) -> None:
