@@ -186,7 +186,9 @@ def noise(length: int, std_units: float, rng: Callable[[int], bytes]) -> NDArray
     """One aggregator's part, int64[length]: normal (Box and Muller, 1958), rounded to whole units.
 
     Rounding to a grid of units, of which the standard deviation holds 64 or more, removes the low bits that give
-    floating-point noise away (Mironov, CCS 2012). `rng` returns that many bytes; cryptographic in production.
+    floating-point noise away (Mironov, CCS 2012). 53 random bits reach 8.5 standard deviations, beyond which normal
+    noise is with probability 1e-17: for a million values an error of 1e-11 in a delta. `rng` returns that many bytes;
+    cryptographic in production.
     """
     pairs = (length + 1) // 2
     words = np.frombuffer(rng(16 * pairs), dtype="<u8").reshape(2, pairs) >> np.uint64(11)

@@ -24,7 +24,7 @@ from fl_coordinator.memory_chain import after
 from fl_coordinator.privacy import Spent, miscounted
 from fl_coordinator.rules.policy import remembers
 from fl_coordinator.rules.reveals import DISTANCES, GRAPH, SELECTION
-from fl_coordinator.shares.bounds import require_announceable
+from fl_coordinator.shares.bounds import contributions_max, require_announceable
 from fl_coordinator.shares.decision import (
     Decision,
     DeviceVerdict,
@@ -300,6 +300,8 @@ def _validity(decision: Decision, task: RoundTask) -> str:
     """Who was measured is who passed, nobody twice, and only who was measured has a weight."""
     if decision.policy != task.policy:
         return f"policy {decision.policy}, announced was {task.policy}"
+    if len(decision.devices) > contributions_max(task):
+        return f"{len(decision.devices)} contributions, announced were {contributions_max(task)} at most"
     measured = list(decision.measured)
     if measured != sorted(set(measured)) or not all(0 <= index < len(decision.devices) for index in measured):
         return "the measured devices are no ascending indices of the frozen list"

@@ -274,9 +274,10 @@ def told_of(decision: Decision, hidden: Revealed) -> Decision:
 def read_gram(decision: Decision) -> NDArray[np.int64]:
     """The opened Gram matrix, int64[n, n] over `decision.measured`. Raises Malformed for another length."""
     count = len(decision.measured)
+    size = 4 * count * (count + 1)
+    if len(decision.gram) != size:
+        raise Malformed(f"Gram matrix: expected {size} bytes, found {len(decision.gram)}")
     upper = np.triu_indices(count)
-    if len(decision.gram) != 8 * upper[0].size:
-        raise Malformed(f"Gram matrix: expected {8 * upper[0].size} bytes, found {len(decision.gram)}")
     gram = np.zeros((count, count), dtype=np.int64)
     gram[upper] = np.frombuffer(decision.gram, dtype="<i8")
     return gram + np.triu(gram, 1).T

@@ -268,6 +268,7 @@ def choose_the_hostile(decision: Decision) -> Decision:
         (fields(measured=(0, 1, 2, 3, 4, 5, 99)), "weights", "cannot be computed: IndexError"),
         (devices_with(2, contribution="no digest"), "root", "cannot be computed: ValueError"),
         (fields(gram=b"12345678"), "weights", "Gram matrix: expected 224 bytes, found 8"),
+        (fields(measured=(0,) * 200_000), "openings", "Gram matrix: expected 160000800000 bytes, found 224"),
         (fields(selected=(0, 1, 2, 3, 4)), "validity", "pos-5: selected and not selected at once"),
         (devices_with(6, reason=""), "validity", "pos-6: refused without a reason"),
         (devices_with(3, weight=2), "weights", "pos-3 has weight 2, the rules give 1"),
@@ -301,6 +302,12 @@ def test_what_all_three_signed_is_still_held_to_the_rules(
 ) -> None:
     found = written().replay(written().transcript(change(written().decision)))
     assert words in problems(found)[check]
+
+
+def test_more_contributions_than_were_announced_are_noticed() -> None:
+    task = msgspec.structs.replace(written().world.task, contributions_max=6)
+    found = problems(written().replay(written().transcript(task=task)))
+    assert found["validity"] == "7 contributions, announced were 6 at most"
 
 
 def test_a_gram_matrix_of_other_updates_does_not_foretell_the_sum() -> None:
