@@ -19,7 +19,7 @@ from fl_coordinator.round_command import KEPT_S, RoundCommand
 from fl_coordinator.shares.fixed_point import Rng
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack, unpack_plain
-from model_delta.errors import Malformed, NotFound, Untrusted
+from model_delta.errors import Expired, Malformed, NotFound, Untrusted
 from model_delta.store import DirectoryStore
 from model_delta.task import RoundTask, terms_of
 
@@ -47,6 +47,11 @@ class _Keys(msgspec.Struct, frozen=True):
     format: int = 1
 
 
+class _Forgotten(msgspec.Struct, frozen=True):
+    deadline: int
+    format: int = 1
+
+
 class AggregatorState:
     """The state of the aggregator `name` in `folder`, which no other process may use."""
 
@@ -60,12 +65,17 @@ class AggregatorState:
 
     def begin(self, command: RoundCommand, task: RoundTask) -> RoundProgress:
         """What is remembered of the round; its list and terms are fixed here, by the first command. Raises Untrusted
-        for others than the first ones."""
+        for others than the first ones, Expired for a round of a time that was forgotten."""
         terms = terms_of(task)
         try:
             progress = unpack(self.store.get("round", _file_name(command.round_id)), RoundProgress)
         except NotFound:
             deadline = task.deadline
+            if deadline <= self._forgotten():
+                raise Expired(
+                    f"round {command.round_id!r}: of a time that {self._name} has forgotten, whatever its clock says "
+                    "now; it may have been opened already"
+                ) from None
             progress = RoundProgress(round_id=command.round_id, root=command.root, deadline=deadline, terms=terms)
             self.remember(progress)
         if progress.root != command.root:
@@ -97,7 +107,8 @@ class AggregatorState:
         self.store.put("reply", _file_name(round_id), pack(reply))
 
     def forget_old_rounds(self, now: float) -> None:
-        """Rounds that would be refused by their age anyway need no memory."""
+        """Rounds that would be refused by their age anyway need no memory. That they are forgotten is written down
+        first: a clock that was wrong and is put right must not make them new again."""
         for name in self.store.names("round"):
             try:
                 progress = unpack(self.store.get("round", name), RoundProgress)
@@ -105,8 +116,17 @@ class AggregatorState:
                 _log.error("%s: what is remembered of round %s: %s", self._name, name[:16], error)
                 continue
             if progress.deadline + 2 * KEPT_S < now:
+                if progress.deadline > self._forgotten():
+                    self.store.put("forgotten", "until", pack(_Forgotten(progress.deadline)))
                 self.store.remove("reply", name)
                 self.store.remove("round", name)
+
+    def _forgotten(self) -> int:
+        """The latest deadline of a round that was forgotten, in Unix seconds; 0 if none was."""
+        try:
+            return unpack(self.store.get("forgotten", "until"), _Forgotten).deadline
+        except NotFound:
+            return 0
 
     def _open_keys(self, rng: Rng) -> tuple[X25519PrivateKey, Ed25519PrivateKey]:
         path = self._folder / "key" / "aggregator"

@@ -32,8 +32,8 @@ from typing import Any
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Malformed, Unavailable
 
-PENDING_MAX = 64
-"""Commands that may wait at once; a round needs one for the aggregators and one for each relay."""
+PENDING_MAX = 512
+"""Commands that may wait at once; a round needs one for the aggregators and one for each relay, which may be down."""
 
 REPLY_MARGIN_S = 0.5
 """How much earlier than the coordinator the ServerApp gives up on silent nodes, so that its answer names them."""

@@ -538,6 +538,23 @@ def test_a_round_of_long_ago_is_refused_and_forgotten(tmp_path: Path) -> None:
         assert [file.name for file in (tmp_path / "north" / kind).iterdir()] == [digest_of(b"fraud-8")]
 
 
+def test_a_clock_that_was_far_ahead_does_not_make_an_opened_round_new(tmp_path: Path) -> None:
+    """Else whoever sets three clocks has another set of the same round opened, and reads the difference."""
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    assert combine_openings(platform.run(), platform.world.task).mean is not None
+    world, opened = platform.world, platform.world.task
+    platform.now = NOW + 3 * KEPT_S
+    world.task = msgspec.structs.replace(opened, round_id="fraud-8", deadline=int(platform.now) + 60)
+    platform.run()
+    platform.now, world.task = NOW, opened
+    for name in NAMES:
+        platform.start(name)
+    platform.contribute(updates()[:-1])
+    failures = platform.run()
+    assert all(isinstance(failure, Expired) for failure in failures), failures
+
+
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
