@@ -48,7 +48,8 @@ from monitoring.metrics import CONTENT_TYPE
 EVENT_SECONDS = 0.5
 VIEWERS_MAX = 500
 WAIT_SECONDS_MAX = 30.0
-HOLDS_CHARS_MAX = 8192
+HOLDS_CHARS_MAX = 32_768
+"""As many ids as commands may wait (`flower_bridge.PENDING_MAX`)."""
 
 
 class FlowerQueue(Protocol):

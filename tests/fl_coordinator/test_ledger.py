@@ -227,6 +227,19 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     ledger.close()
 
 
+def test_the_newest_round_is_the_one_announced_last_whatever_the_clock_said(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for name, model, created in (
+        ("r1", "fraud", 9.0),
+        ("r2", "fraud", 3.0),
+        ("r3", "other", 5.0),
+        ("r1", "fraud", 9.0),
+    ):
+        ledger.save_round(round_id=name, model=model, state="OPENED", created=created, record=name.encode())
+    assert ledger.rounds() == [b"r1", b"r2", b"r3"]
+    assert (ledger.newest_round("fraud"), ledger.newest_round("none")) == (b"r2", None)
+
+
 def test_versions_are_given_up_only_while_nothing_was_added(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.add_release(release(1))
