@@ -224,7 +224,7 @@ class Aggregator:
                 revoked, now = self._revoked(), self._clock()
                 sealing = self._state.sealing
                 holding = await in_thread(hold, copies, task, index, sealing, self._ca_pem, revoked, now)
-                await in_thread(self._spends.require_true, task, command.spent, holding.device_ids)
+                await in_thread(self._spends.promise, task, command.spent, holding.device_ids)
                 progress = msgspec.structs.replace(progress, attempt=command.attempt)
                 await in_thread(self._state.remember, progress)
                 outcome = await self._take_part(command, task, index, holding, progress, begun, conversation)

@@ -2,12 +2,15 @@
 
 The coordinator keeps the accounts of a model's releases and of each device, and says before a round what they hold. An
 aggregator signs that account with its decision, and not blindly: the epsilons must follow from the spends and stay
-within the announced budget, and no opening that this aggregator took part in may be missing. It cannot know of openings
+within the announced budget, and no opening that this aggregator took part in may be missing. What it signs counts from
+then on, whether it opens or not: two rounds side by side could else leave out each other. It cannot know of openings
 without it; there are none with fewer than three aggregators. After it lost its disk it knows of none, the other two do.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
@@ -42,11 +45,24 @@ class KeptSpends:
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
+        self._one_at_a_time = threading.Lock()
 
-    def require_true(self, task: RoundTask, spent: Spent | None, device_ids: Sequence[str]) -> None:
-        """Whether the account of a round that is about to open is right and within its budget. Raises Malformed for a
-        round with noise and no account, and when it would overspend, Untrusted for an account that leaves out or
-        miscounts something."""
+    def promise(self, task: RoundTask, spent: Spent | None, device_ids: Sequence[str]) -> None:
+        """Whether the account of a round that is about to open is right and within its budget; with noise it is written
+        down as spent, so that no round that runs beside it leaves it out. Raises Malformed for a round with noise and
+        no account, and when it would overspend, Untrusted for an account that leaves out or miscounts something."""
+        with self._one_at_a_time:
+            self._require_true(task, spent, device_ids)
+            if task.noise_multiplier > 0:
+                self._write(task, device_ids)
+
+    def opened(self, task: RoundTask, device_ids: Sequence[str]) -> None:
+        """Write down an opening without noise, before its shares leave; done again, or with noise, it changes
+        nothing."""
+        with self._one_at_a_time:
+            self._write(task, device_ids)
+
+    def _require_true(self, task: RoundTask, spent: Spent | None, device_ids: Sequence[str]) -> None:
         what = f"round {task.round_id!r}: privacy"
         if task.noise_multiplier == 0 and spent is None:
             return
@@ -65,8 +81,9 @@ class KeptSpends:
                 f"{what}: the account leaves out {left_out.total()} of {known.total()} openings of {task.model!r} that "
                 "this aggregator took part in"
             )
-        opened = any(one.round_id == task.round_id for one in kept.models.get(task.model, ()))
-        own = 0.0 if opened else max((kept.devices.get(name, 0.0) for name in device_ids), default=0.0)
+        again = any(one.round_id == task.round_id for one in kept.models.get(task.model, ()))
+        counted = burden([spent.spend]) if again else 0.0
+        own = max((_less(kept.devices.get(name, 0.0), counted) for name in device_ids), default=0.0)
         if own > burden(spent.before_device) * (1 + _SLACK) + _SLACK:
             raise Untrusted(f"{what}: the account leaves out openings of its most burdened device")
         problem = miscounted(spent)
@@ -82,8 +99,7 @@ class KeptSpends:
                     f"announced budget is {budget:g}"
                 )
 
-    def opened(self, task: RoundTask, device_ids: Sequence[str]) -> None:
-        """Write down an opening, before its shares leave; done again it changes nothing."""
+    def _write(self, task: RoundTask, device_ids: Sequence[str]) -> None:
         kept = self._kept(task)
         before = kept.models.get(task.model, ())
         if any(one.round_id == task.round_id for one in before):
@@ -98,6 +114,10 @@ class KeptSpends:
             return unpack(self._store.get(KIND, _file_name(task)), _Spends)
         except NotFound:
             return _Spends()
+
+
+def _less(total: float, counted: float) -> float:
+    return total if math.isinf(total) else total - counted
 
 
 def _file_name(task: RoundTask) -> str:

@@ -65,6 +65,7 @@ class Opening:
         self._bridge = bridge
         self._tick_s = tick_s
         self._note = note
+        self._paying = asyncio.Lock()
 
     async def attempt(self, found: Round) -> tuple[Round, Event]:
         """One attempt on the frozen set. The result is durable before the state says so; a result that is there already
@@ -80,7 +81,8 @@ class Opening:
         # The attempt's number is durable before anybody hears it: a number is used once.
         found = msgspec.structs.replace(found, attempt=found.attempt + 1)
         await asyncio.to_thread(save_round, self._ledger, found)
-        paid = await asyncio.to_thread(self._pay, found)
+        async with self._paying:  # rounds of other models have the same devices: what one pays the next one counts
+            paid = await asyncio.to_thread(self._pay, found)
         if paid is not None:
             found = msgspec.structs.replace(found, figures={**found.figures, "privacy": _figures(paid, found.spec)})
         announcement = await asyncio.to_thread(signed_task, self._keyring, found.task)

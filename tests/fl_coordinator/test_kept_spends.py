@@ -52,7 +52,7 @@ def told(before: int = 0, of_device: int | None = None, **changes: Any) -> Spent
 def after_rounds(folder: Path, rounds: int) -> KeptSpends:
     kept = KeptSpends(DirectoryStore(folder))
     for number in range(rounds):
-        kept.require_true(of_round(number), told(number), DEVICES)
+        kept.promise(of_round(number), told(number), DEVICES)
         kept.opened(of_round(number), DEVICES)
         kept.opened(of_round(number), DEVICES)  # a repeated answer is no second opening
     return KeptSpends(DirectoryStore(folder))
@@ -60,9 +60,9 @@ def after_rounds(folder: Path, rounds: int) -> KeptSpends:
 
 def test_a_true_account_within_its_budget_is_signed_also_when_asked_again(tmp_path: Path) -> None:
     kept = after_rounds(tmp_path, 2)
-    kept.require_true(of_round(2), told(2, of_device=1), ["pos-3"])
-    kept.require_true(of_round(1), told(1), DEVICES)  # the same round, opened already
-    kept.require_true(of_round(2, noise_multiplier=0.0), None, DEVICES)
+    kept.promise(of_round(2), told(2, of_device=1), ["pos-3"])
+    kept.promise(of_round(1), told(2, of_device=1), DEVICES)  # the same round, opened already
+    kept.promise(of_round(2, noise_multiplier=0.0), None, DEVICES)
 
 
 @pytest.mark.parametrize(
@@ -85,22 +85,38 @@ def test_another_account_is_refused_before_anything_opens(
 ) -> None:
     kept = after_rounds(tmp_path, 1)
     with pytest.raises(kind, match=words):
-        kept.require_true(of_round(9), spent() if spent else None, DEVICES)
+        kept.promise(of_round(9), spent() if spent else None, DEVICES)
 
 
 def test_an_opening_without_noise_cannot_be_passed_over(tmp_path: Path) -> None:
     kept = KeptSpends(DirectoryStore(tmp_path))
     kept.opened(of_round(1, noise_multiplier=0.0), DEVICES)
     with pytest.raises(Untrusted, match="leaves out 1 of 1 openings"):
-        kept.require_true(of_round(2), told(0), DEVICES)
+        kept.promise(of_round(2), told(0), DEVICES)
 
 
 def test_a_device_that_was_in_a_bare_sum_of_another_model_has_no_epsilon(tmp_path: Path) -> None:
     kept = KeptSpends(DirectoryStore(tmp_path))
     kept.opened(of_round(1, model="digits", noise_multiplier=0.0), ["pos-2"])
-    kept.require_true(of_round(2), told(0), ["pos-1"])
+    kept.promise(of_round(2), told(0), ["pos-1"])
     with pytest.raises(Untrusted, match="leaves out openings of its most burdened device"):
-        kept.require_true(of_round(2), told(0), DEVICES)
+        kept.promise(of_round(2), told(0), DEVICES)
     bare = told(0, before_device=(Spend(0.0),), epsilon_device=math.inf)
     with pytest.raises(Malformed, match="would bring its most burdened device to epsilon inf"):
-        kept.require_true(of_round(2), bare, DEVICES)
+        kept.promise(of_round(2), bare, DEVICES)
+
+
+def test_rounds_side_by_side_cannot_leave_out_each_other(tmp_path: Path) -> None:
+    """What was signed counts, opened or not; asked again for the same round it counts once."""
+    kept = KeptSpends(DirectoryStore(tmp_path))
+    kept.promise(of_round(1), told(0), DEVICES)
+    kept = KeptSpends(DirectoryStore(tmp_path))
+    with pytest.raises(Untrusted, match="leaves out 1 of 1 openings of 'fraud'"):
+        kept.promise(of_round(2), told(0), DEVICES)
+    other = of_round(3, model="digits")
+    with pytest.raises(Untrusted, match="leaves out openings of its most burdened device"):
+        kept.promise(other, told(0), DEVICES)
+    kept.promise(other, told(0, of_device=1), DEVICES)
+    with pytest.raises(Untrusted, match="leaves out openings of its most burdened device"):
+        kept.promise(other, told(0), DEVICES)
+    kept.promise(other, told(0, of_device=1), DEVICES)
