@@ -242,7 +242,12 @@ def _refusal_headers(status: int, retry_after: float) -> list[tuple[bytes, bytes
 
 
 async def _body(headers: dict[bytes, bytes], receive: Receive, size_max: int) -> bytes:
-    """The request's body. Raises TooMuch (by its declared length, before reading), TooSlow, Disconnected."""
+    """The request's body. Raises Malformed, TooMuch (by its declared length, before reading), TooSlow, Disconnected."""
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding.lower() != b"identity":
+        raise Malformed(
+            f"Content-Encoding: expected none, found {encoding[:32].decode('latin-1')!r}; send the body plain"
+        )
     declared = _number(headers.get(b"content-length", b"0"), "Content-Length")
     if declared > size_max:
         raise TooMuch(f"body: expected at most {size_max} bytes, found Content-Length {declared}")

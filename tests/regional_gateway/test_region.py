@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import threading
@@ -212,7 +213,9 @@ def test_refusals_have_their_status_and_one_line(world: World) -> None:
         shape = await region.infer(tensors(ROW[:, :3]))
         nested = await region.infer(b"[" * 100_000)
         length = await region.infer(b"{}", **{"inference-header-content-length": "x"})
+        zipped = await region.infer(gzip.compress(b"{}"), **{"content-encoding": "gzip"})
         for answer, status, text in (
+            (zipped, 400, "Content-Encoding: expected none, found 'gzip'"),
             (few, 400, "missing hour, distance, count"),
             (unknown, 401, "API key"),
             (absent, 401, "Bearer"),
