@@ -100,10 +100,10 @@ def bucket_of(salt: str, device_id: str) -> int:
     return murmur3_x86_32(f"{salt}:{device_id}".encode()) % BUCKETS
 
 
-def murmur3_x86_32(data: bytes, seed: int = 0) -> int:
-    """MurmurHash3_x86_32 (Austin Appleby, public domain), unsigned."""
+def murmur3_x86_32(data: bytes) -> int:
+    """MurmurHash3_x86_32 with seed 0 (Austin Appleby, public domain), unsigned."""
     mask = 0xFFFFFFFF
-    value = seed
+    value = 0
     whole = len(data) & ~3
     for start in range(0, whole, 4):
         block = int.from_bytes(data[start : start + 4], "little")

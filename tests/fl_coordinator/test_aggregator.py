@@ -570,6 +570,7 @@ def test_keys_are_made_once_and_for_nobody_else_to_read(tmp_path: Path) -> None:
     key = platform.aggregators["north"].key
     file = tmp_path / "north" / "key" / "aggregator"
     assert file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "north").stat().st_mode & 0o777 == 0o700
     platform.start("north")
     assert platform.aggregators["north"].key == key
     file.chmod(0o640)

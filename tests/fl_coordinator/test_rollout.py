@@ -493,6 +493,7 @@ def test_evidence_waits_for_both_arms_and_for_totals_that_went_back() -> None:
     second = observe(first, Counts(20, 9, 30, 0), 1.0)
     assert second.log_evidence > 0
     assert observe(second, Counts(5, 1, 30, 0), 1.0) == second
+    assert observe(second, Counts(25, 1, 40, 2), 1.0) == second
 
 
 def test_latency_counts_only_what_certainly_exceeds() -> None:

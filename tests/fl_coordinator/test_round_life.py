@@ -142,14 +142,16 @@ async def test_quotas_count_rounds_of_a_device_and_devices_of_a_group(tmp_path: 
         assert 'contributions_refused_total{reason="over quota"} 5.0' in counted
 
 
+def resigned(device: Device, by: Device, **changes: Any) -> bytes:
+    """A contribution of `device` with other claims, signed by the key of `by`."""
+    found = parse(device.contribution(honest(0)))
+    claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
+    message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
+    return pack(Contribution(claim, by.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
+
+
 @on_a_loop
 async def test_each_refusal_is_counted_by_the_first_reason_that_applies(tmp_path: Path) -> None:
-    def resigned(device: Device, by: Device, **changes: Any) -> bytes:
-        found = parse(device.contribution(honest(0)))
-        claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
-        message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
-        return pack(Contribution(claim, by.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
-
     async with learning(tmp_path, 8) as at:
         opened = await at.coordinator.open_round(SPEC)
         await until(lambda: all(device.task is not None for device in at.devices))
@@ -163,13 +165,14 @@ async def test_each_refusal_is_counted_by_the_first_reason_that_applies(tmp_path
             (other_round, resigned(other_round, other_round, round_id="fraud-0", base="0" * 64), "wrong round"),
             (other_base, resigned(other_base, other_base, base="0" * 64, length=1), "wrong base"),
             (short, resigned(short, short, length=5), "wrong length"),
-            (short, resigned(short, short, fraction_bits=1), "malformed"),
+            (short, resigned(short, short, fraction_bits=1), "malformed: fraction bits"),
+            (short, resigned(short, short, certificate=bytes(20_000)), "malformed: expected at most"),
         ]
         for device, data, reason in cases:
             before = len(device.receipts)
             await device.contribute(data)
             await until(lambda: len(device.receipts) > before)  # noqa: B023 - awaited within its turn
-            assert device.receipts[-1].reason.startswith(f"{reason}: "), device.receipts[-1].reason
+            assert device.receipts[-1].reason.startswith(reason), device.receipts[-1].reason
         at.platform.clock.now += 3600
         await late.contribute(late.contribution(honest(2)))
         await until(lambda: late.receipts)
@@ -184,13 +187,17 @@ async def test_each_refusal_is_counted_by_the_first_reason_that_applies(tmp_path
 async def test_an_expired_certificate_is_said_to_be_expired(tmp_path: Path) -> None:
     async with learning(tmp_path, 3) as at:
         opened = await at.coordinator.open_round(asked(deadline_s=29 * 86_400))
-        await until(lambda: at.devices[0].task is not None)
+        await until(lambda: all(device.task is not None for device in at.devices))
         data = at.devices[0].contribution(np.zeros(opened.task.length))
+        forged = resigned(at.devices[1], at.devices[0])
         at.platform.clock.now += 3650 * 86_400
         at.coordinator.revoke(at.devices[0].device_id)
         await at.devices[0].contribute(data)
         await until(lambda: at.devices[0].receipts)
         assert at.devices[0].receipts[-1].reason.startswith("expired certificate: ")
+        await at.devices[1].contribute(forged)
+        await until(lambda: at.devices[1].receipts)
+        assert at.devices[1].receipts[-1].reason.startswith("bad signature: ")
 
 
 @pytest.mark.slow
