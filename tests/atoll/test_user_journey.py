@@ -160,11 +160,7 @@ def test_any_process_may_die_while_a_device_decides_and_while_a_fleet_learns(
         for words, place in port_of.items():
             before = running.pid_of(words)
             os.kill(before, signal.SIGKILL)
-            until(
-                lambda old=before, at=place: old not in process_table() and listens(running.ports[at]),
-                20,
-                f"{words} comes back",
-            )
+            _until_it_is_back(data, words, before, running.ports[place])
             assert running.pid_of(words) != before
         assert answer(data, "rollout", "status", "one")["target"] == version
         device.send_signal(signal.SIGINT)
@@ -202,7 +198,7 @@ def _learn_while_an_aggregator_dies(
     assert reached == 3 or not on_kafka
     os.kill(before, signal.SIGKILL)
     port = int(url.rsplit(":", 1)[1])
-    until(lambda: before not in process_table() and listens(port), 20, "a1 comes back")
+    _until_it_is_back(data, "aggregator run --name a1", before, port)
     until(lambda: _read_of_the_log(url).get("offset") == reached, 10, "it goes on where it was")
     shards[1].send_signal(signal.SIGCONT)
     told = answer(data, "round", "status", round_id)
@@ -215,6 +211,19 @@ def _learn_while_an_aggregator_dies(
     assert (read["kept"], read["refused"], read["gaps"]) == (2, 0, 0)
     assert read["offset"] == 5 or not on_kafka
     assert told["figures"]["relays"]["eu-west"]["contributions"] == 5
+
+
+def _until_it_is_back(data: Path, words: str, before: int, port: int) -> None:
+    """A killed process is gone and another one listens: the dying may listen on when its command line is gone."""
+    until(
+        lambda: (
+            before not in process_table()
+            and any(words in line for pid, line in processes_of(data) if pid != before)
+            and listens(port)
+        ),
+        20,
+        f"{words} comes back",
+    )
 
 
 def _read_of_the_log(url: str) -> dict[str, float]:
