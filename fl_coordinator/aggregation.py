@@ -7,6 +7,7 @@ updates stands beside it as the yardstick: what an undefended round would have p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.rules.reveals import DISTANCES
-from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.bounds import bounds_of, noise_std
 from fl_coordinator.shares.decision import Decision, read_decision, read_gram
 from fl_coordinator.shares.fixed_point import decode
 from fl_coordinator.shares.measuring import Coefficients
@@ -77,7 +78,11 @@ def combine_openings(replies: Sequence[Mapping[str, Any]], task: RoundTask) -> A
             raise Untrusted(f"{' and '.join(given)}: opened a share of a sum, though nobody was selected")
         return Aggregate(decision, None)
     total = _sum_of_shares(shares, names, task)
-    # With noise on the sum nothing foretells its norm; that each share arrives twice has to do.
+    if task.noise_multiplier > 0 and not _has_plausible_noise(total, decision, task):
+        raise Untrusted(
+            f"round {task.round_id!r}: the opened sum is longer or shorter than its noise can make it; one of "
+            f"{', '.join(names)} deviated"
+        )
     if task.noise_multiplier == 0 and 2 * _norm_squared(total, decision, task) % 2**64 != _foretold_doubled(decision):
         foretold = "Gram matrix" if decision.reveal == DISTANCES else "decision"
         raise Untrusted(
@@ -141,6 +146,37 @@ def _norm_squared(total: Words, decision: Decision, task: RoundTask) -> int:
         total.view(np.int32).astype(np.int64)
     )
     return int(np.sum(sketch.view(np.uint64) * sketch.view(np.uint64), dtype=np.uint64))
+
+
+_NEVER = 30.0
+"""Minus the logarithm of a chance that is none: 1e-13."""
+
+
+def _has_plausible_noise(total: Words, decision: Decision, task: RoundTask) -> bool:
+    """Whether a sum with noise is about as long as it must be: what an aggregator deals as its noise nobody sees.
+
+    The k values of a copy of the sketch (of a small vector itself) carry normal noise of variance v each. Their squares
+    add up to v k, not less than by 2 v sqrt(k t) nor more than by 2 v (sqrt(k t) + t), but for a chance of exp(-t) each
+    (Laurent and Massart, Annals of Statistics 28, 2000), and their product with the sum beneath is normal. Where
+    distances were not opened the sum beneath is bounded by the clip.
+    """
+    bounds = bounds_of(task)
+    sketch = Coefficients(decision.coin, task.length, bounds).sketch_exact(total.view(np.int32).astype(np.int64))
+    found = float(np.dot(sketch.astype(np.float64), sketch.astype(np.float64)))
+    count, copies = bounds.measured / bounds.scale, bounds.scale
+    # A part is rounded to whole units, which adds 1/12 to its variance; a bucket holds `piled` entries at most.
+    variance = PARTIES * (noise_std(task) ** 2 + 1 / 12)
+    most, least = bounds.piled * variance, (task.length / count) * variance
+    weights = np.array([decision.devices[index].weight for index in decision.measured], dtype=np.float64)
+    if decision.reveal != DISTANCES:
+        beneath = math.sqrt(bounds.squared_max) * float(weights.sum())
+        slack = math.sqrt(count) + math.sqrt(2 * _NEVER)
+        return math.sqrt(found) <= beneath + math.sqrt(copies * most) * slack
+    beneath = max(0.0, float(weights @ read_gram(decision).astype(np.float64) @ weights))
+    product = 2 * math.sqrt(2 * _NEVER * copies * beneath * most)
+    above = copies * (most * count + 2 * most * (math.sqrt(count * _NEVER) + _NEVER)) + product
+    below = copies * (least * count - 2 * most * math.sqrt(count * _NEVER)) - product
+    return below <= found - beneath <= above
 
 
 def _foretold_doubled(decision: Decision) -> int:

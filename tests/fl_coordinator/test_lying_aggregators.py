@@ -19,6 +19,7 @@ import pytest
 
 from fl_coordinator.aggregation import OPENING_TYPE, combine_openings
 from fl_coordinator.replay import replay
+from fl_coordinator.shares.bounds import bounds_of, fitted, noise_std
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.freezing import Frozen
 from fl_coordinator.shares.party import _Coin, _Compare, _Hello
@@ -234,8 +235,50 @@ def test_two_tongues_in_a_shares_noise_do_not_add_up() -> None:
     with pytest.raises(Untrusted, match="centre: step 'noise': expected 80 bytes, found 79"):
         run(world, honest_rows(world, 6), "noise", {0}, shorter)
     for victim in (0, 2):
-        with pytest.raises(Untrusted, match=r"north|centre|south"):
+        with pytest.raises(Untrusted, match=r"^(north or centre|centre or south): a share of the opened sum differs"):
             run(world, honest_rows(world, 6), "noise", {victim}, flipped)
+
+
+@pytest.mark.parametrize(
+    ("length", "reveal", "policy"),
+    [(20, "distances", "krum"), (3_000, "distances", "krum"), (20, "selection", "multikrum")],
+)
+def test_what_is_dealt_as_noise_and_is_none_shows_in_the_length_of_the_sum(
+    length: int, reveal: str, policy: str
+) -> None:
+    """Honest noise passes, however often; an aggregator that deals a long vector in its place does not."""
+    world = SecureRound(length=length, noise_multiplier=0.5, contributions_max=16, selected_min=4, policy=policy)
+    world.task = fitted(msgspec.structs.replace(world.task, reveal=reveal, hostile_max=1))
+    rows = honest_rows(world, 6)
+    deviation = noise_std(world.task)
+
+    def opened(dealt: float | None) -> None:
+        def tamper(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+            if (sender, receiver, name) != (LIAR, 0, "noise") or dealt is None:
+                return data
+            return (np.frombuffer(data, "<u4") + np.uint32(int(dealt))).astype("<u4").tobytes()
+
+        parties = [world.party(index, names, holding=holding) for index, holding in enumerate(holdings)]
+        for party in parties:
+            party._own_secret = os.urandom(32)
+        if dealt is not None:
+            steps = parties[LIAR]._noisy
+
+            def noisy(decision: bytes, first: Words, second: Words) -> Any:
+                one, two = yield from steps(decision, first, second)
+                return one + np.uint32(int(dealt)), two
+
+            parties[LIAR]._noisy = noisy  # type: ignore[method-assign]
+        outcomes, _ = run_parties(parties, tamper)
+        assert combine_openings(world.replies(outcomes), world.task).mean is not None
+
+    holdings = random_holdings(rows, 0)
+    names = [bytes.fromhex(digest) for digest in holdings[0].digests]
+    for _ in range(20 if length == 20 else 3):
+        opened(None)
+    far = 40 * deviation + 20 * bounds_of(world.task).norm * (reveal != "distances")
+    with pytest.raises(Untrusted, match="longer or shorter than its noise can make it"):
+        opened(far)
 
 
 @pytest.mark.slow
