@@ -172,6 +172,21 @@ def test_a_mistake_is_named_with_line_key_and_advice(old: str, new: str, words: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("", "expected at least one stage"),
+        ("{devices: 5}, {devices: 5}", "more devices than the stage before"),
+        ("{share: 5%}, {devices: 10}", "more devices than the stage before"),
+        ("{share: 5%}, {share: 5%}", "a larger share than the stage before"),
+    ],
+)
+def test_stages_that_do_not_grow_are_refused(stages: str, words: str) -> None:
+    with pytest.raises(Malformed) as caught:
+        simple(stages)
+    assert words in str(caught.value)
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     with pytest.raises(Malformed) as caught:

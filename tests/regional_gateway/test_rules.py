@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_delta.digest import digest_of
 from model_delta.errors import Malformed
 from model_delta.plan import BUCKETS, Cohort, DeviceTraits, RolloutPlan, assign
 from regional_gateway.features import vector_of
 from regional_gateway.limits import Limit, take
+from regional_gateway.protocol import Unauthorized
 from regional_gateway.routing import Refusal, Route, choose, wanted
+from regional_gateway.tenants import API_KEY_LENGTH_MAX, Tenant, Tenants
 
 STABLE, TARGET = "a" * 64, "b" * 64
 
@@ -148,3 +151,24 @@ def test_a_version_can_be_asked_for_by_digest_or_a_long_prefix() -> None:
         assert isinstance(refusal, Refusal)
         assert STABLE[:12] in refusal.reason
         assert TARGET[:12] in refusal.reason
+
+
+def test_a_tenant_is_known_by_any_of_its_keys_and_by_nothing_else() -> None:
+    long = "k" * API_KEY_LENGTH_MAX
+    tenants = Tenants(
+        [Tenant("acme", (digest_of(b"one"), digest_of(long.encode()))), Tenant("globex", (digest_of(b"two"),))]
+    )
+    assert tenants.of("Bearer one") == tenants.of("bearer  one ") == tenants.of(f"Bearer {long}")
+    assert (tenants.of("Bearer one").name, tenants.of("Bearer two").name) == ("acme", "globex")
+    for nothing in ("", "Bearer", "Bearer ", "one", "Basic one", "Bearerone"):
+        with pytest.raises(Unauthorized, match="found none"):
+            tenants.of(nothing)
+    for unknown in (
+        "Bearer three",
+        f"Bearer {digest_of(b'one')}",
+        f"Bearer {long}k",
+        f"Bearer one{' ' * 600}",
+        "Bearer é",
+    ):
+        with pytest.raises(Unauthorized, match="found an unknown one"):
+            tenants.of(unknown)
