@@ -206,10 +206,11 @@ class Outbox:
             return False
         lost = 0
         if sequence > self.marks.sent:
+            # Only what stands here under these numbers may never have been told; the rest of them, the coordinator has.
+            lost = min(sequence, self._next - 1) - max(self.marks.sent, self.marks.acked)
             if sequence >= self._next:
                 self._next = sequence + 1
                 self._count = self._segment
-            lost = sequence - max(self.marks.sent, self.marks.acked)
         self._write_marks(acked=sequence, sent=max(self.marks.sent, sequence), dropped=self.marks.dropped + lost)
         self._shrink()
         return True

@@ -77,6 +77,21 @@ def test_a_torn_tail_is_cut_off_and_writing_goes_on(tmp_path: Path) -> None:
     assert records_of(Outbox(tmp_path, 9))[-1] == decision(50)
 
 
+def test_a_number_that_left_is_never_given_to_another_record(tmp_path: Path) -> None:
+    """The power took records that a report had told already: what comes now is counted behind them."""
+    outbox = Outbox(tmp_path, 7)
+    for number in range(5):
+        outbox.append(decision(number))
+    assert outbox.next_range() == (1, 5)
+    outbox.close()
+    path = next(tmp_path.glob("*.log"))
+    os.truncate(path, path.stat().st_size * 3 // 5)
+    again = Outbox(tmp_path, 8)
+    assert [sequence for sequence, _ in again.read(1, 9)] == [1, 2, 3]
+    assert again.append(decision(50)) == 6
+    assert [sequence for sequence, _ in Outbox(tmp_path, 9).read(1, 9)] == [1, 2, 3, 6]
+
+
 @settings(max_examples=40, deadline=None)
 @given(cut=st.integers(0, 2_000), flip=st.integers(0, 2_000))
 def test_whatever_happens_to_the_tail_the_sound_records_before_it_stay(
@@ -133,6 +148,7 @@ def test_an_acknowledgement_from_a_future_we_lost_puts_the_numbering_right(tmp_p
     for number in range(3):
         outbox.append(decision(number))
     assert outbox.acknowledge(7, 50)
+    assert outbox.marks.dropped == 3
     assert outbox.append(decision(51)) == 51
     assert outbox.next_range() == (51, 51)
     assert [sequence for sequence, _ in Outbox(tmp_path, 8).read(51, 51)] == [51]

@@ -82,3 +82,9 @@ def test_any_bytes_decode_or_are_malformed(data: bytes) -> None:
     except Malformed:
         return
     assert pack(value) == data
+
+
+@pytest.mark.parametrize("text", ["c249010000000000000000", "c01a514b67b0", "d90102820102", "81d81e820103"])
+def test_tags_are_refused_before_anything_is_made_of_them(text: str) -> None:
+    with pytest.raises(Malformed, match="expected no tag, found tag"):
+        unpack_plain(bytes.fromhex(text))
