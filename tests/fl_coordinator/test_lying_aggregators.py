@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from fl_coordinator.aggregation import OPENING_TYPE, combine_openings
+from fl_coordinator.channel import Channel
 from fl_coordinator.replay import replay
 from fl_coordinator.shares.bounds import bounds_of, fitted, noise_std
 from fl_coordinator.shares.decision import Decision
@@ -219,6 +220,12 @@ def test_nobody_opens_in_anothers_name() -> None:
             )
     with pytest.raises(Untrusted, match="centre: opened round 'fraud-7' twice"):
         combine_openings([replies[0], replies[LIAR], replies[LIAR]], world.task)
+
+
+@pytest.mark.parametrize("key", [bytes(32), bytes(31)], ids=["of low order", "too short"])
+def test_a_peers_key_that_hides_nothing_is_refused(key: bytes) -> None:
+    with pytest.raises(Malformed, match="south: X25519 key"):
+        Channel(world_of().sealing[LIAR], key, "centre", "south", "fraud-7", 1, "0" * 64)
 
 
 def test_more_contributions_than_the_numbers_allow_are_not_summed() -> None:

@@ -15,6 +15,8 @@ from monitoring.telemetry import LATENCY_BOUNDS_US, ModelSummary, Report, Update
         (None, 1, 4, Fold("new")),
         (None, 5, 9, Fold("gap", 4)),
         (4, 5, 9, Fold("new")),
+        (4, 5, 5, Fold("new")),
+        (None, 1, 1, Fold("new")),
         (4, 8, 9, Fold("gap", 3)),
         (4, 1, 4, Fold("duplicate")),
         (4, 2, 3, Fold("duplicate")),
