@@ -9,8 +9,10 @@ Errors are one line on standard error, with exit code 2 for what a person must p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -48,6 +50,8 @@ app = typer.Typer(
 OURS = ("atoll", "device_sim", "edge_runtime", "fl_coordinator", "model_delta", "monitoring", "regional_gateway")
 FOR_A_PERSON = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What an operating system says that only a person can put right."""
+FILES = 8_192
+"""Open files and connections that a process may come to need: a fleet has four for each of its devices."""
 
 
 def _version(wanted: bool) -> None:
@@ -86,6 +90,15 @@ for group in (
     app.add_typer(group)
 
 
+def allow_files() -> None:
+    """Ask for FILES open files, for this process and those that it starts: macOS allows 256 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _interrupted(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
@@ -114,6 +127,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # A command that has something to stop installs its own; the others just end, without a traceback.
         signal.signal(signal.SIGINT, _interrupted)
+    allow_files()
     try:
         # Not standalone: else typer would print what is wrong with the words of a command, as text, and exit.
         ended = app(prog_name="atoll", standalone_mode=False)

@@ -76,7 +76,12 @@ def run_fleet(
         kept = f"fleet: --observe: raw updates of these simulated devices are kept in {data.path / 'observed'}"
         print(kept, file=sys.stderr, flush=True)
     events = Events(f"fleet-{index}", as_json=as_json)
-    with RegionCounts(data.child("fleet") / f"shard-{index}-of-{count}.counts") as asked:
+    with contextlib.ExitStack() as held:
+        for device in mine:
+            name = device.device_id
+            way = f"--data, or --absent {name}"
+            held.enter_context(data.locked(f"device-{name}.lock", f"device {name} runs on", way))
+        asked = held.enter_context(RegionCounts(data.child("fleet") / f"shard-{index}-of-{count}.counts"))
         run_process(
             _fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port, events, asked),
             events.name,

@@ -28,6 +28,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
@@ -145,7 +146,7 @@ class DataFolder:
         """Hold the folder's lock `name`: for one platform, or for one device. Raises ConfigurationError when another
         process has it, StorageFull when it cannot be made."""
         try:
-            handle = (self.path / name).open("a+")
+            handle = _under_a_high_number((self.path / name).open("a+"))
         except OSError as error:
             raise StorageFull(f"{self.path / name}: cannot be made: {error.strerror}") from None
         with handle:
@@ -207,6 +208,17 @@ class DataFolder:
             return msgspec.json.decode(path.read_bytes(), type=Endpoints)
         except msgspec.DecodeError as error:
             raise ConfigurationError(f"{path}: expected addresses as JSON: {error}; start `atoll up` again") from None
+
+
+def _under_a_high_number(file: TextIO) -> TextIO:
+    """The same open file as a number that is in nobody's way: a fleet holds many locks, and the `select` in which its
+    connections wait takes numbers below 1,024 only. As it was where the system does not allow so high numbers."""
+    try:
+        number = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1_024)
+    except OSError:
+        return file
+    file.close()
+    return os.fdopen(number, "a+")
 
 
 def write_private(path: Path, data: bytes) -> None:

@@ -136,6 +136,16 @@ def test_options_that_name_what_does_not_exist(run, stopped: Path, tmp_path: Pat
     assert {path.name for path in (stopped / "identities").iterdir()} == {"broker", "coordinator"}
 
 
+def test_a_device_that_runs_is_not_run_a_second_time_by_a_fleet(run, stopped: Path) -> None:  # type: ignore[no-untyped-def]
+    """The fleet's first terminal has the name that `atoll device run` takes by default."""
+    with DataFolder.open(stopped).locked("device-pos-0001.lock"):
+        code, said = run("fleet", "run", "--devices", "2", "--data", stopped)
+    assert (code, "device pos-0001 runs on this data folder; stop it or pass another --data, or --absent" in said) == (
+        2,
+        True,
+    ), said
+
+
 def test_a_rollout_that_is_not_text_names_file_and_line(run, stopped: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "latin.yaml"
     file.write_bytes(b"apiVersion: atoll/v1\nkind: \xe9\n")

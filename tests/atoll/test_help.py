@@ -78,3 +78,17 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "device" in done.stdout
+
+
+def test_a_process_may_open_as_many_files_as_a_fleet_needs() -> None:
+    program = (
+        "import resource, sys; sys.argv = ['atoll', '--version']\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
+        "from atoll.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], hard)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    allowed, hard = map(int, done.stdout.splitlines()[-1].split())
+    assert allowed >= (8_192 if hard < 0 else min(8_192, hard))
