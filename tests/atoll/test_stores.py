@@ -18,7 +18,7 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.retention import DAY_S
 from model_delta.object_store import ObjectStore
 from model_delta.store import DirectoryStore
-from tests.atoll.platform_process import answer, atoll, lines, platform, write_mlp, write_rollout
+from tests.atoll.platform_process import answer, atoll, free_run, lines, platform, write_mlp, write_rollout
 from tests.fakes import s3_server
 from tests.fl_coordinator.test_ledger import release
 
@@ -128,7 +128,7 @@ def test_a_platform_on_a_bucket_and_back_again(tmp_path: Path, monkeypatch: pyte
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         folder = tmp_path / "s3" / s3_server.BUCKET / "shop"
-        with platform(data, store=f"s3://{s3_server.BUCKET}/shop"):
+        with platform(data, port=free_run(4), store=f"s3://{s3_server.BUCKET}/shop"):
             version = answer(data, "publish", str(write_mlp(tmp_path / "m.onnx", 1)), "--name", "first")["manifest"]
             answer(data, "rollout", "apply", str(write_rollout(tmp_path / "one.yaml", "one")))
             ran = atoll(data, "device", "run", "--count", "3", "--rate", "4", "--json")
