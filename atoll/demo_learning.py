@@ -85,7 +85,7 @@ async def _round(stage: Stage, number: int, base: str, able: Sequence[VirtualDev
     spec = {
         "model": MODEL,
         "base": base,
-        "quorum": max(8, 2 * hostile + 3, len(able) // 2),
+        "quorum": max(8 + max(1, hostile), 2 * hostile + 3, len(able) // 2),
         "contributions_max": len(able),
         "deadline_s": ROUND_DEADLINE_S,
         "aggregation_s": AGGREGATION_S,

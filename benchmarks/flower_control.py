@@ -336,7 +336,7 @@ def _weights(folder: Path) -> Claim:
         life.enter_context(_program(folder, "fleet", "run", "--data", str(data), "--devices", str(FLEET)))
         _until(lambda: _adopted(addresses["coordinator"], version))
         before = _handed_out(region)
-        found = _atoll(data, "round", "run", "--quorum", "8", "--hostile", "1", "--deadline", "90")
+        found = _atoll(data, "round", "run", "--quorum", "10", "--hostile", "1", "--deadline", "90")
         after = _handed_out(region)
     came = len(found["admitted"])
     if found["state"] != "PUBLISHED":

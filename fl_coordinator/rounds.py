@@ -217,23 +217,17 @@ class RoundSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 return name, f"expected {low:g} to {high:g}, found {getattr(self, name)}"
-        # Multi-Krum needs n >= 2f + 3 updates (Blanchard et al., 2017), and an opened sum enough senders to hide in.
-        least = max(self._selected_min, 2 * self.hostile_max + 3)
+        # Multi-Krum needs n >= 2f + 3 updates (Blanchard et al., 2017), and an opened sum enough senders to hide in,
+        # after Multi-Krum has left out f, `robust` the 1.5 f most conspicuous, and `history` maybe as many.
+        dropped = -(-3 * self.hostile_max // 2) if self.policy in ("robust", "history") else self.hostile_max
+        least = max(self._selected_min + dropped, 2 * self.hostile_max + 3)
         if self.quorum < least:
             return "quorum", (
-                f"expected at least {least} (selected_min {self._selected_min}, 2 x hostile_max + 3), "
-                f"found {self.quorum}; raise quorum or lower hostile_max"
+                f"expected at least {least} (policy {self.policy} leaves out {dropped} of them, selected_min "
+                f"{self._selected_min}, 2 x hostile_max + 3), found {self.quorum}; raise quorum or lower hostile_max"
             )
         if 0 < self.contributions_max < self.quorum:
             return "contributions_max", f"expected at least the quorum {self.quorum}, found {self.contributions_max}"
-        # Multi-Krum keeps n - f, `robust` drops the 1.5 f most conspicuous and `history` may refuse as many.
-        many = self.policy in ("robust", "history")
-        dropped = -(-3 * self.hostile_max // 2) if many else self.hostile_max
-        if 0 < self.contributions_max < self._selected_min + dropped:
-            return "contributions_max", (
-                f"expected at least {self._selected_min + dropped} (policy {self.policy} leaves out {dropped} of them, "
-                f"selected_min {self._selected_min}), found {self.contributions_max}"
-            )
         return self._problem_of_reveal() or self._problem_of_privacy() or self._problem_of_quota()
 
     def _problem_of_reveal(self) -> tuple[str, str] | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.coordinator import Coordinator
@@ -19,11 +21,14 @@ from fl_coordinator.following import Following
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.replay import Replay, replay
 from fl_coordinator.rounds import Round, RoundSpec
+from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse, sealing_info
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.tables.records import AggregatorRecord
 from fl_coordinator.updates_log import LogPart
-from model_delta.encoding import pack, unpack_plain
+from model_delta.encoding import pack, unpack, unpack_plain
 from model_delta.errors import AtollError, Unavailable
+from model_delta.keys.encryption import seal_to
+from model_delta.trust.signing import pre_authentication_encoding
 from tests.fl_coordinator.platform_in_memory import FEATURES, Device, Platform, adopt_first, fleet, until
 
 LENGTH = FEATURES * 4 + 4 + 4 + 1
@@ -166,6 +171,22 @@ class Aggregators:
 
 def honest(seed: int) -> Any:
     return np.full(LENGTH, 0.05, np.float32) + np.random.default_rng(seed).normal(0, 0.002, LENGTH).astype(np.float32)
+
+
+def signed(device: Device, **changes: Any) -> bytes:
+    """The device's own contribution with another claim, signed all the same."""
+    found = parse(device.contribution(honest(0)))
+    claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
+    message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
+    return pack(Contribution(claim, device.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
+
+
+def inconsistent(device: Device) -> bytes:
+    """A contribution whose seeds for one aggregator are not those that the other holders of its shares have."""
+    assert device.task is not None
+    first, _, third = unpack(parse(device.contribution(honest(0))).claim, Claim).sealed
+    other = seal_to(device.task.aggregators[1].sealing, bytes(64), sealing_info(device.task, device.device_id, 1))
+    return signed(device, sealed=(first, other, third))
 
 
 async def contribute_all(devices: list[Device], round_id: str, *, hostile: int = 0) -> None:

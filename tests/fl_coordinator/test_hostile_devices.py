@@ -6,37 +6,16 @@ import base64
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_coordinator.shares.contribution import (
-    CONTRIBUTION_TYPE,
-    Claim,
-    Contribution,
-    parse,
-    sealing_info,
-    verify_claim,
-)
+from fl_coordinator.shares.contribution import parse, verify_claim
 from model_delta.digest import digest_of
-from model_delta.encoding import pack, unpack
-from model_delta.keys.encryption import seal_to
-from model_delta.trust.signing import pre_authentication_encoding
-from tests.fl_coordinator.learning_platform import SPEC, honest, learning
+from model_delta.encoding import pack
+from tests.fl_coordinator.learning_platform import SPEC, honest, inconsistent, learning, signed
 from tests.fl_coordinator.platform_in_memory import Device, on_a_loop, until
 
 P256 = bytes.fromhex("2a8648ce3d030107")
-
-
-def signed(device: Device, **changes: Any) -> bytes:
-    """The device's own contribution with another claim, signed all the same."""
-    found = parse(device.contribution(honest(0)))
-    claim = pack(msgspec.structs.replace(unpack(found.claim, Claim), **changes))
-    message = pre_authentication_encoding(CONTRIBUTION_TYPE, claim)
-    return pack(Contribution(claim, device.key.sign(message, ec.ECDSA(hashes.SHA256())), found.masked))
 
 
 def with_certificate(device: Device, change: Callable[[bytes], bytes]) -> bytes:
@@ -103,10 +82,7 @@ async def test_what_a_device_signed_that_sealed_different_shares_is_kept_when_it
         opened = await at.coordinator.open_round(SPEC)
         await until(lambda: all(device.task is not None for device in at.devices))
         liar, *others = at.devices
-        assert liar.task is not None
-        first, _, third = unpack(parse(liar.contribution(honest(0))).claim, Claim).sealed
-        other = seal_to(liar.task.aggregators[1].sealing, bytes(64), sealing_info(liar.task, liar.device_id, 1))
-        sent = signed(liar, sealed=(first, other, third))
+        sent = inconsistent(liar)
         await liar.contribute(sent)
         for number, device in enumerate(others):
             await device.contribute(device.contribution(honest(number)))

@@ -26,7 +26,7 @@ from model_delta.manifest import Manifest
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope, pre_authentication_encoding, seal_envelope, sign
 from tests.fl_coordinator.control_calls import calls
-from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, learning
+from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, inconsistent, learning
 from tests.fl_coordinator.platform_in_memory import CANARY, Device, Platform, fraud_model, on_a_loop, until
 
 PARTS = ("first", "second")
@@ -252,13 +252,18 @@ async def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_p
 @on_a_loop
 async def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path) -> None:
     async with learning(tmp_path, 6) as at:
-        ended = await at.learned(asked(policy="robust", selected_min=5))
+        opened = await at.coordinator.open_round(asked(policy="robust"))
+        await until(lambda: all(device.task is not None for device in at.devices))
+        for index, device in enumerate(at.devices):
+            sent = inconsistent(device) if index == 0 else device.contribution(honest(index))
+            await device.contribute(sent)
+        ended = await at.ended(opened.round_id)
         assert ended.state == "FAILED"
-        assert "4 updates selected, a sum of fewer than 5 is not opened" in ended.reason
+        assert "3 updates selected, a sum of fewer than 4 is not opened" in ended.reason
         assert at.mean(ended).size == 0
         told = at.replayed(ended)
         assert (told.chosen, told.mean, told.policy) == ((), "", "robust")
-        assert "4 updates selected" in told.refusal
+        assert "3 updates selected" in told.refusal
         # Died after the refusal was written down, before the round said so: nobody is asked again.
         wind_back(at, ended, state=State.AGGREGATING.value, reason="")
     at.platform.reopen()

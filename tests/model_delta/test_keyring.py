@@ -216,6 +216,7 @@ SEALING = b"\x04\x20" + X25519PrivateKey.generate().public_key().public_bytes_ra
         (P256, ("a",), SEALING[:-1], "holds no X25519 key"),
         (P256, ("a",), b"\x03" + SEALING[1:], "holds no X25519 key"),
     ],
+    ids=["another curve", "no curve", "no name", "two names", "a short sealing key", "no sealing key"],
 )
 def test_the_authoritys_signature_alone_makes_no_device(
     key: Any, names: tuple[str, ...], extension: bytes, words: str
