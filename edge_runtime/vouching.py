@@ -64,6 +64,7 @@ class Vouching:
         self._authority = Authority(folder, tenant, root, anchors, AskSource(self._ask))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, f"{folder.parent.name} trust")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked: concurrent.futures.Future[tuple[int, bytes]] | None = None
         self._refreshing = asyncio.Lock()
         self._refreshed = -FRESH_S
         self._wanted = asyncio.Event()
@@ -112,7 +113,14 @@ class Vouching:
                 else:
                     await asyncio.sleep(0.1)
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """End the thread's work and wait for it: it must not write into the folder of the device's next life."""
+        self._loop = None
+        if self._asked is not None:
+            self._asked.cancel()
+        await asyncio.shield(asyncio.to_thread(self._thread.shutdown, cancel_futures=True))
 
     async def _while_connected(self, seconds: float) -> None:
         """Wait, but not longer than the connection lasts; a wish to ask ends it, though not within SOON_S."""
@@ -181,9 +189,12 @@ class Vouching:
 
     def _ask(self, name: str, offset: int, _length: int, timeout_s: float) -> tuple[int, bytes]:
         """A range of a TUF file, for the authority's thread."""
-        if self._loop is None or self._loop.is_closed():
+        loop = self._loop
+        if loop is None or loop.is_closed():
             raise Unavailable(f"{name}: the device is not running")
-        asked = asyncio.run_coroutine_threadsafe(self._fetcher.part("tuf", name, offset), self._loop)
+        self._asked = asked = asyncio.run_coroutine_threadsafe(self._fetcher.part("tuf", name, offset), loop)
+        if self._loop is None:  # it stopped meanwhile
+            asked.cancel()
         try:
             return asked.result(timeout_s)
         except TimeoutError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -182,6 +183,24 @@ def test_a_mirror_with_metadata_that_does_not_verify_is_set_aside_for_the_next(t
         async with Life(world.device("pos-0001", folder)) as device:
             await adopted(world, device, first.digest)
             assert device.vouching.alarm == ""
+
+    play(story, tmp_path)
+
+
+def test_nothing_writes_on_into_the_folder_of_a_device_that_has_stopped(tmp_path: Path) -> None:
+    async def story(world: World, folder: Path) -> None:
+        asked = asyncio.Event()
+
+        async def silent(*_: object) -> tuple[int, bytes]:
+            asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        device = world.device("pos-0001", folder)
+        device.vouching._fetcher.part = silent  # type: ignore[method-assign]
+        async with Life(device):
+            await eventually(asked.is_set)
+        assert not [thread.name for thread in threading.enumerate() if " trust" in thread.name]
 
     play(story, tmp_path)
 
