@@ -111,6 +111,7 @@ class Participation:
         self._changed = asyncio.Event()
         self._graphs: dict[str, bytes] = {}
         self._last_base: dict[str, bytes] = {}
+        self._left_out: ContributionReceipt | None = None
         self.refused = 0
         self.last_refusal = ""
         self.record, self._forgot = _read(path)
@@ -144,12 +145,17 @@ class Participation:
             self.announced(*self._unjudged)
 
     def receipted(self, _topic: str, payload: bytes) -> None:
-        """The coordinator has the contribution, or refuses it for good."""
+        """The coordinator has the contribution, or refuses it for good; maybe before there is one, or even before the
+        announcement comes."""
         try:
             receipt = unpack(payload, ContributionReceipt)
         except AtollError:
             return
-        if receipt.round_id == self.record.round_id and not self.record.ended:
+        if receipt.round_id != self.record.round_id:
+            if not receipt.accepted:
+                self._left_out = receipt
+                self._changed.set()
+        elif not self.record.ended:
             ended = "accepted" if receipt.accepted else f"refused: {receipt.reason}"[:300]
             self._write(msgspec.structs.replace(self.record, ended=ended, contribution=b""))
             self._changed.set()
@@ -182,6 +188,8 @@ class Participation:
         if self._forgot:
             raise Malformed(f"{self._path}: {self._forgot}; what was sent to this round is not known any more")
         if self.record.round_id != task.round_id:
+            if self._is_left_out(task):
+                return None
             if self._running.blocked(self._clock()):
                 return 1.0  # a version may still be adopted before the round closes
             await self._prepare(task)
@@ -210,6 +218,8 @@ class Participation:
             return self._contribute(local.update, task), local
 
         contribution, local = await asyncio.to_thread(compute)
+        if self._is_left_out(task):
+            return
         self._write(
             RoundRecord(
                 round_id=task.round_id,
@@ -220,6 +230,14 @@ class Participation:
                 layout=layout if local.velocity.size else "",
             )
         )
+
+    def _is_left_out(self, task: RoundTask) -> bool:
+        """Whether the coordinator said it would refuse any contribution: then the round is over for this device."""
+        receipt = self._left_out
+        if receipt is None or receipt.round_id != task.round_id:
+            return False
+        self._write(RoundRecord(round_id=task.round_id, ended=f"refused: {receipt.reason}"[:300]))
+        return True
 
     async def _graph(self, digest: str) -> bytes:
         if digest not in self._graphs:

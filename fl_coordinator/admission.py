@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+OVER_BUDGET = "over privacy budget"
 REASONS = (
     "bad signature",
     "unknown certificate",
@@ -26,6 +27,7 @@ REASONS = (
     "duplicate",
     "late",
     "over quota",
+    OVER_BUDGET,
     "malformed",
 )
 
@@ -33,7 +35,8 @@ REASONS = (
 class Offered(msgspec.Struct, frozen=True, kw_only=True):
     """A contribution as the checks of its bytes left it. `flaw` is the first of the signature and certificate reasons
     that applies ("" when none does), `mismatch` says what else does not belong to the round. `group` is the device's
-    attestation group, `lately` how many other rounds took it within the last day."""
+    attestation group, `lately` how many other rounds took it within the last day, `over_budget` why the round's privacy
+    leaves the device out ("" when it does not)."""
 
     device_id: str
     digest: str
@@ -45,6 +48,7 @@ class Offered(msgspec.Struct, frozen=True, kw_only=True):
     mismatch: str = ""
     group: str = ""
     lately: int = 0
+    over_budget: str = ""
 
 
 class OpenRound(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +105,8 @@ def refuse(offered: Offered, round_: OpenRound | None, now: float) -> Refusal | 
         return Refusal(
             "over quota", f"round {round_.round_id} has its {round_.per_group} contributions of group {offered.group!r}"
         )
+    if offered.over_budget:
+        return Refusal(OVER_BUDGET, offered.over_budget)
     return None
 
 

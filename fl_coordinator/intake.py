@@ -17,11 +17,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_coordinator.admission import Offered, OpenRound, Refusal, already_in, refuse
+from fl_coordinator.admission import OVER_BUDGET, Offered, OpenRound, Refusal, already_in, refuse
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
 from fl_coordinator.recorded_rounds import newest_round
+from fl_coordinator.rollout_driver import AWAKE_S
 from fl_coordinator.rounds import Round, State
 from fl_coordinator.shares.bounds import contributions_max
 from fl_coordinator.shares.contribution import (
@@ -33,6 +34,7 @@ from fl_coordinator.shares.contribution import (
     size_max,
     verify,
 )
+from fl_coordinator.spending import over_budget
 from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import LogPart
 from model_delta import topics
@@ -47,6 +49,7 @@ from monitoring.metrics import Metrics
 CONTRIBUTION_QUEUE_MAX = 128
 CONTRIBUTION_BYTES_MAX = 64 << 20
 BATCH_MAX = 16
+TOLD_AT_ONCE = 64
 DAY_S = 86_400.0
 
 _log = logging.getLogger("atoll.coordinator")
@@ -112,6 +115,35 @@ class Intake:
             except TimeoutError:
                 return part
 
+    async def leave_out(self, found: Round) -> None:
+        """Tell devices that a round with privacy would bring over their budget that it does not take them, before they
+        train and upload in vain; whoever does not hear it is refused at admission. Raises StorageFull."""
+        over = await asyncio.to_thread(self._known_over_budget, found)
+        receipts = {
+            name: topics.ContributionReceipt(found.round_id, False, _told(Refusal(OVER_BUDGET, text)))
+            for name, text in over.items()
+        }
+        names = list(receipts)
+        for start in range(0, len(names), TOLD_AT_ONCE):
+            some = names[start : start + TOLD_AT_ONCE]
+            sent = [self._link.publish(topics.down(name, "receipt"), pack(receipts[name])) for name in some]
+            await asyncio.gather(*sent, return_exceptions=True)
+
+    def _known_over_budget(self, found: Round) -> dict[str, str]:
+        """The devices heard lately that the round's privacy leaves out, written down, with the sentence for each."""
+        if found.spec.privacy is None:
+            return {}
+        since = self._clock() - AWAKE_S
+        awake = [record.device_id for record in self._ledger.devices() if record.last_seen >= since]
+        over = self._over_budget(found, awake)
+        self._ledger.sit_out((found.round_id, name, OVER_BUDGET) for name in over)
+        return over
+
+    def _over_budget(self, found: Round, device_ids: Sequence[str]) -> dict[str, str]:
+        if found.spec.privacy is None:
+            return {}
+        return over_budget(self._ledger, found.spec.privacy, found.round_id, device_ids)
+
     def _admit(self, batch: Sequence[tuple[str, bytes]]) -> list[tuple[str, topics.ContributionReceipt]]:
         """Verify, ask every question, append with one flush, record; only then are there receipts.
 
@@ -151,7 +183,7 @@ class Intake:
             self._ledger.round(offered.round_id)
             self._ledger.count_refusal(offered.round_id, refusal.reason)
         _log.info("contribution of %s refused: %s: %s", offered.device_id, refusal.reason, refusal.text[:500])
-        return topics.ContributionReceipt(offered.round_id, False, f"{refusal.reason}: {refusal.text}"[:500])
+        return topics.ContributionReceipt(offered.round_id, False, _told(refusal))
 
     def _offered(self, device_id: str, data: bytes, now: float) -> tuple[Offered, OpenRound | None]:
         """What the bytes turn out to be, and the round that they claim to be for."""
@@ -193,6 +225,7 @@ class Intake:
                 mismatch=mismatch(verified.claim, len(verified.masked), newest.task),
                 group=record.trait(quota.group),
                 lately=lately,
+                over_budget=self._over_budget(newest, [device_id]).get(device_id, ""),
             )
         return claimed, round_
 
@@ -211,6 +244,10 @@ class Intake:
             per_group=quota.per_group,
             groups=self._ledger.groups_of(newest.round_id, quota.group) if quota.per_group else {},
         )
+
+
+def _told(refusal: Refusal) -> str:
+    return f"{refusal.reason}: {refusal.text}"[:500]
 
 
 def _with_pending(round_: OpenRound, pending: Sequence[Offered]) -> OpenRound:

@@ -9,8 +9,8 @@ that is accounted for; if all three are honest the sum carries 1.5 times the var
 Accounting is by privacy loss distributions (Koskela, Jälkö and Honkela, 2020; the PLD accountant of dp-accounting), one
 opened sum an event: a Gaussian, Poisson-sampled where devices are drawn for a round in secret. Two accounts are kept:
 for every device over the rounds that it was frozen into, of whatever model, and for a model's releases over all rounds
-they descend from. What a round would spend is written down before it opens, and a round that would overspend does not
-open.
+they descend from. A device that a round would bring over its budget is not admitted to it. What a round would spend is
+written down before it opens, and a round that would overspend does not open.
 
 What this does not cover, so that nobody reads more into an epsilon: the opened distances between updates carry no
 noise, and which updates are chosen depends on them; epsilon holds for the opened sums given the choice. Neighbouring
@@ -21,6 +21,7 @@ Compatibility: packed `Spend`s are kept in the ledger and in transcripts; fields
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,8 @@ STD_UNITS_MIN = 64
 SPENDS_MAX = 1_000_000
 EPSILON_SLACK = 1e-6
 _INTERVAL = 1e-3
+
+NO_EPSILON = "no epsilon holds for a device that was in a sum opened without noise, of whatever model"
 
 
 class Spend(msgspec.Struct, frozen=True):
@@ -96,12 +99,19 @@ def epsilon(spends: Sequence[Spend], delta: float) -> float:
         return 0.0
     if any(spend.noise_multiplier == 0 for spend in spends):
         return math.inf
+    counts = sorted(Counter(spends).items(), key=lambda item: (item[0].noise_multiplier, item[0].sampling))
+    return _composed(tuple(counts), delta)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _composed(counts: tuple[tuple[Spend, int], ...], delta: float) -> float:
+    """Devices have few histories between them, and are asked about one by one as their contributions come."""
     # Loading it takes seconds (SciPy comes along); only programs that judge a round with privacy pay for it.
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
-    for spend, count in sorted(Counter(spends).items(), key=lambda item: (item[0].noise_multiplier, item[0].sampling)):
+    for spend, count in counts:
         event: dp_event.DpEvent = dp_event.GaussianDpEvent(spend.noise_multiplier)
         if spend.sampling < 1:
             event = dp_event.PoissonSampledDpEvent(spend.sampling, event)
@@ -109,22 +119,19 @@ def epsilon(spends: Sequence[Spend], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
+def epsilons_after(devices: Mapping[str, Sequence[Spend]], coming: Spend, delta: float) -> dict[str, float]:
+    """Where each device stands once `coming` is opened, by what was spent on it so far. Raises Malformed as `epsilon`
+    does."""
+    return {name: epsilon([*spends, coming], delta) for name, spends in devices.items()}
+
+
 def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequence[Spend]], coming: Spend) -> Account:
     """Judge a round before it opens: `release` and `devices` (those frozen into it) are what was spent so far.
 
-    Devices with equal histories are computed once. Raises Malformed as `epsilon` does.
+    Raises Malformed as `epsilon` does.
     """
-    known: dict[tuple[tuple[Spend, int], ...], float] = {}
-
-    def after(spends: Sequence[Spend]) -> float:
-        counts = Counter([*spends, coming])
-        key = tuple(sorted(counts.items(), key=lambda item: (item[0].noise_multiplier, item[0].sampling)))
-        if key not in known:
-            known[key] = epsilon([*spends, coming], budget.delta)
-        return known[key]
-
-    of_release = after(release)
-    of_devices = {name: after(spends) for name, spends in devices.items()}
+    of_release = epsilon([*release, coming], budget.delta)
+    of_devices = epsilons_after(devices, coming, budget.delta)
     highest = max(of_devices.values(), default=0.0)
     at = f"at delta {budget.delta:g}"
     over = sorted(name for name, value in of_devices.items() if value > budget.epsilon_device)
@@ -136,7 +143,7 @@ def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequ
         refusal = f"this opening would bring {len(over)} of {len(of_devices)} devices (first: {over[0]}) to epsilon "
         refusal += f"{highest:.2f} {at}, the budget is {budget.epsilon_device:g}; leave them out of the next round"
         if math.isinf(highest):
-            refusal += " (no epsilon holds for a device that was in a sum opened without noise, of whatever model)"
+            refusal += f" ({NO_EPSILON})"
     return Account(of_release, highest, refusal)
 
 

@@ -250,6 +250,16 @@ class RoundDriver:
 
     async def _collect(self, found: Round) -> tuple[Round, Event]:
         """Wait until all that can come have come, or the deadline."""
+        telling = asyncio.create_task(self._intake.leave_out(found), name=f"round {found.round_id} leaves out")
+        try:
+            return await self._collected(found)
+        finally:
+            telling.cancel()
+            for error in await asyncio.gather(telling, return_exceptions=True):
+                if isinstance(error, Exception):  # whom it did not reach is refused at admission
+                    _log.warning("round %s: devices over their budget were not told: %s", found.round_id, error)
+
+    async def _collected(self, found: Round) -> tuple[Round, Event]:
         while True:
             able = found.spec.contributions_max or await asyncio.to_thread(self._able, found)
             wanted = min(able, contributions_max(found.task))
@@ -268,10 +278,15 @@ class RoundDriver:
                     await self._intake.admitted.wait()
 
     def _able(self, found: Round) -> int:
-        """How many devices may take part: those heard lately that run the base. The quorum is always waited for."""
+        """How many devices may take part: those heard lately that run the base and do not sit the round out. The quorum
+        is always waited for."""
         since = self._clock() - AWAKE_S
-        able = [record for record in self._ledger.devices() if record.last_seen >= since]
-        return max(found.spec.quorum, sum(record.running == found.task.base for record in able))
+        able = {
+            record.device_id
+            for record in self._ledger.devices()
+            if record.last_seen >= since and record.running == found.task.base
+        }
+        return max(found.spec.quorum, len(able - self._ledger.sitting_out(found.round_id).keys()))
 
     async def _freeze(self, found: Round) -> tuple[Round, Event]:
         """Fix the ordered list. The state is FROZEN already, so whatever is not admitted by now is refused as late;

@@ -4,15 +4,20 @@
 attempt that is repeated opens the same decision with the same noise, or nothing was opened before it. Whether anything
 was is known for certain only to the aggregators, so a round that failed counts as if it had opened. No epsilon holds
 for a model that was opened without noise before, so such a round is refused too.
+
+A device that the round would bring over its budget is left out before that, at admission, and the round goes on with
+the others. Two rounds of different models side by side may still admit a device that has budget for one of them: the
+second one then does not open.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.privacy import Account, Budget, Spend, Spent, account, burden
+from fl_coordinator.privacy import NO_EPSILON, Account, Budget, Spend, Spent, account, burden, epsilons_after
 from fl_coordinator.rounds import Privacy
 from model_delta.errors import Malformed
 
@@ -53,6 +58,19 @@ def charge(ledger: Ledger, model: str, privacy: Privacy, round_id: str, device_i
     # The loss of a history falls with its noise: the most burdened device is the one with the largest sum of 1/noise^2.
     heaviest = max(devices.values(), key=burden, default=[])
     return Charge(spend, tuple(release), tuple(heaviest), found)
+
+
+def over_budget(ledger: Ledger, privacy: Privacy, round_id: str, device_ids: Sequence[str]) -> dict[str, str]:
+    """Which of these devices a round would bring over their budget, and the sentence for each. Blocking."""
+    budget = _budget(privacy)
+    histories = ledger.privacy_of_devices(device_ids, round_id)
+    after = epsilons_after(histories, Spend(privacy.noise_multiplier), budget.delta)
+    return {
+        name: f"this round would bring the device to epsilon {value:.2f} at delta {budget.delta:g}, the budget is "
+        f"{budget.epsilon_device:g}" + (f" ({NO_EPSILON})" if math.isinf(value) else "")
+        for name, value in after.items()
+        if value > budget.epsilon_device
+    }
 
 
 def require_affordable(ledger: Ledger, model: str, privacy: Privacy) -> None:

@@ -124,7 +124,8 @@ class ReportAck(msgspec.Struct, frozen=True):
 
 
 class ContributionReceipt(msgspec.Struct, frozen=True):
-    """The contribution to `round_id` is in the updates log, or was refused for `reason`."""
+    """The contribution to `round_id` is in the updates log, or was refused for `reason`; a refusal may come before
+    there is a contribution: any would be refused."""
 
     round_id: str
     accepted: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 
+from fl_coordinator.admission import OVER_BUDGET
 from fl_coordinator.privacy import Spend
 from fl_coordinator.tables.file import LedgerFile
 from fl_coordinator.tables.records import AdmittedContribution, MemoryRecord
@@ -149,6 +150,26 @@ class Rounds(LedgerFile):
         """How many rounds but one have admitted a device since a time (Unix seconds)."""
         query = "SELECT COUNT(*) FROM contributions WHERE device_id = ? AND time > ? AND round_id <> ?"
         return int(self._rows(query, (device_id, since, other_than))[0][0])
+
+    def sit_out(self, sitting: Iterable[tuple[str, str, str]]) -> None:
+        """Write down (round, device, reason) of devices that take no part, one reason for each: the newest that is
+        told, unless the coordinator left the device out. Of rounds that no longer collect, or are none, nothing."""
+        with self._write() as db:
+            db.executemany(
+                "INSERT INTO sitting_out SELECT round_id, ?2, ?3 FROM rounds WHERE round_id = ?1 AND "
+                "state IN ('ANNOUNCED', 'COLLECTING') ON CONFLICT (round_id, device_id) DO UPDATE SET "
+                "reason = excluded.reason WHERE reason NOT IN (excluded.reason, ?4)",
+                [(*one, OVER_BUDGET) for one in sitting],
+            )
+
+    def sitting_out(self, round_id: str) -> dict[str, str]:
+        """The devices that take no part in a round, with the reason; not those that contributed after all."""
+        rows = self._rows(
+            "SELECT device_id, reason FROM sitting_out WHERE round_id = ?1 AND device_id NOT IN "
+            "(SELECT device_id FROM contributions WHERE round_id = ?1) ORDER BY device_id",
+            (round_id,),
+        )
+        return dict(rows)
 
     def count_refusal(self, round_id: str, reason: str) -> None:
         """Count a refused contribution by its reason."""

@@ -86,7 +86,13 @@ _SCHEMA_8 = """
 CREATE TABLE aborted_rounds (round_id TEXT PRIMARY KEY);
 """
 
-SCHEMAS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5, _SCHEMA_6, _SCHEMA_7, _SCHEMA_8)
+_SCHEMA_9 = """
+CREATE TABLE sitting_out (
+    round_id TEXT NOT NULL, device_id TEXT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (round_id, device_id))
+    WITHOUT ROWID;
+"""
+
+SCHEMAS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5, _SCHEMA_6, _SCHEMA_7, _SCHEMA_8, _SCHEMA_9)
 """In order; the first makes an empty file a ledger of version 1."""
 
 

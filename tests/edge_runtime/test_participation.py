@@ -16,11 +16,13 @@ from edge_runtime.onnx_model import run_graph
 from edge_runtime.training import base_vector, clip, train
 from edge_runtime.update import State
 from model_delta.digest import digest_of
+from model_delta.encoding import pack
 from model_delta.errors import Malformed, Unavailable
 from model_delta.graphs.int8 import quantize_weights
 from model_delta.graphs.mlp import mlp_model
 from model_delta.release import Release
 from model_delta.task import RoundTask
+from model_delta.topics import ContributionReceipt, down
 from tests.edge_runtime.world import Life, World, eventually, local_data, mlp_weights
 
 NOTHING = np.zeros(0, np.float32)
@@ -80,6 +82,36 @@ def test_the_same_bytes_are_sent_until_a_receipt_also_after_power_cuts(tmp_path:
             await eventually(lambda: participation(device)._task is not None)
             await asyncio.sleep(0.15)
         assert len(world.contributions) == count, "a round that has ended for this device is left alone"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("heard", ["before the announcement", "while it trains"])
+def test_a_device_that_is_left_out_of_a_round_sends_nothing(tmp_path: Path, heard: str) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = await on_first_version(world, tmp_path / "device")
+        loop, trained = asyncio.get_running_loop(), []
+        refusal = pack(ContributionReceipt("round-1", False, "over privacy budget: epsilon 3 of 2"))
+        device = world.device("pos-0001", tmp_path / "device")
+
+        def watched(*arguments: Any) -> training.LocalUpdate:
+            trained.append(1)
+            told = world.coordinator.publish(down("pos-0001", "receipt"), refusal)
+            asyncio.run_coroutine_threadsafe(told, loop).result(5)
+            return train(*arguments)
+
+        participation(device)._train = watched
+        async with Life(device):
+            await eventually(lambda: device.running.digest == first.digest)
+            if heard == "before the announcement":
+                await world.coordinator.publish(down("pos-0001", "receipt"), refusal)
+                await eventually(lambda: participation(device)._left_out is not None)
+            world.round(first)
+            await eventually(lambda: participation(device).record.ended.startswith("refused: over privacy budget"))
+            await asyncio.sleep(0.05)
+        assert (len(trained), world.contributions) == (int(heard == "while it trains"), [])
 
     asyncio.run(story())
 

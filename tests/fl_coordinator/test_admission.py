@@ -18,6 +18,7 @@ def test_a_good_contribution_is_admitted() -> None:
 
 # Every case breaks its own rule and all that come after it, so the order is tested as well.
 LADDER: list[tuple[str, dict[str, object], dict[str, object]]] = [
+    ("over privacy budget", {"over_budget": "epsilon 3 of 2"}, {}),
     ("over quota", {}, {"admitted": {"x": "1", "y": "2"}}),
     ("late", {}, {"collecting": False}),
     ("duplicate", {}, {"admitted": {"pos-1": "other", "y": "2"}}),
@@ -84,9 +85,9 @@ def test_a_group_has_so_many_contributions_and_others_have_their_own() -> None:
     assert "of group 'batch-7'" in refusal.text
 
 
-def test_quotas_are_asked_last() -> None:
+def test_quotas_are_asked_before_privacy_alone() -> None:
     over = {"per_device": 1, "per_group": 1, "groups": {"": 5}}
-    for before, offers, rounds in LADDER[1:]:
+    for before, offers, rounds in LADDER[2:]:
         refusal = refuse(*changed({"lately": 5, **offers}, {**over, **rounds}), 50.0)
         assert refusal is not None
         assert refusal.reason == before

@@ -212,6 +212,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     raw.execute("DROP TABLE round_memories")
     raw.execute("ALTER TABLE devices DROP COLUMN model")
     raw.execute("DROP TABLE aborted_rounds")
+    raw.execute("DROP TABLE sitting_out")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
@@ -224,6 +225,22 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     assert ledger.round_memory("none") is None
     assert ledger.devices() == []
     assert ledger.aborted_rounds() == set()
+    assert ledger.sitting_out("r1") == {}
+    ledger.close()
+
+
+def test_a_device_sits_a_round_out_for_one_reason_while_the_round_collects(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.save_round(round_id="r1", model="fraud", state="COLLECTING", created=1.0, record=b"r")
+    ledger.save_round(round_id="r2", model="digits", state="FROZEN", created=1.0, record=b"r")
+    ledger.sit_out(
+        [("r1", "a", "no data"), ("r1", "b", "no data"), ("r1", "c", "over privacy budget"), ("r1", "d", "no data")]
+    )
+    ledger.sit_out([("r1", "a", "no data"), ("r1", "b", "training diverged"), ("r1", "c", "no data")])
+    ledger.sit_out([("r2", "a", "no data"), ("r3", "a", "no data")])
+    ledger.admit("r1", [AdmittedContribution("d", "d" * 64, 0, 9, 1.0)])
+    assert ledger.sitting_out("r1") == {"a": "no data", "b": "training diverged", "c": "over privacy budget"}
+    assert ledger.sitting_out("r2") == ledger.sitting_out("r3") == {}
     ledger.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fl_coordinator.promotion import Evaluation, Limits
 from fl_coordinator.rounds import Privacy, Quota, Round, State
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse
 from fl_coordinator.shares.decision import Decision
+from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import unpacked_part
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -224,17 +226,63 @@ async def test_a_round_with_privacy_is_paid_for_once_and_told_in_its_transcript(
 
 @pytest.mark.slow
 @on_a_loop
-async def test_a_round_whose_devices_have_spent_their_budget_does_not_open(tmp_path: Path) -> None:
+async def test_devices_that_have_spent_their_budget_are_left_out_and_the_others_go_on(tmp_path: Path) -> None:
     private = asked(privacy=Privacy(epsilon=100, epsilon_device=2.5, delta=1e-5, noise_multiplier=2.0))
-    async with learning(tmp_path) as at:
-        first = await at.learned(msgspec.structs.replace(private, name="one"))
-        assert first.state == "PUBLISHED"
-        second = await at.learned(msgspec.structs.replace(private, name="two"))
-        assert second.state == "FAILED"
-        assert "would bring 8 of 8 devices (first: pos-0000) to epsilon" in second.reason
-        assert at.ledger.round_result(second.round_id) is None
-        assert len(at.aggregators.commands) == 1  # nobody was even asked
-        assert len(at.ledger.privacy_of_release("fraud")) == 1
+    async with learning(tmp_path, 14) as at:
+        spent, fresh = at.devices[:8], at.devices[8:]
+        opened = await at.coordinator.open_round(msgspec.structs.replace(private, name="one", contributions_max=8))
+        await contribute_all(spent, opened.round_id)
+        assert (await at.ended(opened.round_id)).state == "PUBLISHED"
+        opened = await at.coordinator.open_round(msgspec.structs.replace(private, name="two"))
+        told = r"over privacy budget: this round would bring the device to epsilon [\d.]+ at .*, the budget is 2\.5"
+        await until(lambda: all(device.receipts[-1].round_id == opened.round_id for device in spent))
+        assert all(re.fullmatch(told, device.receipts[-1].reason) for device in spent), "before anything was uploaded"
+        assert at.ledger.sitting_out(opened.round_id) == {device.device_id: "over privacy budget" for device in spent}
+        await contribute_all(spent[:2], opened.round_id)  # who did not hear it
+        await until(lambda: at.ledger.refusals(opened.round_id) == {"over privacy budget": 2})
+        await contribute_all(fresh, opened.round_id)
+        ended = await at.ended(opened.round_id)
+        assert (ended.state, ended.reason) == ("PUBLISHED", "")
+        assert {entry.device_id for entry in at.ledger.contributions(ended.round_id)} == {
+            device.device_id for device in fresh
+        }
+        # The aggregators signed the account of those who are in: nothing before of any device, one of the release.
+        account = at.aggregators.commands[-1]["spent"]
+        assert (len(account["before_release"]), len(account["before_device"])) == (1, 0)
+        assert at.replayed(ended).epsilon_device == pytest.approx(epsilon([Spend(2.0)], 1e-5), abs=1e-3)
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_a_round_whose_devices_spend_their_budget_elsewhere_meanwhile_does_not_open(tmp_path: Path) -> None:
+    private = asked(privacy=Privacy(epsilon=100, epsilon_device=2.5, delta=1e-5, noise_multiplier=2.0))
+    async with learning(tmp_path, 7) as at:
+        opened = await at.coordinator.open_round(private)
+        await contribute_all(at.devices[:6], opened.round_id)
+        at.ledger.spend_privacy("elsewhere", 1, "digits", Spend(2.0), ["pos-0000"])
+        await contribute_all(at.devices[6:], opened.round_id)
+        ended = await at.ended(opened.round_id)
+        assert ended.state == "FAILED"
+        assert "would bring 1 of 7 devices (first: pos-0000) to epsilon" in ended.reason
+        assert at.ledger.round_result(opened.round_id) is None
+        assert at.aggregators.commands == []  # nobody was even asked
+        assert at.ledger.privacy_of_release("fraud") == []
+
+
+@on_a_loop
+async def test_a_device_that_was_in_a_bare_sum_is_left_out_of_rounds_with_privacy(tmp_path: Path) -> None:
+    async with learning(tmp_path, 3) as at:
+        private = Privacy(epsilon=100, delta=1e-5, noise_multiplier=2.0)
+        opened = await at.coordinator.open_round(asked(privacy=private))
+        bare = pack(msgspec.structs.replace(opened, round_id="bare", state="PUBLISHED"))
+        at.ledger.save_round(round_id="bare", model="digits", state="PUBLISHED", created=1.0, record=bare)
+        at.ledger.admit("bare", [AdmittedContribution("pos-0001", digest_of(b"one"), 0, 9, 1.0)])
+        at.ledger.save_round_result("bare", b"mean", b"transcript")
+        await contribute_all(at.devices[1:2], opened.round_id)
+        told = at.devices[1].receipts[-1].reason
+        assert "no epsilon holds for a device that was in a sum opened without noise" in told
+        await contribute_all(at.devices[:1], opened.round_id)
+        assert [entry.device_id for entry in at.ledger.contributions(opened.round_id)] == ["pos-0000"]
 
 
 @pytest.mark.slow
