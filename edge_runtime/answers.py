@@ -5,6 +5,9 @@
 3. With no version that may answer (none installed, expired, withdrawn, or it just failed), a region is asked too.
 4. If no region answers, the local score stands; without one, the baseline or the fixed rule answers (`safe_mode`).
 
+Only a version with the signature of payments (`model_delta/signature.py`) can score one. Any other is of no use to
+whoever decides payments: that counts as its failure, with the cause named, and `inferences` is the way to ask it.
+
 Every decision leaves a record, also the one that fell back; a payment is never left without an answer.
 """
 
@@ -16,41 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.inference import LoadedModel, feature_row, score_of
+from edge_runtime.inference import feature_row, score_of
 from edge_runtime.outbox import Outbox
 from edge_runtime.regions import AskRegion, RegionAnswer
+from edge_runtime.running import Running
 from edge_runtime.safe_mode import SafeMode
 from model_delta.errors import AtollError, Malformed, NotFound, Unavailable
-from model_delta.manifest import Manifest
+from model_delta.signature import shown
 from monitoring.telemetry import Decision, Feedback
-
-
-class Running:
-    """The version that answers now, if any. `blocked` says why it may not ("" when it may)."""
-
-    def __init__(self) -> None:
-        self.model: LoadedModel | None = None
-        self.manifest: Manifest | None = None
-        self.digest = ""
-        self.withdrawn: frozenset[str] = frozenset()
-
-    def use(self, model: LoadedModel, manifest: Manifest, digest: str) -> None:
-        """Answer with this version from now on."""
-        self.model, self.manifest, self.digest = model, manifest, digest
-
-    def clear(self) -> None:
-        """No version answers."""
-        self.model, self.manifest, self.digest = None, None, ""
-
-    def blocked(self, now: float) -> str:
-        """Why the installed version must not answer at `now` (Unix seconds); "" when it may."""
-        if self.model is None or self.manifest is None:
-            return "no model"
-        if self.digest in self.withdrawn:
-            return "withdrawn"
-        if now >= self.manifest.expires:
-            return "expired"
-        return ""
 
 
 class Answers:
@@ -118,6 +94,10 @@ class Answers:
         blocked = self._running.blocked(self._clock())
         if blocked or self._running.model is None:
             return None, blocked, ""
+        problem = self._problem()
+        if problem:
+            self._observe(0.0, True)
+            return None, "model failed", problem
         begun = time.perf_counter()
         try:
             score = score_of(self._running.model, row)
@@ -126,6 +106,17 @@ class Answers:
             return None, "model failed", str(error)[:200]
         self._observe((time.perf_counter() - begun) * 1e3, False)
         return score, "", ""
+
+    def _problem(self) -> str:
+        """Why the running version cannot score payments of these features; "" when it can."""
+        manifest, width = self._running.manifest, self._running.payment_width
+        if manifest is None or width in (-1, len(self._names)):
+            return ""
+        return (
+            f"model {manifest.model} {self._running.digest[:12]}: expected the one input 'features' "
+            f"float32[batch, {len(self._names)}] and an output 'score', found {shown(manifest.inputs)} and "
+            f"{shown(manifest.outputs)}; ask it with infer()"
+        )[:300]
 
     async def _ask_region(self, features: Mapping[str, float]) -> RegionAnswer | None:
         if self._regions is None:
@@ -154,7 +145,7 @@ class Answers:
         error: str = "",
     ) -> Decision:
         decision = Decision(
-            decision_id=f"{self._outbox.marks.epoch:x}-{self._outbox.last_sequence + 1}",
+            decision_id=self._outbox.next_id,
             manifest=manifest,
             where="device" if where == "device" else "region" if where == "region" else "baseline",
             score=score,

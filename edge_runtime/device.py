@@ -1,6 +1,7 @@
 """The device: its parts put together, and what it says to the world.
 
     Answers         a payment in, a decision out                           answers.py
+    Inferences      named tensors in and out, of a model of any signature  inferences.py
     Installation    which version answers, and how the next one gets here  installation.py
     Plans           which rollout plan says so                             plans.py
     Direction       asks the director how to get to a version              direction.py
@@ -14,7 +15,8 @@ monotonic clock; wall time (`clock`) only judges expiry and dates records, so a 
     device = Device(identity=..., traits=..., ...)
     async with asyncio.TaskGroup() as group:
         group.create_task(device.run())
-        decision = await device.decide(features)
+        decision = await device.decide(features)            # a model of payments
+        inferred = await device.infer({"pixels": pixels})   # a model of any signature
 """
 
 from __future__ import annotations
@@ -28,19 +30,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime import training
-from edge_runtime.answers import Answers, Running
+from edge_runtime.answers import Answers
 from edge_runtime.direction import Direction
 from edge_runtime.fetching import Fetcher
 from edge_runtime.identity import Identity
 from edge_runtime.inference import OpenModel, RunGraph
+from edge_runtime.inferences import Inferences, Inferred
 from edge_runtime.installation import Installation
 from edge_runtime.link import Link
 from edge_runtime.outbox import Outbox, Record, fold
 from edge_runtime.participation import Contribute, Data, Participation, Train
 from edge_runtime.probation import ProbationRules
 from edge_runtime.regions import AskRegion
+from edge_runtime.running import Running
 from edge_runtime.safe_mode import Baseline, OpenBaseline, SafeMode, verified_baseline
 from edge_runtime.slots import Slots
 from edge_runtime.vouching import EVERY_S, PATIENCE_S, Vouching
@@ -62,11 +67,12 @@ class Device:
     """One device and one model.
 
     `directory` is its own and survives restarts. `mirrors`: regions whose mirrors serve it, home first (its own region
-    when not given). `data` gives local training payments (features float32[n, F], labels float32[n]); `contribute`
-    turns a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional parts may be
-    None: a device without `data`, `contribute` or `run_graph` takes no part in rounds. `limits`, `cached_cost`: what
-    updates may take here, see `Acquisition`. `root` (the TUF root) and `anchors` (the role keys of the day) are what
-    the device was enrolled with; `check_in_s` and `vouching_patience_s`: see `Vouching`.
+    when not given). `feature_names`: of payments, in the order in which `decide` hands them to the model; none where
+    nobody decides payments. `data` gives local training payments (features float32[n, F], labels float32[n]);
+    `contribute` turns a clipped update into the bytes of a contribution. `regions` answers unsure payments. Optional
+    parts may be None: a device without `data`, `contribute` or `run_graph` takes no part in rounds. `limits`,
+    `cached_cost`: what updates may take here, see `Acquisition`. `root` (the TUF root) and `anchors` (the role keys of
+    the day) are what the device was enrolled with; `check_in_s` and `vouching_patience_s`: see `Vouching`.
     """
 
     def __init__(
@@ -206,6 +212,16 @@ class Device:
             observe=self.installation.observe,
             margin=margin,
         )
+        self._inferences = Inferences(
+            model=model, running=self.running, outbox=self.outbox, clock=clock, observe=self.installation.observe
+        )
+
+    # -- a model of any signature
+
+    async def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> Inferred:
+        """Answer named tensors by the running version, one call at a time. Raises NoVersion when none may answer,
+        Malformed for inputs that do not fit its manifest, ModelFailed when the version itself fails."""
+        return await self._inferences.infer(inputs)
 
     # -- payments
 

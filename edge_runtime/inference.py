@@ -12,19 +12,32 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model_delta.errors import Malformed
+from model_delta.errors import AtollError, Malformed, Unavailable
 from model_delta.manifest import Manifest, Tensor
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
 
+class NoVersion(Unavailable):
+    """No version may answer now: none is installed, or it was withdrawn, or it has expired."""
+
+
+class ModelFailed(AtollError):
+    """The version failed on inputs that fit its signature."""
+
+
+class InputsDisagree(Malformed):
+    """Inputs that each fit the signature but not each other: the caller's mistake, not the model's."""
+
+
 class LoadedModel(Protocol):
     """A version ready to answer. `digest` is its manifest's digest. The fraud model: input `features` float32[n, F],
-    output `score` float32[n, 1] in [0, 1]."""
+    output `score` float32[n, 1] in [0, 1]. Called from several threads."""
 
     digest: str
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]: ...
+    def run(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
+        """Named tensors to named tensors. Raises InputsDisagree, and Malformed for whatever else goes wrong."""
 
 
 OpenModel = Callable[[Manifest, Path], LoadedModel]

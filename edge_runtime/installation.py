@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 
 from edge_runtime.acquisition import Acquisition
-from edge_runtime.answers import Running
 from edge_runtime.direction import Direction, Standing
 from edge_runtime.fetching import Fetcher
 from edge_runtime.inference import LoadedModel, OpenModel, array_of
@@ -27,6 +26,7 @@ from edge_runtime.journal import Journal
 from edge_runtime.outbox import Outbox
 from edge_runtime.plans import Plans
 from edge_runtime.probation import LiveRecord, ProbationRules, Verdict, judge_golden, judge_live
+from edge_runtime.running import Running
 from edge_runtime.slots import InstalledVersion, SlotName, Slots, UpdateRecord, other_slot
 from edge_runtime.update import Command, Event, Refusal, State, step
 from edge_runtime.vouching import Vouching

@@ -11,14 +11,14 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.inference import Arrays
+from edge_runtime.inference import Arrays, InputsDisagree
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest, manifest_digest
@@ -40,9 +40,18 @@ class OnnxModel:
         self._session = _open_session(file, what, repeated)
         self._inputs = {item.name: item for item in self._session.get_inputs()}
         self._outputs = [item.name for item in self._session.get_outputs()]
+        self._shared_axes = _shared_axes(self._session.get_inputs())
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
-        """Run named tensors. Raises Malformed when they do not fit the model."""
+        """Run named tensors. Raises InputsDisagree when axes that the graph calls by one name differ in size, Malformed
+        when they do not fit the model otherwise."""
+        for axis, places in self._shared_axes.items():
+            sizes = {name: inputs[name].shape[index] for name, index in places if name in inputs}
+            if len(set(sizes.values())) > 1:
+                found = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+                raise InputsDisagree(
+                    f"model {self.digest[:12]}: expected one size of axis {axis[:64]!r} in all inputs, found {found}"
+                )
         try:
             results = self._session.run(self._outputs, dict(inputs))
         except Exception as error:  # onnxruntime raises several unrelated kinds, and plain ValueError
@@ -104,6 +113,17 @@ def _open_session(file: bytes | Path, what: str, repeated: bool) -> Any:
         )
     except Exception as error:
         raise Malformed(f"{what}: onnxruntime cannot open it: {_first_line(error)}") from None
+
+
+def _shared_axes(inputs: Sequence[Any]) -> dict[str, list[tuple[str, int]]]:
+    """By name, the axes that several inputs have: of which inputs, and where there. The graph names free axes; the
+    manifest does not."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for item in inputs:
+        for index, size in enumerate(item.shape):
+            if isinstance(size, str):
+                found.setdefault(size, []).append((item.name, index))
+    return {axis: places for axis, places in found.items() if len({name for name, _ in places}) > 1}
 
 
 def _operators_at(path: Path) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """What a device has to tell, kept on disk until somebody has it.
 
-A bounded, append-only queue of `Decision`, `Feedback` and `UpdateOutcome` records, numbered from 1 within an `epoch`
-(a random number drawn when the queue was created). Records live in segment files named after the first number in them:
+A bounded, append-only queue of `Decision`, `Inference`, `Feedback` and `UpdateOutcome` records, numbered from 1 within
+an `epoch` (a random number drawn when the queue was created). Records live in segment files named after the first
+number in them:
 
     frame = length (4 bytes, big endian) | CRC-32 of the payload (4 bytes) | payload = pack([kind, record])
 
@@ -33,6 +34,7 @@ from model_delta.errors import AtollError, Malformed, NotFound
 from monitoring.telemetry import (
     Decision,
     Feedback,
+    Inference,
     ModelSummary,
     UpdateOutcome,
     Where,
@@ -40,9 +42,14 @@ from monitoring.telemetry import (
     merge_summaries,
 )
 
-Record = Decision | Feedback | UpdateOutcome
+Record = Decision | Inference | Feedback | UpdateOutcome
 
-KINDS: dict[str, type[Record]] = {"decision": Decision, "feedback": Feedback, "outcome": UpdateOutcome}
+KINDS: dict[str, type[Record]] = {
+    "decision": Decision,
+    "inference": Inference,
+    "feedback": Feedback,
+    "outcome": UpdateOutcome,
+}
 _NAMES = {kind: name for name, kind in KINDS.items()}
 _FRAME = struct.Struct(">II")
 _RECORD_BYTES_MAX = 65_536
@@ -78,10 +85,16 @@ def fold(records: Iterable[Record]) -> Folded:
         if isinstance(record, UpdateOutcome):
             outcomes.append(record)
             continue
-        one = _summary_of_decision(record) if isinstance(record, Decision) else _summary_of_feedback(record)
+        one = _summary(record)
         key = (one.manifest, one.where)
         found[key] = merge_summaries(found[key], one) if key in found else one
     return Folded(tuple(found[key] for key in sorted(found)), tuple(outcomes))
+
+
+def _summary(record: Decision | Inference | Feedback) -> ModelSummary:
+    if isinstance(record, Decision):
+        return _summary_of_decision(record)
+    return _summary_of_inference(record) if isinstance(record, Inference) else _summary_of_feedback(record)
 
 
 def _summary_of_decision(decision: Decision) -> ModelSummary:
@@ -94,6 +107,19 @@ def _summary_of_decision(decision: Decision) -> ModelSummary:
         errors=int(failed),
         fallbacks=int(bool(decision.fallback)),
         latency={latency_bucket(decision.latency_us): 1},
+    )
+
+
+def _summary_of_inference(inference: Inference) -> ModelSummary:
+    """A failed one gave no answer, so it has no latency."""
+    where: Where = "device"
+    failed = bool(inference.error)
+    return ModelSummary(
+        manifest=inference.manifest,
+        where=where,
+        inferences=1,
+        errors=int(failed),
+        latency={} if failed else {latency_bucket(inference.latency_us): 1},
     )
 
 
@@ -137,6 +163,11 @@ class Outbox:
     def last_sequence(self) -> int:
         """The number of the newest record; 0 when there is none."""
         return self._next - 1
+
+    @property
+    def next_id(self) -> str:
+        """The id of the answer that is appended next."""
+        return f"{self.marks.epoch:x}-{self._next}"
 
     @property
     def pending(self) -> int:

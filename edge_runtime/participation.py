@@ -29,10 +29,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.answers import Running
 from edge_runtime.fetching import Fetcher
 from edge_runtime.inference import RunGraph
 from edge_runtime.link import Link
+from edge_runtime.running import Running
 from edge_runtime.slots import replace_file
 from edge_runtime.training import LocalUpdate
 from edge_runtime.vouching import Vouching

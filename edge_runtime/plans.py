@@ -11,8 +11,8 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from edge_runtime.answers import Running
 from edge_runtime.journal import Journal
+from edge_runtime.running import Running
 from edge_runtime.vouching import Vouching
 from model_delta.errors import AtollError, SignatureInvalid, StorageFull
 from model_delta.plan import DeviceTraits, RolloutPlan, assign

@@ -22,11 +22,11 @@ from fl_coordinator.published import Published
 from fl_coordinator.tables.records import ReleaseRecord
 from model_delta.digest import digest_of
 from model_delta.errors import Malformed
-from model_delta.graphs.inspection import SCORE
 from model_delta.graphs.int8 import form_of, quantize_weights, weight_changes
 from model_delta.manifest import GoldenCase, Manifest, Tensor, TensorSpec
 from model_delta.patch import fidelity
 from model_delta.patch.quantization import Measured, Worth
+from model_delta.signature import SCORE
 
 _log = logging.getLogger("atoll.coordinator")
 

@@ -92,9 +92,9 @@ def _confirmed(breached: bool, others: float, limit: float, text: str) -> tuple[
 def _rate(metric: str, decided: ModelSummary) -> tuple[int, int]:
     """Exposures and failures in a summary for a rate metric."""
     if metric == "error_rate":
-        return decided.decisions, decided.errors
+        return decided.answers, decided.errors
     if metric == "fallback_rate":
-        return decided.decisions, decided.fallbacks
+        return decided.answers, decided.fallbacks
     if metric == "decline_rate":
         return decided.decisions, decided.declined
     if metric == "false_positive_rate":

@@ -146,7 +146,7 @@ class Overview:
                     "devices": figures.devices,
                     "silent": figures.silent,
                     "adopted": figures.adopted,
-                    "decisions": decided.decisions,
+                    "decisions": decided.answers,
                     "errors": decided.errors,
                     "latency_p95_ms": latency_quantile_us(decided.latency, 0.95) / 1000,
                     "false_positive_rate": decided.false_positives / max(1, decided.labelled_legitimate),

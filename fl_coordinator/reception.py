@@ -91,7 +91,7 @@ class Reception:
     def recall(self) -> None:
         """Take up the devices' decisions from the ledger, once, at the start. Blocking."""
         for row in self._ledger.summaries():
-            self.decided[row.device_id] += row.summary.decisions
+            self.decided[row.device_id] += row.summary.answers
 
     async def fold_reports(self) -> None:
         """Fold the reports that have arrived into the ledger, then acknowledge each; waits for one."""
@@ -118,7 +118,7 @@ class Reception:
             await self._hear_alarm(report)
             if verdict in ("new", "gap"):
                 self.window.add(now, report.summaries)
-                self.decided[report.device_id] += sum(summary.decisions for summary in report.summaries)
+                self.decided[report.device_id] += sum(summary.answers for summary in report.summaries)
             ack = topics.ReportAck(report.epoch, sequence)
             # A lost acknowledgement is repeated when the device repeats the report.
             with contextlib.suppress(Unavailable):

@@ -31,8 +31,8 @@ State = Literal["running", "paused", "completed", "stopped", "aborted"]
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """One rollout as it stands. `target_bounds` and `control_bounds` give each stage's bucket counts. `first_serial`
-    is the serial of its first plan, `serial` that of its newest. `decisions_before` is what the target arm had decided
-    when the stage began. `evidence` is kept per ratio guardrail, by its position. Times are Unix seconds."""
+    is the serial of its first plan, `serial` that of its newest. `decisions_before` is how often the target arm had
+    answered when the stage began. `evidence` is kept per ratio guardrail, by its position. Times are Unix seconds."""
 
     name: str
     tenant: str
@@ -183,7 +183,7 @@ def advance(
             stage=rollout.stage + 1,
             stage_since=now,
             serial=serial,
-            decisions_before=health.target.decided.decisions,
+            decisions_before=health.target.decided.answers,
             reason="",
         )
         return Advance(wider, plan_of(wider, withdrawn, now), "widened", _stage_text(wider))
@@ -233,7 +233,7 @@ def _lacking(rollout: Rollout, health: CohortHealth, now: float) -> str:
     """What the stage still needs before it may be widened; "" when nothing."""
     hold: Hold = rollout.spec.stages[rollout.stage].hold
     age = now - rollout.stage_since
-    decided = health.target.decided.decisions - rollout.decisions_before
+    decided = health.target.decided.answers - rollout.decisions_before
     heard = health.target.devices - health.target.silent
     silence = next((rail.share for rail in rollout.spec.guardrails if rail.metric == "silence"), 1.0)
     if age < hold.min_seconds:

@@ -90,20 +90,21 @@ def require_plausible(report: Report) -> None:
         raise _implausible(report, f"outcomes of {', '.join(sorted(OUTCOMES))}", repr(sorted(unknown)[0][:32]))
     for summary in report.summaries:
         _require_whole(report, summary)
-    decided = sum(summary.decisions for summary in report.summaries)
+    answered = sum(summary.answers for summary in report.summaries)
     labelled = sum(summary.labelled_legitimate + summary.labelled_fraud for summary in report.summaries)
-    if decided > records or labelled > records:
-        raise _implausible(report, f"at most {records} decisions and labels", f"{decided} and {labelled}")
+    if answered > records or labelled > records:
+        raise _implausible(report, f"at most {records} answers and labels", f"{answered} and {labelled}")
 
 
 def _require_whole(report: Report, summary: ModelSummary) -> None:
     parts = (
         (summary.declined, summary.decisions),
-        (summary.errors, summary.decisions),
-        (summary.fallbacks, summary.decisions),
+        (summary.inferences, summary.answers),
+        (summary.errors, summary.answers),
+        (summary.fallbacks, summary.answers),
         (summary.false_positives, summary.labelled_legitimate),
         (summary.true_positives, summary.labelled_fraud),
-        (sum(summary.latency.values()), summary.decisions),
+        (sum(summary.latency.values()), summary.answers),
     )
     if not all(0 <= part <= whole for part, whole in parts) or min(summary.latency.values(), default=0) < 0:
         raise _implausible(report, "counts from 0 to the number that they are part of", "others")
@@ -116,7 +117,7 @@ def _implausible(report: Report, expected: str, found: str) -> Malformed:
 
 
 class LiveRate(msgspec.Struct, frozen=True):
-    """What the fleet did over the window: decisions a second, and latency quantiles in microseconds."""
+    """What the fleet did over the window: answers (decisions, inferences) a second, latency quantiles in us."""
 
     decisions_per_second: float = 0.0
     latency_p50_us: float = 0.0
@@ -142,12 +143,12 @@ class LiveWindow:
         if self._slots and self._slots[-1][0] >= slot:
             slot, decisions, latency = self._slots.pop()
         for summary in summaries:
-            decisions += summary.decisions
+            decisions += summary.answers
             latency = merge_counts(latency, summary.latency)
         self._slots.append((slot, decisions, latency))
 
     def rate(self, now: float) -> LiveRate:
-        """Decisions a second and latency quantiles over the last `seconds`, or since the first report if less."""
+        """Answers a second and latency quantiles over the last `seconds`, or since the first report if less."""
         if self._began is None:
             return LiveRate()
         decisions = 0

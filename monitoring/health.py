@@ -30,7 +30,7 @@ class DeviceStanding(msgspec.Struct, frozen=True):
 class ArmHealth(msgspec.Struct, frozen=True, kw_only=True):
     """One arm: devices now, and what its version decided since the rollout began. `silent` of `devices` were not heard
     lately; `adopted` of the others run the arm's version. `rolled_back` and `safe_mode` count devices. `by_device` is
-    `decided` apart, by device that decided anything (of the target arm only)."""
+    `decided` apart, by device that answered anything (of the target arm only)."""
 
     manifest: str
     devices: int = 0
@@ -109,7 +109,7 @@ def cohort_health(
             rolled_back=len(rolled_back),
             safe_mode=len(unsafe),
             decided=totals[plan.target],
-            by_device=tuple(summary for summary in alone.values() if summary.decisions),
+            by_device=tuple(summary for summary in alone.values() if summary.answers),
         ),
         ArmHealth(
             manifest=plan.stable,

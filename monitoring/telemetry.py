@@ -1,11 +1,11 @@
 """The records that programs leave about what they did.
 
-A `Decision` is left wherever a model answered. A device keeps decisions and update outcomes in its outbox and sends
-them folded into `Report`s; a report names the range of outbox sequence numbers it covers, so that a duplicate is
-recognised and a gap is seen. Latencies are counted in fixed buckets, so that reports add up without losing a quantile
-by more than one bucket's width (12 buckets a decade: 21 %).
+A `Decision` is left wherever a model answered a payment, an `Inference` where a device answered anything else. A device
+keeps both and its update outcomes in its outbox and sends them folded into `Report`s; a report names the range of
+outbox sequence numbers it covers, so that a duplicate is recognised and a gap is seen. Latencies are counted in fixed
+buckets, so that reports add up without losing a quantile by more than one bucket's width (12 buckets a decade: 21 %).
 
-No feature values, amounts, keys or certificates appear in any record.
+No feature values, tensors, amounts, keys or certificates appear in any record.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     time: float = 0.0
 
 
+class Inference(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a version of any signature on a device: by which version (`manifest`), how long it took (`latency_us`,
+    from the tensors to the answer), and `error`: why there was no answer ("" when there was one)."""
+
+    inference_id: str
+    manifest: str
+    latency_us: float
+    error: str = ""
+    time: float = 0.0
+
+
 class Feedback(msgspec.Struct, frozen=True):
     """What a decision turned out to be: the chargeback, or the customer who came back."""
 
@@ -63,7 +74,9 @@ class UpdateOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """The decisions of one version at one place, folded. `latency` maps bucket index to count."""
+    """What one version answered at one place, folded: `decisions` about payments, of which `declined`, and `inferences`
+    of a version of any signature, which approve and decline nothing. `errors`, `fallbacks` and `latency` (bucket index
+    to count) are of both. `inferences` came later; older records have none."""
 
     manifest: str
     where: Where
@@ -76,6 +89,12 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
     labelled_fraud: int = 0
     false_positives: int = 0
     true_positives: int = 0
+    inferences: int = 0
+
+    @property
+    def answers(self) -> int:
+        """Decisions and inferences: how often the version was asked there."""
+        return self.decisions + self.inferences
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,4 +156,5 @@ def merge_summaries(first: ModelSummary, second: ModelSummary) -> ModelSummary:
         labelled_fraud=first.labelled_fraud + second.labelled_fraud,
         false_positives=first.false_positives + second.false_positives,
         true_positives=first.true_positives + second.true_positives,
+        inferences=first.inferences + second.inferences,
     )

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model_delta.graphs.inspection import FEATURES, SCORE, inspect, require_features
+from model_delta.graphs.inspection import inspect, require_features
 from model_delta.graphs.reading import checked
 from model_delta.graphs.writing import canonical, initializers, rewired
+from model_delta.signature import FEATURES, SCORE
 
 if TYPE_CHECKING:
     import onnx

@@ -13,12 +13,11 @@ from model_delta.errors import Malformed
 from model_delta.graphs.reading import checked, opset
 from model_delta.manifest import TensorSpec
 from model_delta.segments import DTYPES
+from model_delta.signature import FEATURES, SCORE, shown
 
 if TYPE_CHECKING:
     import onnx
 
-FEATURES = "features"
-SCORE = "score"
 _FREE_AXIS = 16
 
 
@@ -54,12 +53,12 @@ def require_features(info: GraphInfo, feature_count: int, what: str) -> None:
     expected_output = "output 'score' float32[batch, 1]"
     if not _is_matrix(info.inputs, FEATURES, feature_count) or len(info.inputs) != 1:
         raise Malformed(
-            f"{what}: expected the one {expected_input}, found {_show(info.inputs)}; "
+            f"{what}: expected the one {expected_input}, found {shown(info.inputs)}; "
             f"train it on the {feature_count} features that a terminal computes, and name the input 'features'"
         )
     if not _is_matrix(info.outputs, SCORE, 1):
         raise Malformed(
-            f"{what}: expected an {expected_output}, found {_show(info.outputs)}; "
+            f"{what}: expected an {expected_output}, found {shown(info.outputs)}; "
             "let the model end in one probability per row, named 'score'"
         )
 
@@ -114,11 +113,3 @@ def _is_matrix(specs: Iterable[TensorSpec], name: str, columns: int) -> bool:
         and spec.shape[1] in (columns, -1)
         for spec in specs
     )
-
-
-def _show(specs: Iterable[TensorSpec]) -> str:
-    shown = [
-        f"{spec.name!r} {spec.dtype}[{', '.join('?' if size < 0 else str(size) for size in spec.shape)}]"
-        for spec in specs
-    ]
-    return ", ".join(shown) or "none"

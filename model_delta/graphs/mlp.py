@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model_delta.errors import Malformed
-from model_delta.graphs.inspection import FEATURES, SCORE
 from model_delta.graphs.writing import canonical, initializers, model_of
+from model_delta.signature import FEATURES, SCORE
 
 Floats = npt.NDArray[np.float32]
 

@@ -195,12 +195,24 @@ class World:
         return quantize_weights(mlp_model(moved, np.zeros(4, np.float32), np.ones(4, np.float32)), like)
 
     def publish(
-        self, file: bytes, *parents: Release, golden_shift: float = 0.0, vouched: bool = True, **options: Any
+        self,
+        file: bytes,
+        *parents: Release,
+        golden_shift: float = 0.0,
+        golden_inputs: dict[str, NDArray[Any]] | None = None,
+        vouched: bool = True,
+        **options: Any,
     ) -> Release:
         """Build, sign, store and vouch for a release of `file`; `golden_shift` makes its golden case wrong."""
-        inputs = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
-        outputs = run_graph(file, {"features": inputs})["score"].astype(np.float32) + np.float32(golden_shift)
-        golden = GoldenCase({"features": tensor(inputs)}, {"score": tensor(outputs)})
+        inputs = golden_inputs or {"features": np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)}
+        outputs = {
+            name: value + np.float32(golden_shift) if golden_shift else value
+            for name, value in run_graph(file, inputs).items()
+        }
+        golden = GoldenCase(
+            {name: tensor(value) for name, value in inputs.items()},
+            {name: tensor(np.asarray(value)) for name, value in outputs.items()},
+        )
         key = new_key()
         release = build_release(
             file,

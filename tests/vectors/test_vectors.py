@@ -30,7 +30,16 @@ def ca_pem(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_what_was_written_is_still_read(case: dict[str, Any], ca_pem: bytes) -> None:
     expected = next(one for one in GOOD if one["file"] == case.get("same_as", case["file"]))["expect"]
     found = read(case["kind"], case["file"], case.get("now", NOW), ca_pem)
-    assert {key: found[key] for key in expected} == expected
+    assert _as_told(found, expected) == expected
+
+
+def _as_told(found: Any, expected: Any) -> Any:
+    """What was found, without the fields that came to records after the file was written."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return {key: _as_told(value, expected[key]) for key, value in found.items() if key in expected}
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        return [_as_told(one, other) for one, other in zip(found, expected, strict=True)]
+    return found
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case['file']}-{case['error']}")

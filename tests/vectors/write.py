@@ -375,6 +375,8 @@ def _reports() -> Iterator[tuple[str, bytes]]:
     )
     yield "report.cbor", pack(report)
     yield "report_with_a_field_of_the_future.cbor", _plus(report, battery=0.5)
+    inferred = ModelSummary(manifest=TARGET, where="device", inferences=8, errors=2, latency={40: 6})
+    yield "report_with_inferences.cbor", pack(msgspec.structs.replace(report, summaries=(inferred,)))
     yield "report_with_text_for_a_number.cbor", _plus(report, first_sequence="11")
     yield "report_not_canonical.cbor", _not_canonical(report)
 
