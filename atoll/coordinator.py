@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from atoll import stores
 from atoll.entry import run_process
 from atoll.events import Events
 from atoll.flower_nodes import node_keys, superlink_place
+from atoll.held_out import evaluation_in
 from atoll.http_server import serving
 from atoll.platform import COORDINATOR, open_keyring, port_of, relay_name, revocation_list_of
 from atoll.revocation import keep_list
@@ -43,25 +44,19 @@ from fl_coordinator.flower_superlink import SuperLink
 from fl_coordinator.forming import LoadedModel
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Tell
-from fl_coordinator.promotion import Evaluate, Evaluation
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.relaying import OWN, through
 from model_delta.keys.keyring import EmbeddedKeyring
-from model_delta.manifest import Manifest, TensorSpec
+from model_delta.manifest import TensorSpec
 from model_delta.patch.quantization import Worth
 from model_delta.trust.paths import delegated_role
 from monitoring.dashboard import page_routes
-from monitoring.quality import average_precision
 from regional_gateway.relay import Relay
 
 REGION = "core"
 """Whose counter of the version vector this coordinator raises."""
 
 GOLDEN_ROWS = 16
-LATENCY_ROWS = 200
-HELD_OUT = "held_out.npz"
-"""In the coordinator's folder, if candidates of rounds are to be measured: `features` float32[n, F], `fraud` bool[n],
-and `slice` str[n]."""
 
 Array = npt.NDArray[np.generic]
 _log = logging.getLogger("atoll.coordinator")
@@ -121,7 +116,7 @@ async def _coordinator(data: DataFolder, events: Events) -> None:
                 latencies_us=latencies_us,
                 worth={name: Worth(**figures) for name, figures in INT8_WORTH.items()},
             ),
-            evaluate=evaluation_on(folder / HELD_OUT),
+            evaluate=evaluation_in(folder),
             bridge=bridge,
             relays=relays or {OWN: own_relay.carry_out},
             terms=places.terms,
@@ -185,47 +180,6 @@ def _small_tensor(spec: TensorSpec, rng: np.random.Generator) -> Array:
     return rng.standard_normal(shape).astype(kind)
 
 
-def evaluation_on(path: Path) -> Evaluate:
-    """Measures a version on the held-out payments at `path`; read at each use, so that a new file counts at once.
-
-    Without a file every candidate measures the same, so that only size and latency gate it.
-    """
-
-    def evaluate(manifest: Manifest, file: bytes) -> Evaluation:
-        model = open_model(manifest, file)
-        rows = np.zeros((LATENCY_ROWS, len(FEATURES)), dtype=np.float32)
-        precision, slices, frauds = 0.0, {}, {}
-        if path.exists():
-            with np.load(path, allow_pickle=False) as held_out:
-                features, fraud, group = held_out["features"], held_out["fraud"], held_out["slice"]
-            scores = model.run({"features": features})["score"].reshape(-1)
-            precision = average_precision(scores, fraud)
-            for name in np.unique(group):
-                mine = group == name
-                slices[str(name)] = average_precision(scores[mine], fraud[mine])
-                frauds[str(name)] = int(fraud[mine].sum())
-            rows = features[:LATENCY_ROWS]
-        return Evaluation(
-            average_precision=precision,
-            slices=slices,
-            slice_frauds=frauds,
-            latency_p95_us=_latency_p95_us(lambda row: model.run({"features": row}), rows),
-            size_bytes=len(file),
-        )
-
-    return evaluate
-
-
 def latencies_us(models: Sequence[LoadedModel], row: Mapping[str, Array]) -> list[float]:
     """Median processor time of one row, of each model; see `medians_us`."""
     return medians_us([partial(model.run, row) for model in models])
-
-
-def _latency_p95_us(run: Callable[[npt.NDArray[np.float32]], object], rows: npt.NDArray[np.float32]) -> float:
-    """Processor time of this thread, not time on the wall: a busy machine must not gate a version."""
-    seconds = []
-    for index in range(len(rows)):
-        started = time.thread_time()
-        run(rows[index : index + 1])
-        seconds.append(time.thread_time() - started)
-    return float(np.quantile(seconds, 0.95)) * 1e6

@@ -16,6 +16,7 @@ from atoll.demo_stage import (
     Figures,
     Stage,
 )
+from atoll.held_out import ANY_MODEL, write_rows
 from atoll.platform import COORDINATOR, READY_SECONDS, atoll_argv
 from atoll.ports import port_answers
 from atoll.processes import Program
@@ -96,8 +97,7 @@ def _write_held_out(stage: Stage) -> None:
     """Give the coordinator the payments on which it measures candidates, by kind of merchant."""
     features, fraud = stage.world.held_out()
     merchants = np.array([device.merchant for device in stage.world.devices])[stage.world.held_out_owner()]
-    path = stage.data.child("coordinator") / "held_out.npz"
-    np.savez(path, features=features, fraud=fraud, slice=merchants)
+    write_rows(stage.data.child("coordinator") / ANY_MODEL, features, fraud, merchants)
 
 
 async def long_absence(stage: Stage, figures: Figures) -> None:

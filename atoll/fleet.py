@@ -1,6 +1,7 @@
 """Wiring of a fleet process: a shard of a scenario's devices, each the real program with its own identity and line.
 
-All shards build the same world from the same seed. The process also answers `/metrics`, where requests to regions and
+All shards build the same world from the same seed, of generated payments or of the rows of a labelled CSV file, which
+then follows a model of its own. The process also answers `/metrics`, where requests to regions and
 fail-overs can be read; those are counted from the data folder's beginning, however often the process was killed.
 """
 
@@ -25,12 +26,13 @@ from atoll.http_server import serving
 from atoll.metrics_page import metrics_app
 from atoll.platform import read_anchors, read_root, regions_from
 from atoll.region_counts import CountedRegions, RegionCounts
-from atoll.settings import LOOPBACK, MODEL, ConfigurationError, DataFolder, Endpoints
+from atoll.settings import LOOPBACK, MODEL, MODEL_OF_CSV, ConfigurationError, DataFolder, Endpoints
 from device_sim.faults import Observe, ObservedUpdates, attack, tampered
+from device_sim.payments_csv import read_csv
 from device_sim.population import VirtualDevice
 from device_sim.real_fleet import FleetCounts, LabelledHistory, Member, Pace
 from device_sim.real_fleet import run_fleet as run_members
-from device_sim.scenario import Scenario, World, generated_world
+from device_sim.scenario import Scenario, World, generated_world, world_of_rows
 from edge_runtime.device import Device
 from edge_runtime.identity import Identity
 from edge_runtime.link import MqttLink
@@ -61,15 +63,25 @@ def run_fleet(
     absent: str,
     observe: bool,
     metrics_port: int,
+    payments: Path | None = None,
+    model: str = "",
     as_json: bool = False,
 ) -> None:
-    """Run the devices of shard `I/N` until told to stop. Raises ConfigurationError for options that do not fit."""
+    """Run the devices of shard `I/N` until told to stop; with `payments` the rows of that file are dealt to them.
+
+    Options and the file are checked before anything is made. Raises ConfigurationError for options that do not fit,
+    Malformed for a file that cannot be dealt.
+    """
     data = DataFolder.open(path)
     endpoints = data.endpoints()
     index, count = _shard(shard)
     scenario = Scenario(seed=seed, devices=devices, regions=tuple(endpoints.gateways), hostile_share=hostile)
     left_out = {name for name in absent.split(",") if name}
-    world = generated_world(scenario, only={number for number in range(devices) if number % count == index})
+    if payments is not None:
+        world = world_of_rows(scenario, read_csv(payments))
+    else:
+        world = generated_world(scenario, only={number for number in range(devices) if number % count == index})
+    wanted = model or (MODEL if payments is None else MODEL_OF_CSV)
     mine = [d for d in world.devices if d.index % count == index and d.device_id not in left_out]
     watch = ObservedUpdates(data.child("observed")).write if observe else None
     if observe:
@@ -83,7 +95,7 @@ def run_fleet(
             held.enter_context(data.locked(f"device-{name}.lock", f"device {name} runs on", way))
         asked = held.enter_context(RegionCounts(data.child("fleet") / f"shard-{index}-of-{count}.counts"))
         run_process(
-            _fleet(data, endpoints, world, mine, seed, rate, watch, metrics_port, events, asked),
+            _fleet(data, endpoints, world, mine, wanted, seed, rate, watch, metrics_port, events, asked),
             events.name,
             events=events,
         )
@@ -94,6 +106,7 @@ async def _fleet(
     endpoints: Endpoints,
     world: World,
     mine: Sequence[VirtualDevice],
+    model: str,
     seed: int,
     rate: float,
     observe: Observe | None,
@@ -104,11 +117,11 @@ async def _fleet(
     tokens = data.tokens()
     client = ControlClient(endpoints.coordinator, tokens["join"])
     counts, metrics = FleetCounts(), Metrics()
-    async with RegionClient(endpoints.gateways, tokens["tenant"]) as region_client:
+    async with RegionClient(endpoints.gateways, tokens["tenant"], model=model) as region_client:
         regions = CountedRegions(region_client, asked)
         _measure(metrics, asked, counts)
         members = [
-            await asyncio.to_thread(_member, data, endpoints, client, world, device, regions, observe)
+            await asyncio.to_thread(_member, data, endpoints, client, world, device, model, regions, observe)
             for device in mine
         ]
         async with contextlib.AsyncExitStack() as stack:
@@ -125,6 +138,7 @@ def _member(
     client: ControlClient,
     world: World,
     device: VirtualDevice,
+    model: str,
     regions: AskRegion,
     observe: Observe | None,
 ) -> Member:
@@ -147,6 +161,7 @@ def _member(
             world.names,
             regions,
             history.arrays if device.trains else None,
+            model=model,
             observe=observe,
         )
 
@@ -163,6 +178,7 @@ async def open_device(
     regions: AskRegion,
     history: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
     *,
+    model: str = MODEL,
     observe: Observe | None = None,
     clock: Callable[[], float] = time.time,
     report_interval_s: float = REPORT_INTERVAL_S,
@@ -178,6 +194,7 @@ async def open_device(
             link,
             regions,
             history,
+            model=model,
             observe=observe,
             clock=clock,
             report_interval_s=report_interval_s,

@@ -1,6 +1,6 @@
 """Asking a region: one HTTP question to the nearest gateway, and to the next one when it does not answer.
 
-    POST /predict {"features": {...}, "device_id": ...}   Authorization: Bearer ...
+    POST /predict {"features": {...}, "device_id": ..., "model": ...}   Authorization: Bearer ...
     -> {"score", "decision", "model_version", "manifest", "reason", "region", ...}
 
 A region that refuses the connection, breaks it, answers 5xx or takes longer than `try_deadline_s` is set aside for
@@ -92,13 +92,15 @@ class _Region:
 
 
 class RegionClient:
-    """Shared by every device of a process; the nearest region is each caller's own argument. `clock` is monotonic."""
+    """Shared by every device of a process; the nearest region is each caller's own argument. `model` "" asks for the
+    tenant's default. `clock` is monotonic."""
 
     def __init__(
         self,
         urls: Mapping[str, str],
         token: str,
         *,
+        model: str = "",
         try_deadline_s: float = 0.5,
         total_deadline_s: float = 2.0,
         set_aside_s: float = 1.0,
@@ -109,6 +111,7 @@ class RegionClient:
     ) -> None:
         self._regions = {name: _Region(name, url) for name, url in urls.items()}
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._asked_for = {"model": model} if model else {}
         self._try_deadline_s, self._total_deadline_s = try_deadline_s, total_deadline_s
         self._set_aside_s = set_aside_s
         self._clock, self._wall_clock = clock, wall_clock
@@ -138,7 +141,7 @@ class RegionClient:
         """One question, to `nearest` first. Raises Unavailable when no region answered (the request is counted lost),
         NotFound when all are there and none has ever served this model, Untrusted for a refused token, Malformed for a
         refused question or an answer that cannot be read."""
-        body = msgspec.json.encode({"features": dict(features), "device_id": device_id})
+        body = msgspec.json.encode({"features": dict(features), "device_id": device_id, **self._asked_for})
         deadline = self._clock() + self._total_deadline_s
         self.requests += 1
         loop = asyncio.get_running_loop()

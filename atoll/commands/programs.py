@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,7 +65,12 @@ def broker_run(data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> No
 def fleet_run(
     devices: Annotated[int, typer.Option(help="Size of the whole fleet.", min=1, max=300)] = 20,
     shard: Annotated[str, typer.Option(help="Which part of it this process runs, as I/N.")] = "0/1",
-    seed: Annotated[int, typer.Option(help="Seed of payments, population and faults.")] = 7,
+    payments: Annotated[
+        Path | None,
+        typer.Option(help="A labelled payments CSV (Time,V1..V28,Amount,Class) to deal to them; default: simulated."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model to follow; default: fraud, or fraud-csv with --payments.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of payments, population, dealing and faults.")] = 7,
     hostile: Annotated[float, typer.Option(help="Share of devices that poison their updates.", min=0, max=0.5)] = 0.0,
     rate: Annotated[float, typer.Option(help="Payments a second and device.", min=0.01)] = 4.0,
     absent: Annotated[str, typer.Option(help="Devices to leave out, separated by commas.")] = "",
@@ -76,6 +82,8 @@ def fleet_run(
     json: LinesOption = False,
 ) -> None:
     """Run simulated devices with their own payment streams against the platform of the data folder.
+
+    With --payments the rows of a file are dealt to the devices, not alike to all, the same for the same seed.
 
     Example: atoll fleet run --devices 20
     """
@@ -91,5 +99,7 @@ def fleet_run(
         absent=absent,
         observe=observe,
         metrics_port=metrics_port,
+        payments=payments,
+        model=model,
         as_json=json,
     )

@@ -15,6 +15,7 @@ import pytest
 from atoll import cli
 from atoll.platform import Layout, prepare
 from atoll.settings import DataFolder
+from device_sim.payments_csv import COLUMNS
 from tests.atoll.platform_process import Platform, answer, atoll, free_run, platform, write_gemm, write_rollout
 
 Run = tuple[int, str]
@@ -127,6 +128,7 @@ def test_options_that_name_what_does_not_exist(run, stopped: Path, tmp_path: Pat
         (("publish", tmp_path / "none.onnx", "--feature-set", "x"), "--feature-set: expected terminal-26-v1 or"),
         (("rollout", "apply", tmp_path / "none.yaml"), "none.yaml: expected a readable file"),
         (("device", "run", "--payments", tmp_path / "none.csv"), "none.csv: cannot be read"),
+        (("fleet", "run", "--payments", tmp_path / "none.csv"), "none.csv: cannot be read"),
     ):
         more = () if words[0] == "up" else ("--data", stopped)
         code, said = run(*words, *more)
@@ -156,10 +158,27 @@ def test_a_rollout_that_is_not_text_names_file_and_line(run, stopped: Path, tmp_
 def test_payments_without_some_columns(run, stopped: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "payments.csv"
     file.write_text("Time,V1,Amount\n0,1.0,3.5\n")
-    code, said = run("device", "run", "--payments", file, "--data", stopped)
-    assert code == 2
-    assert f"{file}: missing columns V2, V3" in said
-    assert "found Time, V1, Amount; expected Time, V1..V28, Amount, Class" in said
+    before = everything(stopped)
+    for command in ("device", "fleet"):
+        code, said = run(command, "run", "--payments", file, "--data", stopped)
+        assert code == 2
+        assert f"{file}: missing columns V2, V3" in said
+        assert "found Time, V1, Amount; expected Time, V1..V28, Amount, Class" in said
+    assert everything(stopped) == before
+
+
+def test_payments_that_cannot_be_dealt(run, stopped: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "payments.csv"
+    before = everything(stopped)
+    for frauds, devices, expected in (
+        (0, 4, "payments: no fraud in the first 40 % of 12 rows; expected some, use more rows"),
+        (12, 20, "payments: 12 rows cannot be dealt to 20 devices; use fewer devices"),
+    ):
+        rows = [f"{second},{','.join(['0.5'] * 28)},9.5,{int(second < frauds)}" for second in range(12)]
+        file.write_text("\n".join([",".join(COLUMNS), *rows]))
+        code, said = run("fleet", "run", "--payments", file, "--devices", devices, "--data", stopped)
+        assert (code, expected in said) == (2, True), said
+    assert everything(stopped) == before
 
 
 def test_a_folder_of_a_newer_atoll(run, stopped: Path) -> None:  # type: ignore[no-untyped-def]

@@ -92,7 +92,9 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
         assert (data / "identities/pos-0001/certificate.pem").read_bytes() == certificate
         first_numbers = {str(line["decision_id"]) for line in decided}
         assert not first_numbers & {str(line["decision_id"]) for line in decisions(again.stdout)}
-        _decide_own_payments(data, tmp_path)
+        own, payments = _decide_own_payments(data, tmp_path)
+        if broker == "embedded":
+            _deal_own_payments(data, payments, own)
         assert second.stop(signal.SIGINT) == 0
     until(lambda: not processes_of(data), 5, "no process is left")
     assert not any(listens(port) for port in ports)
@@ -233,8 +235,8 @@ def _read_of_the_log(url: str) -> dict[str, float]:
     return {result or name: float(count) for result, name, count in found}
 
 
-def _decide_own_payments(data: Path, folder: Path) -> None:
-    """A model of the user's own, made with the onnx package alone, on payments of the user's own."""
+def _decide_own_payments(data: Path, folder: Path) -> tuple[str, Path]:
+    """A model of the user's own, made with the onnx package alone, on payments of the user's own: both of them."""
     own = answer(data, "publish", str(write_gemm(folder / "own.onnx", 30)), "--model", "fraud-csv")["manifest"]
     plan = write_rollout(folder / "own.yaml", "own")
     plan.write_text(plan.read_text().replace("model: fraud", "model: fraud-csv"))
@@ -246,6 +248,25 @@ def _decide_own_payments(data: Path, folder: Path) -> None:
     ran = atoll(data, "device", "run", *words)
     assert ran.returncode == 0, ran.stderr
     assert [(line["version"], line["where"]) for line in decisions(ran.stdout)[-2:]] == [(own, "device")] * 2
+    return own, payments
+
+
+def _deal_own_payments(data: Path, payments: Path, version: str) -> None:
+    """A fleet over the same file: its devices follow the model of such payments, and ask their region for that one."""
+    words = ("fleet", "run", "--payments", str(payments), "--devices", "2", "--rate", "20", "--data", str(data))
+    fleet = subprocess.Popen([sys.executable, "-m", "atoll", *words], stdout=subprocess.DEVNULL)
+    asked = re.compile(rb'atoll_gateway_decisions_total\{.*version="core:1@' + version[:12].encode())
+    try:
+        until(lambda: answer(data, "rollout", "status", "own")["adopted"] >= 2, 20, "the fleet runs the version")
+        until(lambda: asked.search(_gateway_metrics(data)), 10, "close scores are put to the region")
+    finally:
+        fleet.terminate()
+        assert fleet.wait(20) == 0
+
+
+def _gateway_metrics(data: Path) -> bytes:
+    endpoints = json.loads((data / "endpoints.json").read_text())
+    return http(f"{endpoints['gateways']['eu-west']}/metrics")[1]
 
 
 def _feature_names() -> tuple[str, ...]:

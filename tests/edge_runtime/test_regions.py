@@ -118,6 +118,14 @@ def test_the_nearest_region_is_asked_over_one_kept_connection(regions: tuple[Reg
     assert regions[1].bodies[0] == {"token": "Bearer token", "features": FEATURES, "device_id": "pos-0001"}
 
 
+def test_a_model_of_ones_own_is_asked_for_by_name(regions: tuple[Region, Region]) -> None:
+    async def story(client: RegionClient) -> None:
+        await client.ask(FEATURES, "pos-0001", "eu-west")
+
+    asking(regions, story, model="fraud-csv")
+    assert regions[0].bodies[0]["model"] == "fraud-csv"
+
+
 def test_a_region_that_dies_loses_no_request_and_the_recovery_is_timed(regions: tuple[Region, Region]) -> None:
     near, far = regions
     ahead = [0.0]
