@@ -104,6 +104,13 @@ def test_claims_are_losses_on_the_worst_task_and_a_lost_cell_is_named() -> None:
     assert cells == [(-6.0, "digits 0.3 mimic")]
 
 
+def test_losses_are_paired_by_seed() -> None:
+    easy = [Run("digits", alpha, "", "FedAvg", 0, 8, 3, 99.0) for alpha in (math.inf, 0.3)]
+    values = {claim.id: claim for claim in claims([*made_up(), *easy])}
+    assert values["robust.clean_loss"].value == 2, "seed 3 was trained by FedAvg alone"
+    assert values["robust.worst_iid"].value == 91 - 80.5
+
+
 def test_tables_and_plots_come_from_the_runs() -> None:
     runs = Runs(made_up())
     text = tables(runs)
