@@ -31,8 +31,6 @@ an aggregator is trusted to compute correctly.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -68,17 +66,18 @@ from fl_coordinator.shares.freezing import (
     require_same_freeze,
     statement,
 )
+from fl_coordinator.shares.gram import open_gram
 from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import Coefficients
+from fl_coordinator.shares.origins import Compared, compared, refused_after
 from fl_coordinator.shares.range_check import range_check
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory, require_announced
 from fl_coordinator.shares.revealing import reveal
-from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, gram_share, to_bytes
+from fl_coordinator.shares.sharing import PARTIES, Exchange, Pair, Session, Steps, to_bytes
 from fl_coordinator.shares.streams import (
     SEED_BYTES,
     WORD_BYTES,
     KeyStream,
-    Rows,
     SummedRows,
     Words,
     expand,
@@ -90,8 +89,6 @@ from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from model_delta.task import RoundTask
 
-_TAG_BYTES = 32
-_REASON_MAX = 300
 _PROBED_SHARE, _PROBED_WORDS = 16, 1 << 22
 """A peer's measurements are computed again for one device in sixteen, and for as many as have four million words."""
 
@@ -139,12 +136,6 @@ class _Coined:
     coin: bytes
     frozen: tuple[bytes, ...]
     parts: tuple[bytes, ...]
-
-
-class _Compare(msgspec.Struct, frozen=True):
-    refusals: tuple[tuple[int, str], ...]
-    first: bytes
-    second: bytes
 
 
 class _Coin(msgspec.Struct, frozen=True):
@@ -290,8 +281,8 @@ class AggregationParty:
         self, session: Session, hellos: Sequence[_Hello], frozen: Sequence[Frozen], secret: bytes
     ) -> Talk[Decision]:
         task = self._task
-        compares = yield from self._broadcast("compare", self._compare(session), _Compare)
-        refused = self._judge_compares(session, compares)
+        compares = yield from self._broadcast("compare", compared(session, self._holding), Compared)
+        refused = refused_after(session, compares, len(self._holding.digests))
         coined = yield from self._toss(hellos, frozen, compares, secret)
 
         usable = [index for index in range(len(self._holding.digests)) if index not in refused]
@@ -313,7 +304,7 @@ class AggregationParty:
             nothing = np.zeros((0, 0), dtype=np.int64)
             record = self._record(coined, refused, bits, usable, nothing, judged, hidden.choice.refusal)
             return told_of(record, hidden)
-        gram = yield from self._open_gram(session, sketches)
+        gram = yield from open_gram(session, (yield from lift(session, sketches)))
         names, hostile = [self._holding.device_ids[index] for index in usable], len(bits) - len(usable)
         judged = judge(task, gram, names, hostile, self._memory.memory)
         return self._record(coined, refused, bits, usable, gram, judged, judged.choice.refusal)
@@ -342,25 +333,6 @@ class AggregationParty:
         wanted = min(count, max(-(-count // _PROBED_SHARE), _PROBED_WORDS // self._task.length))
         draws = np.frombuffer(self._rng(8 * count), dtype="<u8")
         return sorted(np.argsort(draws, kind="stable")[:wanted].tolist())
-
-    def _open_gram(self, session: Session, sketches: Pair) -> Steps[NDArray[np.int64]]:
-        lifted = yield from lift(session, sketches)
-        share = gram_share(lifted.first, lifted.second)
-        count = len(share)
-        upper = np.triu_indices(count)
-        masked = share[upper] + session.zero_sum("gram", share[upper])
-        data = to_bytes(masked)
-        received = yield Exchange("gram", dict.fromkeys(session.peers, data), session.peers)
-        doubled = masked
-        for peer in sorted(session.peers):
-            doubled = doubled + session.read_words(received, peer, "gram", masked)
-        if (doubled & np.uint64(1)).any():
-            raise Untrusted("step 'gram': the three shares add up to odd numbers; an aggregator has deviated")
-        gram = np.zeros((count, count), dtype=np.int64)
-        gram[upper] = doubled.view(np.int64) >> 1
-        gram = gram + np.triu(gram, 1).T
-        _require_possible(gram)
-        return gram
 
     def _record(
         self,
@@ -409,59 +381,8 @@ class AggregationParty:
         }
         return Session(self._index, self._names, secrets)
 
-    def _compare(self, session: Session) -> _Compare:
-        return _Compare(
-            tuple((index, reason[:_REASON_MAX]) for index, reason in sorted(self._holding.refusals.items())),
-            self._tags(session, session.preceding, self._index, self._holding.first),
-            self._tags(session, session.following, session.following, self._holding.second),
-        )
-
-    def _tags(self, session: Session, holder: int, share: int, rows: Rows) -> bytes:
-        """A keyed hash (BLAKE2b, RFC 7693) of each row's origin, which only `holder` can recompute; zeros if refused.
-
-        Rows are equal where their origins are: hashing the rows themselves would cost more than all the rest.
-        """
-        key = session.key(holder, f"tags-{share}")
-        tags = []
-        for index in range(len(self._holding.digests)):
-            if index in self._holding.refusals:
-                tags.append(bytes(_TAG_BYTES))
-                continue
-            named = index.to_bytes(8, "little") + rows.origin(index)
-            tags.append(hashlib.blake2b(named, key=key, digest_size=_TAG_BYTES).digest())
-        return b"".join(tags)
-
-    def _judge_compares(self, session: Session, compares: Sequence[_Compare]) -> dict[int, str]:
-        """Refused contributions with the reason, from everybody's complaints and the hashes that differ."""
-        count = len(self._holding.digests)
-        complaints: dict[int, dict[str, list[str]]] = {}
-        for name, compare in zip(session.names, compares, strict=True):
-            if len(compare.first) != _TAG_BYTES * count or len(compare.second) != _TAG_BYTES * count:
-                raise Untrusted(f"{name}: step 'compare': expected {count} hashes twice, found another number")
-            for index, reason in compare.refusals:
-                if not 0 <= index < count:
-                    raise Untrusted(f"{name}: step 'compare': no contribution {index} among {count}")
-                complaints.setdefault(index, {}).setdefault(reason[:_REASON_MAX], []).append(name)
-        refused = {
-            index: "; ".join(
-                reason if len(names) == PARTIES else f"{' and '.join(names)}: {reason}"
-                for reason, names in sorted(reasons.items())
-            )
-            for index, reasons in complaints.items()
-        }
-        for index in range(count):
-            if index in refused:
-                continue
-            part = slice(index * _TAG_BYTES, (index + 1) * _TAG_BYTES)
-            for share in range(PARTIES):
-                if not hmac.compare_digest(compares[share].first[part], compares[share - 1].second[part]):
-                    pair = f"{session.names[share]} and {session.names[share - 1]}"
-                    refused[index] = f"inconsistent shares: {pair} were sealed different values of share {share}"
-                    break
-        return refused
-
     def _toss(
-        self, hellos: Sequence[_Hello], frozen: Sequence[Frozen], compares: Sequence[_Compare], secret: bytes
+        self, hellos: Sequence[_Hello], frozen: Sequence[Frozen], compares: Sequence[Compared], secret: bytes
     ) -> Talk[_Coined]:
         """The joint coin: random if one of the three is honest, unknown to all before the contributions are fixed."""
         yield Committed(require_one_coin(frozen, self._committed, self._names))
@@ -500,14 +421,6 @@ class AggregationParty:
 def own_secret_of(name: str, sealing: X25519PrivateKey) -> bytes:
     """32 bytes from an aggregator's own key, so that they are the same after a crash, and nobody else's."""
     return HKDF(hashes.SHA256(), SEED_BYTES, None, pack(["atoll noise", name])).derive(sealing.private_bytes_raw())
-
-
-def _require_possible(gram: NDArray[np.int64]) -> None:
-    """Inner products obey Cauchy-Schwarz; random numbers in their place do not. In float64 with 1e-9 to spare."""
-    real = gram.astype(np.float64)
-    norms = np.diagonal(real)
-    if (norms < 0).any() or (real * real > np.outer(norms, norms) * (1 + 1e-9)).any():
-        raise Untrusted("step 'gram': the opened numbers are no inner products; an aggregator has deviated")
 
 
 def _name_of(decision: bytes) -> str:

@@ -30,10 +30,11 @@ from fl_coordinator.rules import multikrum, reveals, unseen
 from fl_coordinator.rules.policy import Choice
 from fl_coordinator.shares.bounds import Bounds, bounds_of
 from fl_coordinator.shares.comparing import negative, open_planes
+from fl_coordinator.shares.gram import gram_share
 from fl_coordinator.shares.lifting import lift
 from fl_coordinator.shares.measuring import coin_key
 from fl_coordinator.shares.ranking import LENGTH_MAX, below, sums_where
-from fl_coordinator.shares.sharing import Exchange, Pair, Ring, Session, Steps, gram_share, reshare, to_bytes
+from fl_coordinator.shares.sharing import Exchange, Pair, Ring, Session, Steps, reshare, to_bytes
 from fl_coordinator.shares.streams import Words64, expand_bytes
 from model_delta.errors import Malformed, Untrusted
 from model_delta.task import RoundTask

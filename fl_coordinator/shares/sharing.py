@@ -22,13 +22,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fl_coordinator.shares.streams import SEED_BYTES, Words64, expand_bytes
+from fl_coordinator.shares.streams import SEED_BYTES, expand_bytes
 from model_delta.encoding import pack
 from model_delta.errors import Untrusted
 
 PARTIES = 3
-_LIMB_BITS = 22
-_GRAM_BLOCK = 512
 
 T = TypeVar("T")
 Ring = NDArray[np.unsignedinteger[Any]]
@@ -159,46 +157,6 @@ def open_bits(session: Session, step: str, shared: Pair) -> Steps[Ring]:
         names = " and ".join(sorted(session.names[peer] for peer in session.peers))
         raise Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
     return shared.first ^ shared.second ^ missing
-
-
-def gram_share(first: Words64, second: Words64) -> Words64:
-    """This party's additive share of 2 X X^T modulo 2^64, not yet masked: uint64[n, n] from shares uint64[n, d].
-
-    With M_i = X_i (X_i + 2 X_{i+1})^T the sum over i of M_i + M_i^T is 2 (X_0 + X_1 + X_2)(X_0 + X_1 + X_2)^T: one
-    product instead of two. Twice the matrix is opened and halved, so its entries must lie in [-2^62, 2^62).
-    """
-    product = multiply_transposed(first, first + (second << np.uint64(1)))
-    return product + product.T
-
-
-def multiply_transposed(a: Words64, b: Words64) -> Words64:
-    """a b^T modulo 2^64, exactly: uint64[n, m] from uint64[n, d] and uint64[m, d].
-
-    NumPy multiplies integers without BLAS. Here each word is three balanced limbs (22, 22, 20 bits, magnitude at most
-    2^21) in float64; of the nine limb products the three above 2^64 vanish. In blocks of 512 columns no sum exceeds
-    3 * 512 * 2^42 < 2^53, hence nothing is rounded.
-    """
-    total = np.zeros((a.shape[0], b.shape[0]), dtype=np.uint64)
-    for start in range(0, a.shape[1], _GRAM_BLOCK):
-        left = _limbs(a[:, start : start + _GRAM_BLOCK])
-        right = _limbs(b[:, start : start + _GRAM_BLOCK])
-        for order in range(3):
-            x = np.concatenate(left[: order + 1], axis=1)
-            y = np.concatenate(right[order::-1], axis=1)
-            exact = (x @ y.T).astype(np.int64).view(np.uint64)
-            total += exact << np.uint64(_LIMB_BITS * order)
-    return total
-
-
-def _limbs(block: Words64) -> list[NDArray[np.float64]]:
-    """Balanced digits in base 2^22, lowest first: float64 of magnitude at most 2^21."""
-    half = 1 << (_LIMB_BITS - 1)
-    mask = np.uint64((1 << _LIMB_BITS) - 1)
-    raised = block + np.uint64(half + (half << _LIMB_BITS) + (1 << 63))
-    low = (raised & mask).astype(np.float64) - half
-    middle = ((raised >> np.uint64(_LIMB_BITS)) & mask).astype(np.float64) - half
-    high = (raised >> np.uint64(2 * _LIMB_BITS)).astype(np.float64) - float(1 << 19)
-    return [low, middle, high]
 
 
 def _little(words: Ring) -> str:

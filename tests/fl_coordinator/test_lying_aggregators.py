@@ -23,7 +23,8 @@ from fl_coordinator.replay import replay
 from fl_coordinator.shares.bounds import bounds_of, fitted, noise_std
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.freezing import Frozen
-from fl_coordinator.shares.party import _Coin, _Compare, _Hello
+from fl_coordinator.shares.origins import Compared
+from fl_coordinator.shares.party import _Coin, _Hello
 from fl_coordinator.shares.streams import Words
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
@@ -64,19 +65,19 @@ def of_freeze(signed_by: int = LIAR, **changes: object) -> Change:
     return change
 
 
-def of_compare(change: Callable[[_Compare], _Compare]) -> Change:
-    return lambda world, data: pack(change(unpack(data, _Compare)))
+def of_compare(change: Callable[[Compared], Compared]) -> Change:
+    return lambda world, data: pack(change(unpack(data, Compared)))
 
 
 def of_coin(**changes: object) -> Change:
     return lambda world, data: pack(msgspec.structs.replace(unpack(data, _Coin), **changes))
 
 
-def complaint(compare: _Compare) -> _Compare:
+def complaint(compare: Compared) -> Compared:
     return msgspec.structs.replace(compare, refusals=((2, "said to one only"),))
 
 
-def endless_complaint(compare: _Compare) -> _Compare:
+def endless_complaint(compare: Compared) -> Compared:
     return msgspec.structs.replace(compare, refusals=((99, "nobody"),))
 
 

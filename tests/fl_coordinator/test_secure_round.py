@@ -16,7 +16,8 @@ from fl_coordinator.shares.bounds import bounds_of
 from fl_coordinator.shares.decision import Decision, judge, read_gram
 from fl_coordinator.shares.freezing import Frozen, joint_coin, statement
 from fl_coordinator.shares.measuring import Coefficients
-from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, _Coin, _Compare, _Hello
+from fl_coordinator.shares.origins import Compared
+from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, _Coin, _Hello
 from fl_coordinator.shares.sharing import Exchange
 from fl_coordinator.shares.streams import Words
 from model_delta.encoding import pack, unpack
@@ -167,8 +168,8 @@ def simulated(
             for said in [statement(world.task, own.task, 1, own.root, count, peer, secret)]
         }
     if wanted.step == "compare":
-        own, third = unpack(wanted.outgoing[following], _Compare), os.urandom(32 * count)
-        return {following: pack(_Compare((), own.second, third)), preceding: pack(_Compare((), third, own.first))}
+        own, third = unpack(wanted.outgoing[following], Compared), os.urandom(32 * count)
+        return {following: pack(Compared((), own.second, third)), preceding: pack(Compared((), third, own.first))}
     if wanted.step == "coin":
         own_coin = unpack(wanted.outgoing[following], _Coin)
         return {peer: pack(_Coin(secret, own_coin.seen)) for peer, secret in secrets.items()}

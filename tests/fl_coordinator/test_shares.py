@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fl_coordinator.shares.bounds import BUCKETS, COPIES, EXPONENT_MAX, bounds_of, fitted, require_announceable
 from fl_coordinator.shares.contribution import Claim, open_secrets, parse, verify
 from fl_coordinator.shares.fixed_point import clip, decode, encode, encode_blocks, norm_max
+from fl_coordinator.shares.gram import gram_share, multiply_transposed
 from fl_coordinator.shares.lifting import SMALL_BITS, lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
@@ -24,8 +25,6 @@ from fl_coordinator.shares.sharing import (
     Pair,
     Session,
     conjunction,
-    gram_share,
-    multiply_transposed,
     open_bits,
 )
 from fl_coordinator.shares.streams import (
