@@ -186,6 +186,7 @@ def _round_text(found: dict[str, Any], *, whole: bool = False) -> str:
         lines.append(f"chosen: {len(found['chosen'])} devices; opened: {_OPENED[found.get('reveal', DISTANCES)]}")
     lines += [f"  not used: {device}: {reason}" for device, reason in dict(found["rejected"]).items()]
     lines += [f"  refused at admission: {count} x {reason}" for reason, count in dict(found["refused"]).items()]
+    lines += [f"  sat out: {count} x {reason}" for reason, count in dict(found.get("sat_out", {})).items()]
     spent = found.get("figures", {}).get("privacy")
     if spent:
         lines.append(_privacy_text(spent["epsilon_release"], spent["epsilon_device"], spent["delta"]))

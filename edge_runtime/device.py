@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -198,6 +199,7 @@ class Device:
                 run_graph=run_graph,
                 trust=lambda: self.installation.record.trust,
                 keep_trust=self.installation.keep_trust,
+                told=self._report_now.set,
                 receipt_deadline_s=receipt_deadline_s,
             )
         self._answers = Answers(
@@ -319,6 +321,7 @@ class Device:
         records: list[Record] = [record for _, record in self.outbox.read(first, last)]
         folded = fold(records)
         marks = self.outbox.marks
+        sitting_out = self.participation.sitting_out if self.participation is not None else None
         return Report(
             device_id=self.device_id,
             epoch=marks.epoch,
@@ -334,6 +337,7 @@ class Device:
             summaries=folded.summaries,
             outcomes=folded.outcomes,
             alarm=(self.vouching.alarm or self.direction.alarm)[:300],
+            sitting_out=msgspec.UNSET if sitting_out is None else sitting_out,
         )
 
     def _acknowledged(self, _topic: str, payload: bytes) -> None:

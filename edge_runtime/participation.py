@@ -10,7 +10,8 @@ velocity once. It says as much about the device's payments as an update does; it
 sits a round out begins anew from zeros, so that no velocity can make training fail for ever.
 
 Deciding does not depend on learning: whatever goes wrong in a round, be it a disk that is full or a step that nobody
-can compute, the device sits that round out and goes on answering.
+can compute, the device sits that round out and goes on answering. Its reports name the reason while the round is open:
+one word of a short list (`SatOut`), nothing that was computed.
 
 A round's base need not be the version that answers: a device that runs another version of the model fetches the base
 as it would fetch an update (a patch, as a rule), trains from it, and goes on answering with its own. A device without a
@@ -34,15 +35,16 @@ from edge_runtime.inference import RunGraph
 from edge_runtime.link import Link
 from edge_runtime.running import Running
 from edge_runtime.slots import replace_file
-from edge_runtime.training import LocalUpdate
+from edge_runtime.training import Diverged, LocalUpdate
 from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.digest import digest_of, require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Expired, Malformed, SignatureInvalid, Unavailable
-from model_delta.task import RoundTask
+from model_delta.errors import AtollError, Expired, Malformed, SignatureInvalid, StorageFull, Unavailable
+from model_delta.task import RoundTask, SatOut
 from model_delta.topics import ContributionReceipt, down, up
 from model_delta.trust.updater import TrustState, accept_task
+from monitoring.telemetry import SittingOut
 
 Data = tuple[NDArray[np.float32], NDArray[np.float32]]
 Contribute = Callable[[NDArray[np.float32], RoundTask], bytes]
@@ -61,8 +63,9 @@ _log = logging.getLogger(__name__)
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The last round this device sent to: its bytes, and how it ended ("" while waiting for the receipt). `velocity` is
-    what the next round begins with, float32 little endian, if it trains the same tensors (`layout`)."""
+    """The last round this device sent to: its bytes, and how it ended ("" while waiting for the receipt). `sat_out` is
+    the reason where it sat the round out. `velocity` is what the next round begins with, float32 little endian, if it
+    trains the same tensors (`layout`)."""
 
     round_id: str = ""
     contribution: bytes = b""
@@ -71,10 +74,12 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     loss_after: float = 0.0
     velocity: bytes = b""
     layout: str = ""
+    sat_out: str = ""
 
 
 class Participation:
-    """Follows round announcements for one device and model."""
+    """Follows round announcements for one device and model. `told` is called when `sitting_out` has something to say
+    that will not change any more."""
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Participation:
         run_graph: RunGraph,
         trust: Callable[[], TrustState],
         keep_trust: Callable[[TrustState], None],
+        told: Callable[[], None] = lambda: None,
         receipt_deadline_s: float = 5.0,
     ) -> None:
         self._device_id, self._model, self._path = device_id, model, path
@@ -102,7 +108,7 @@ class Participation:
         self._vouching, self._clock, self._rng, self._data = vouching, clock, rng, data
         self._train, self._contribute, self._run_graph = train, contribute, run_graph
         self._trust, self._keep_trust = trust, keep_trust
-        self._receipt_deadline_s = receipt_deadline_s
+        self._told, self._receipt_deadline_s = told, receipt_deadline_s
         self._jitter = random.Random(int(rng.integers(1 << 62)))
         self._task: RoundTask | None = None
         self._unjudged: tuple[str, bytes] | None = None
@@ -111,6 +117,8 @@ class Participation:
         self._changed = asyncio.Event()
         self._graphs: dict[str, bytes] = {}
         self._last_base: dict[str, bytes] = {}
+        self._doing = SatOut.OTHER
+        self._passing = ("", SatOut.OTHER)
         self._left_out: ContributionReceipt | None = None
         self.refused = 0
         self.last_refusal = ""
@@ -164,6 +172,18 @@ class Participation:
         """Subscribe to the receipts (announcements are the caller's subscription)."""
         self._link.subscribe(down(self._device_id, "receipt"), self.receipted)
 
+    @property
+    def sitting_out(self) -> SittingOut | None:
+        """The open round that this device takes no part in, at the moment or for good, and why; None when there is
+        none."""
+        task, record = self._task, self.record
+        if task is None or not task.open or self._clock() >= task.deadline:
+            return None
+        if record.round_id == task.round_id:
+            return SittingOut(task.round_id, record.sat_out) if record.sat_out else None
+        round_id, reason = self._passing
+        return SittingOut(task.round_id, reason) if round_id == task.round_id else None
+
     async def run(self) -> None:
         """Take part in every announced round, until cancelled."""
         while True:
@@ -175,46 +195,56 @@ class Participation:
                     pause = await self._take_part(task)
                 except Unavailable as error:
                     pause = 0.5 + self._jitter.random()
+                    self._passing = (task.round_id, _reason(self._doing, error))
                     _log.info("%s: round %s: %s", self._device_id, task.round_id, error)
                 except AtollError as error:
-                    self._give_up(task, str(error))
+                    self._give_up(task, str(error), _reason(self._doing, error))
                 except Exception as error:  # of the step, the disk, the data: no reason to stop deciding
                     _log.exception("%s: round %s", self._device_id, task.round_id)
-                    self._give_up(task, f"{type(error).__name__}: {error}")
+                    self._give_up(task, f"{type(error).__name__}: {error}", _reason(self._doing, error))
             await wait_at_most(self._changed, pause)
 
     async def _take_part(self, task: RoundTask) -> float | None:
         """One attempt; seconds until the next is due, or None when there is nothing left to do."""
+        self._doing = SatOut.FORGOTTEN
         if self._forgot:
             raise Malformed(f"{self._path}: {self._forgot}; what was sent to this round is not known any more")
         if self.record.round_id != task.round_id:
             if self._is_left_out(task):
                 return None
             if self._running.blocked(self._clock()):
+                self._passing = (task.round_id, SatOut.NO_VERSION)
                 return 1.0  # a version may still be adopted before the round closes
             await self._prepare(task)
         if self.record.ended:
             return None
+        self._doing = SatOut.TOO_LARGE
         await self._link.publish(up(self._device_id, "contribution"), self.record.contribution)
         return self._receipt_deadline_s * (0.75 + self._jitter.random() / 2)
 
     async def _prepare(self, task: RoundTask) -> None:
         """Train, share and store the one contribution to this round."""
+        self._doing = SatOut.TERMS
         if not (0 <= task.steps <= STEPS_MAX and 0 < task.batch_size <= BATCH_MAX):
             raise Malformed(
                 f"round {task.round_id}: expected up to {STEPS_MAX} steps of up to {BATCH_MAX} payments, found "
                 f"{task.steps} of {task.batch_size}"
             )
+        self._doing = SatOut.GRAPH
         graph = await self._graph(task.training_graph)
+        self._doing = SatOut.BASE
         file = await self._base_file(task.base, self._last_base)
         self._last_base = {task.base: file}
+        self._doing = SatOut.NO_DATA
         features, labels = self._data()
         rng = np.random.default_rng(self._rng.integers(1 << 62))
         layout = _layout(task)
         velocity = np.frombuffer(self.record.velocity if self.record.layout == layout else b"", "<f4")
 
         def compute() -> tuple[bytes, LocalUpdate]:
+            self._doing = SatOut.TRAINING
             local = self._train(file, task, graph, features, labels, velocity, rng, self._run_graph)
+            self._doing = SatOut.CONTRIBUTION
             return self._contribute(local.update, task), local
 
         contribution, local = await asyncio.to_thread(compute)
@@ -246,18 +276,32 @@ class Participation:
             self._graphs = {digest: graph}
         return self._graphs[digest]
 
-    def _give_up(self, task: RoundTask, reason: str) -> None:
+    def _give_up(self, task: RoundTask, reason: str, sat_out: SatOut) -> None:
         _log.warning("%s: sits out round %s: %s", self._device_id, task.round_id, reason[:300])
-        record = RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300])
+        record = RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300], sat_out=sat_out.value)
         try:
             self._write(record)
         except (AtollError, OSError) as error:  # as long as this process lives it is remembered all the same
             self.record = record
             _log.warning("%s: round %s: %s", self._device_id, task.round_id, error)
+        self._told()
 
     def _write(self, record: RoundRecord) -> None:
         replace_file(self._path, pack(record))
         self.record, self._forgot = record, ""
+
+
+def _reason(doing: SatOut, error: Exception) -> SatOut:
+    """The reason to tell of an `error` that came up while `doing`."""
+    if isinstance(error, Diverged):
+        return SatOut.DIVERGED
+    if isinstance(error, StorageFull):
+        return SatOut.NO_ROOM
+    if isinstance(error, Unavailable) and doing in (SatOut.GRAPH, SatOut.BASE):
+        return SatOut.UNREACHABLE
+    if isinstance(error, Unavailable) and doing is SatOut.TRAINING:
+        return SatOut.NO_DATA  # all that `Train` may lack
+    return doing
 
 
 def _layout(task: RoundTask) -> str:

@@ -20,6 +20,10 @@ EVALUATION_ROWS_MAX = 4_096
 Vector = NDArray[np.float32]
 
 
+class Diverged(Malformed):
+    """The steps led to numbers that are not finite, on this data and from this base."""
+
+
 class LocalUpdate(msgspec.Struct, frozen=True):
     """What training gave: `update` float32[d] with L2 norm at most the task's clip, `norm` before clipping, and the
     mean loss on the local data before and after. `velocity` float32[d] is for the device's next round, empty without
@@ -80,7 +84,7 @@ def train(
 
     Batches are drawn without replacement within a batch (with, when there is less data than a batch). With momentum the
     steps begin with `velocity`, or with zeros if it is empty. Raises Unavailable without data, Malformed when shapes do
-    not fit or a number is not finite.
+    not fit, Diverged when a number is not finite.
     """
     rows = len(labels)
     if rows == 0:
@@ -109,11 +113,11 @@ def train(
             )
         vectors = [outputs[name].astype(np.float32).reshape(-1) for name in sorted(wanted - {"loss"})]
         loss = float(outputs["loss"].reshape(-1)[0])
-        sound = np.isfinite(loss) and all(len(v) == task.length and np.isfinite(v).all() for v in vectors)
-        if not sound:
-            raise Malformed(
-                f"round {task.round_id}: the training step gave a vector that is not finite or not its length"
-            )
+        if any(len(vector) != task.length for vector in vectors):
+            found = ", ".join(str(len(vector)) for vector in vectors)
+            raise Malformed(f"round {task.round_id}: the training step gave {found} numbers, expected {task.length}")
+        if not (np.isfinite(loss) and all(np.isfinite(vector).all() for vector in vectors)):
+            raise Diverged(f"round {task.round_id}: the training step gave numbers that are not finite")
         return vectors[0], vectors[1] if len(vectors) > 1 else velocity, loss
 
     velocity = _begun(velocity, task)

@@ -183,6 +183,7 @@ class Overview:
             quorum=found.spec.quorum,
             admitted=len(self._ledger.contributions(found.round_id)),
             refused=self._ledger.refusals(found.round_id),
+            sat_out=self._ledger.sat_out(found.round_id),
             chosen=found.chosen,
             rejected=tuple(
                 RejectedDevice(device_id=device_id, reason=reason) for device_id, reason in found.rejected.items()

@@ -17,6 +17,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
+
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, Note
@@ -29,6 +31,7 @@ from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import seal_to
 from model_delta.keys.keyring import Keyring
 from model_delta.plan import RolloutPlan, assign
+from model_delta.task import SatOut
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.version import private_branch, show
@@ -142,7 +145,17 @@ class Reception:
             if report.device_id not in known:
                 _log.warning("report of %s: not enrolled here, or revoked; not folded", report.device_id)
         folded = self._ledger.fold(enrolled, now, newest)
+        self._hear_who_sits_out(enrolled)
         return [(report, fold.kind, sequence) for report, fold, sequence in folded]
+
+    def _hear_who_sits_out(self, reports: Sequence[Report]) -> None:
+        sitting = [
+            (report.sitting_out.round_id, report.device_id, _known_reason(report.sitting_out.reason))
+            for report in reports
+            if report.sitting_out is not msgspec.UNSET
+        ]
+        if sitting:
+            self._ledger.sit_out(sitting)
 
     def _valid_devices(self) -> set[str]:
         """Everybody enrolled whose certificate is not revoked."""
@@ -253,3 +266,11 @@ class Reception:
         except AtollError as error:
             _log.warning("key request of %s refused: %s", device_id, error)
             return topics.KeyResponse(number, error=str(error)[:500])
+
+
+def _known_reason(reason: str) -> SatOut:
+    """One of the reasons, whatever a newer device or a hostile one says."""
+    try:
+        return SatOut(reason)
+    except ValueError:
+        return SatOut.OTHER

@@ -32,7 +32,7 @@ from model_delta import merkle
 from model_delta.encoding import unpack
 from model_delta.errors import AtollError, NotFound, Unavailable
 from model_delta.keys.keyring import Keyring
-from model_delta.task import RoundTask
+from model_delta.task import PASSING, RoundTask
 from model_delta.trust.signing import open_envelope
 from monitoring.metrics import Counter
 
@@ -272,21 +272,32 @@ class RoundDriver:
                 return found, Event.COLLECTED
             if left <= 0:
                 reason = f"expected a quorum of {found.spec.quorum} contributions, found {admitted} at the deadline"
+                reason += await asyncio.to_thread(self._why_few, found.round_id)
                 return msgspec.structs.replace(found, reason=reason), Event.TOO_FEW
             with contextlib.suppress(TimeoutError):
                 async with self._intake.admitted, asyncio.timeout(min(left, self._tick_s)):
                     await self._intake.admitted.wait()
 
+    def _why_few(self, round_id: str) -> str:
+        """What is known of those who are not in: who sat out, and what was refused."""
+        counted = (("sat out", self._ledger.sat_out(round_id)), ("refused", self._ledger.refusals(round_id)))
+        return "".join(
+            f"; {what}: {', '.join(f'{number} {reason}' for reason, number in counts.items())}"
+            for what, counts in counted
+            if counts
+        )
+
     def _able(self, found: Round) -> int:
-        """How many devices may take part: those heard lately that run the base and do not sit the round out. The quorum
-        is always waited for."""
+        """How many devices may take part: those heard lately that run the base and do not sit the round out, for as
+        long as it lasts. The quorum is always waited for."""
         since = self._clock() - AWAKE_S
         able = {
             record.device_id
             for record in self._ledger.devices()
             if record.last_seen >= since and record.running == found.task.base
         }
-        return max(found.spec.quorum, len(able - self._ledger.sitting_out(found.round_id).keys()))
+        sitting = self._ledger.sitting_out(found.round_id).items()
+        return max(found.spec.quorum, len(able - {name for name, reason in sitting if reason not in PASSING}))
 
     async def _freeze(self, found: Round) -> tuple[Round, Event]:
         """Fix the ordered list. The state is FROZEN already, so whatever is not admitted by now is refused as late;

@@ -8,6 +8,8 @@ data (an ONNX graph named by digest), never as code.
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from model_delta.digest import digest_of
@@ -31,6 +33,29 @@ class Parameter(msgspec.Struct, frozen=True):
     tensor: str
     shape: tuple[int, ...]
     scale: str = ""
+
+
+class SatOut(enum.StrEnum):
+    """Why a device takes no part in a round, as it tells the coordinator; nothing else is told with it. New reasons may
+    join these; a reader takes one that it does not know for `OTHER`."""
+
+    NO_VERSION = "no version may answer"
+    TERMS = "terms refused"
+    UNREACHABLE = "base or training graph not reachable"
+    GRAPH = "training graph refused"
+    BASE = "base refused"
+    NO_DATA = "no data"
+    TRAINING = "training failed"
+    DIVERGED = "training diverged"
+    CONTRIBUTION = "contribution not made"
+    TOO_LARGE = "contribution too large"
+    NO_ROOM = "disk full"
+    FORGOTTEN = "own record lost"
+    OTHER = "another reason"
+
+
+PASSING = frozenset({SatOut.NO_VERSION, SatOut.UNREACHABLE, SatOut.NO_ROOM})
+"""Reasons that may pass before the round closes; a round waits for such a device as for any other."""
 
 
 class RoundTask(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,6 +85,8 @@ def require_plausible(report: Report) -> None:
     texts += [text for outcome in report.outcomes for text in (outcome.manifest, outcome.route)]
     if any(len(text) > 64 for text in texts) or any(len(outcome.reason) > 500 for outcome in report.outcomes):
         raise _implausible(report, "names of at most 64 and reasons of at most 500 characters", "longer ones")
+    if report.sitting_out is not msgspec.UNSET and len(report.sitting_out.round_id) > 200:
+        raise _implausible(report, "the name of a round of at most 200 characters", "a longer one")
     unknown = {outcome.event for outcome in report.outcomes} - OUTCOMES
     if unknown:
         raise _implausible(report, f"outcomes of {', '.join(sorted(OUTCOMES))}", repr(sorted(unknown)[0][:32]))

@@ -82,9 +82,9 @@ class RejectedDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoundState(msgspec.Struct, frozen=True, kw_only=True):
-    """One federated round. `refused` counts refusals at admission by reason; `reveal` is what was opened of the updates
-    beside the sum; `figures` holds what was measured (average precision of base and candidate, seconds by phase,
-    bytes)."""
+    """One federated round. `refused` counts refusals at admission by reason, `sat_out` devices that take no part, as
+    they or the coordinator said, by reason; `reveal` is what was opened of the updates beside the sum; `figures` holds
+    what was measured (average precision of base and candidate, seconds by phase, bytes)."""
 
     round_id: str
     state: str
@@ -93,6 +93,7 @@ class RoundState(msgspec.Struct, frozen=True, kw_only=True):
     quorum: int = 0
     admitted: int = 0
     refused: dict[str, int] = {}
+    sat_out: dict[str, int] = {}
     chosen: tuple[str, ...] = ()
     rejected: tuple[RejectedDevice, ...] = ()
     attempt: int = 0

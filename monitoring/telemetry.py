@@ -97,10 +97,18 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
         return self.decisions + self.inferences
 
 
+class SittingOut(msgspec.Struct, frozen=True):
+    """The open round that a device takes no part in, and one of the reasons of `model_delta.task.SatOut`."""
+
+    round_id: str
+    reason: str
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a device did between outbox records `first_sequence` and `last_sequence` of its outbox `epoch` (a random
     number drawn when the outbox was created). `state` is the update's state; `running` the manifest in use; `alarm`
-    what a person should know of the device's trust, "" when there is nothing."""
+    what a person should know of the device's trust, "" when there is nothing. `sitting_out` is left out of the packed
+    form but while a round is open that the device sits out."""
 
     device_id: str
     epoch: int
@@ -116,6 +124,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     summaries: tuple[ModelSummary, ...] = ()
     outcomes: tuple[UpdateOutcome, ...] = ()
     alarm: str = ""
+    sitting_out: SittingOut | msgspec.UnsetType = msgspec.UNSET
 
 
 def latency_bucket(latency_us: float) -> int:

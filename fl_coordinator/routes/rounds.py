@@ -59,9 +59,9 @@ class RoundRoutes:
         found = await asyncio.to_thread(self._coordinator.round, round_id)
         admitted = await asyncio.to_thread(self._coordinator.ledger.contributions, round_id)
         refused = await asyncio.to_thread(self._coordinator.ledger.refusals, round_id)
-        return JSONResponse(
-            {**_round_view(found), "admitted": [entry.device_id for entry in admitted], "refused": refused}
-        )
+        sat_out = await asyncio.to_thread(self._coordinator.ledger.sat_out, round_id)
+        told = {"admitted": [entry.device_id for entry in admitted], "refused": refused, "sat_out": sat_out}
+        return JSONResponse({**_round_view(found), **told})
 
     async def _abort_round(self, request: Request) -> Response:
         return JSONResponse(_round_view(await self._coordinator.abort_round(request.path_params["round_id"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable
 
 from fl_coordinator.admission import OVER_BUDGET
@@ -170,6 +171,10 @@ class Rounds(LedgerFile):
             (round_id,),
         )
         return dict(rows)
+
+    def sat_out(self, round_id: str) -> dict[str, int]:
+        """How many devices take no part in a round, by reason."""
+        return dict(sorted(Counter(self.sitting_out(round_id).values()).items()))
 
     def count_refusal(self, round_id: str, reason: str) -> None:
         """Count a refused contribution by its reason."""

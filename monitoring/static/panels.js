@@ -114,11 +114,12 @@ function roundCard(round, versions) {
 function told(round) {
   const seconds = Object.values(round.figures.seconds ?? {}).reduce((sum, value) => sum + value, 0);
   const refused = Object.entries(round.refused).map(([reason, number]) => `${number} × ${reason}`).join(", ");
+  const sat = Object.entries(round.sat_out ?? {}).map(([reason, number]) => `${number} × ${reason}`).join(", ");
   const hidden = (round.reveal ?? "distances") === "distances" ? "" : `${round.reveal} only: distances not revealed`;
   return [count(round.admitted, "contribution"), `${round.chosen.length} chosen`, hidden,
     round.figures.bytes_uploaded ? `${bytes(round.figures.bytes_uploaded)} uploaded` : "",
     seconds ? `${seconds.toFixed(1)} s` : "", round.attempt > 1 ? `attempt ${round.attempt}` : "",
-    refused ? `refused at admission: ${refused}` : ""].filter(Boolean).join(" · ");
+    refused ? `refused at admission: ${refused}` : "", sat ? `sat out: ${sat}` : ""].filter(Boolean).join(" · ");
 }
 
 export function drawReleases(state, versions) {

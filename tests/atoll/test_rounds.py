@@ -30,6 +30,7 @@ VIEW: dict[str, Any] = {
     "failures": ["a1 is down"],
     "admitted": ["pos-1", "pos-2"],
     "refused": {"late": 3},
+    "sat_out": {"training diverged": 2},
     "chosen": ["pos-1"],
     "rejected": {"pos-2": "norm 9.1 sigma above the median"},
     "candidate": "d" * 64,
@@ -153,6 +154,7 @@ def test_rounds_are_listed_and_shown(run: Run, coordinator: Coordinator, tmp_pat
     for line in (
         "  not used: pos-2: norm 9.1 sigma above the median",
         "  refused at admission: 3 x late",
+        "  sat out: 2 x training diverged",
         "  epsilon 1.99 of the releases, 0.7 of the most burdened device, at delta 1e-05; it covers the "
         "opened sums, not what else was opened nor who was chosen",
         "autopilot: rollout fraud-1 began",

@@ -244,9 +244,7 @@ def test_a_slow_model_holds_up_nothing_but_the_next_inference(tmp_path: Path) ->
         ticking.cancel()
         assert model.most == 1
         assert ticks > 10
-        assert 0.15 <= sum(one.record.latency_us for one in found) / 1e6 <= seconds, (
-            "waiting is not counted"
-        )
+        assert 0.15 <= sum(one.record.latency_us for one in found) / 1e6 <= seconds, "waiting is not counted"
         assert [failed for _, failed in running.observed] == [False] * 3
 
     asyncio.run(story())

@@ -23,6 +23,7 @@ from model_delta.graphs.mlp import mlp_model
 from model_delta.release import Release
 from model_delta.task import RoundTask
 from model_delta.topics import ContributionReceipt, down
+from monitoring.telemetry import SittingOut
 from tests.edge_runtime.world import Life, World, eventually, local_data, mlp_weights
 
 NOTHING = np.zeros(0, np.float32)
@@ -171,6 +172,58 @@ def test_a_round_whose_graph_is_not_what_was_signed_is_sat_out(tmp_path: Path) -
         async with Life(world.device("pos-0001", tmp_path / "device")) as device:
             await eventually(lambda: participation(device).record.ended.startswith("sat out: training graph"))
         assert world.contributions == []
+
+    asyncio.run(story())
+
+
+def no_data() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("announced", "device_options", "reason"),
+    [
+        ({"steps": 100_001}, {}, "terms refused"),
+        ({"training_graph": "0" * 64}, {}, "base or training graph not reachable"),
+        ({}, {"data": no_data}, "no data"),
+        ({}, {"contribute": lambda update, task: bytes(6_000_000)}, "contribution too large"),
+    ],
+)
+def test_a_devices_reports_name_the_reason_for_which_it_sits_a_round_out(
+    tmp_path: Path, announced: dict[str, Any], device_options: dict[str, Any], reason: str
+) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = world.publish(world.model(seed=1))
+        world.plan(first)
+        async with Life(world.device("pos-0001", tmp_path / "device", **device_options)) as device:
+            await eventually(lambda: device.running.digest == first.digest)
+            world.round(first, **announced)
+            await eventually(lambda: SittingOut("round-1", reason) in [one.sitting_out for one in world.reports])
+        assert world.contributions == []
+
+    asyncio.run(story())
+
+
+def test_a_reason_outlives_a_restart_and_is_told_no_more_once_the_round_is_closed(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.start()
+        first = await on_first_version(world, tmp_path / "device")
+        assert all(report.sitting_out is msgspec.UNSET for report in world.reports)
+        world.round(first, learning_rate=1e30, steps=40)
+        told = SittingOut("round-1", "training diverged")
+        async with Life(world.device("pos-0001", tmp_path / "device")):
+            await eventually(lambda: told in [one.sitting_out for one in world.reports])
+        world.reports.clear()
+        async with Life(world.device("pos-0001", tmp_path / "device")) as device:
+            await eventually(lambda: told in [one.sitting_out for one in world.reports])
+            world.round(first, issued=int(world.now) + 1, open=False)
+            await eventually(lambda: not participation(device)._task.open)
+            world.reports.clear()
+            await eventually(lambda: bool(world.reports))
+        assert world.reports[-1].sitting_out is msgspec.UNSET
 
     asyncio.run(story())
 

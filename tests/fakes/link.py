@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable
 
 from edge_runtime.link import Handler, topic_matches
-from model_delta.errors import Unavailable
+from model_delta.errors import Malformed, Unavailable
+from model_delta.topics import PACKET_BYTES_MAX
 from regional_gateway.mqtt.access import FLEET_RULES, access
 
 QUEUE_MAX = 1000
@@ -47,6 +48,8 @@ class FakeLink:
         await asyncio.sleep(0)  # a real publish always yields to the loop
         if not self.connected:
             raise Unavailable(f"publish to {topic}: the fake broker is away")
+        if len(payload) + len(topic) + 64 > PACKET_BYTES_MAX:
+            raise Malformed(f"publish to {topic}: at most {PACKET_BYTES_MAX} bytes in a packet, found {len(payload)}")
         if not may_publish(self.identity, topic):
             raise Unavailable(f"publish to {topic}: refused: {self.identity} is not authorised")
         self.broker.deliver(topic, bytes(payload), retain=retain)

@@ -214,6 +214,7 @@ def _rounds(time: float, hostile_text: str) -> tuple[RoundState, ...]:
             base=FIRST,
             quorum=30,
             admitted=11,
+            sat_out={"training diverged": 3, "no data": 1},
             reason="11 contributions at the deadline, quorum 30",
             opened=time - 1000,
         ),

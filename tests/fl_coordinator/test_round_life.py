@@ -21,12 +21,14 @@ from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contrib
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.tables.records import AdmittedContribution
 from fl_coordinator.updates_log import unpacked_part
+from model_delta import topics
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope, pre_authentication_encoding, seal_envelope, sign
+from monitoring.telemetry import SittingOut
 from tests.fl_coordinator.control_calls import calls
 from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, inconsistent, learning
 from tests.fl_coordinator.platform_in_memory import CANARY, Device, Platform, fraud_model, on_a_loop, until
@@ -295,6 +297,58 @@ async def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_p
         told = rf"1 round\(s\) of 'fraud' opened without noise \(first: {bare.round_id}\)"
         with pytest.raises(Malformed, match=told):
             await at.coordinator.open_round(private)
+
+
+def sat_out(device: Device, round_id: str, reason: str) -> bytes:
+    """A report of a device that takes no part."""
+    return pack(msgspec.structs.replace(device.next_report(1), sitting_out=SittingOut(round_id, reason)))
+
+
+@on_a_loop
+async def test_a_round_without_a_quorum_says_who_sat_out_and_why(tmp_path: Path) -> None:
+    async with learning(tmp_path, 10) as at:
+        opened = await at.coordinator.open_round(asked(quota=Quota(per_group=5)))
+        await contribute_all(at.devices[:6], opened.round_id)
+        for device, reason in zip(at.devices[5:], ["no data", *["training diverged"] * 3, "a\nnew one"], strict=True):
+            for _ in range(2):  # told again with every report, counted once
+                told = sat_out(device, opened.round_id, reason)
+                await device.link.publish(topics.up(device.device_id, "report"), told)
+            await until(lambda: device.acked == device.sequence)  # noqa: B023 - awaited within its turn
+        other = at.devices[9]
+        for round_id, reason in (("fraud-0", "no data"), ("x" * 201, "no data")):
+            await other.link.publish(topics.up(other.device_id, "report"), sat_out(other, round_id, reason))
+        borrowed = sat_out(at.devices[0], opened.round_id, "no data")  # nobody speaks for another, or of what is in
+        await other.link.publish(topics.up(other.device_id, "report"), borrowed)
+        await at.devices[0].link.publish(topics.up("pos-0000", "report"), borrowed)
+        await until(lambda: at.devices[0].acked == at.devices[0].sequence)
+        at.platform.clock.now += 31
+        ended = await at.ended(opened.round_id)
+        assert ended.state == "FAILED"
+        assert ended.reason == (
+            "expected a quorum of 6 contributions, found 5 at the deadline; "
+            "sat out: 1 another reason, 1 no data, 3 training diverged; refused: 1 over quota"
+        )
+        await other.link.publish(topics.up(other.device_id, "report"), sat_out(other, ended.round_id, "no data"))
+        await until(lambda: other.acked == other.sequence)
+        counted = {"another reason": 1, "no data": 1, "training diverged": 3}
+        shown = await calls(at.platform)("GET", f"/v1/rounds/{ended.round_id}", "admin")
+        assert shown.json()["sat_out"] == counted, "what comes after the end changes nothing"
+        assert [one.sat_out for one in at.coordinator.snapshot().rounds] == [counted]
+
+
+@on_a_loop
+async def test_a_round_does_not_wait_for_devices_that_sit_it_out(tmp_path: Path) -> None:
+    async with learning(tmp_path, 8) as at:
+        opened = await at.coordinator.open_round(asked())
+        await contribute_all(at.devices[:6], opened.round_id)
+        for device, reason in zip(at.devices[6:], ["no version may answer", "training diverged"], strict=True):
+            await device.link.publish(topics.up(device.device_id, "report"), sat_out(device, opened.round_id, reason))
+        await until(lambda: len(at.ledger.sitting_out(opened.round_id)) == 2)
+        await asyncio.sleep(0.1)
+        assert at.coordinator.round(opened.round_id).state == "COLLECTING", "the first of the two may still come"
+        waiting = at.devices[6]
+        await waiting.link.publish(topics.up(waiting.device_id, "report"), sat_out(waiting, opened.round_id, "no data"))
+        assert (await at.ended(opened.round_id)).state == "PUBLISHED"
 
 
 @on_a_loop

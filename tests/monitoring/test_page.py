@@ -84,6 +84,7 @@ def test_everything_is_shown_and_nothing_goes_wrong(live: LivePage, page: Page) 
     assert "19 contributions, quorum 30" in rounds[0]
     assert "0.312 → 0.487" in rounds[1]
     assert "11 contributions at the deadline, quorum 30" in rounds[2]
+    assert "sat out: 3 × training diverged, 1 × no data" in rounds[2]
     assert page.text("#notes").split("\n")[1].startswith("rollout learned: widened")
     assert "announced on eu-west:1, 40257 parameters" in page.text("#notes")
     assert page.problems == []

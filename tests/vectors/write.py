@@ -54,7 +54,7 @@ from model_delta.trust.signing import (
     seal_envelope,
     sign,
 )
-from monitoring.telemetry import ModelSummary, Report, UpdateOutcome
+from monitoring.telemetry import ModelSummary, Report, SittingOut, UpdateOutcome
 from tests.vectors.check_ins import check_ins
 from tests.vectors.dense_patches import dense_patches
 from tests.vectors.directing import directing
@@ -374,6 +374,8 @@ def _reports() -> Iterator[tuple[str, bytes]]:
         outcomes=(UpdateOutcome(manifest=TARGET, event="adopted", route="patch", bytes_received=5_000, seconds=1.5),),
     )
     yield "report.cbor", pack(report)
+    sitting_out = SittingOut("fraud-1799999000-0a1b2c", "training diverged")
+    yield "report_sitting_a_round_out.cbor", pack(msgspec.structs.replace(report, sitting_out=sitting_out))
     yield "report_with_a_field_of_the_future.cbor", _plus(report, battery=0.5)
     inferred = ModelSummary(manifest=TARGET, where="device", inferences=8, errors=2, latency={40: 6})
     yield "report_with_inferences.cbor", pack(msgspec.structs.replace(report, summaries=(inferred,)))
