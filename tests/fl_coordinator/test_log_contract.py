@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
 from fl_coordinator.kafka_log import KafkaLog, TopicReader, place_of
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, Unavailable
 from tests.fakes.kafka_server import Broker
+from tests.fakes.losing_proxy import LosingProxy
 
 Open = Callable[[], UpdatesLog]
 
@@ -275,6 +277,30 @@ def append_soon(log: KafkaLog, record: bytes) -> list[int]:
         except Unavailable:
             continue
     pytest.fail("the broker did not come back")
+
+
+@pytest.mark.slow
+def test_a_batch_whose_acknowledgement_is_lost_is_stored_once(kafka: Broker) -> None:
+    url = topic_on(kafka)
+    records = [b"one", b"two", b"three"]
+    with LosingProxy(kafka.port) as proxy:
+        log = KafkaLog(url.replace(f":{kafka.port}/", f":{proxy.port}/"))
+        [first] = log.append([b"before"])
+        proxy.lose_next()
+        offsets = log.append(records)
+        assert (proxy.lost, proxy.produced >= 3) == (1, True), "otherwise nothing was lost, or sent again"
+        # A producer that is not idempotent stores the same batch twice on the same way.
+        proxy.lose_next()
+        careless = Producer({"bootstrap.servers": f"127.0.0.1:{proxy.port}", "acks": "all"})
+        careless.produce(place_of(url)[1], b"careless", partition=0)
+        assert careless.flush(10.0) == 0
+        assert proxy.lost == 2
+        log.close()
+    reader = TopicReader(url)
+    found = [record for _, record in reader.read_from(0).records]
+    reader.close()
+    assert found == [b"before", *records, b"careless", b"careless"]
+    assert offsets == [first + 1, first + 2, first + 3]
 
 
 @pytest.mark.slow
