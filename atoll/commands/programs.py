@@ -23,7 +23,12 @@ def gateway_run(
     data: DataOption = DEFAULT_DATA,
     json: LinesOption = False,
 ) -> None:
-    """Run one region's gateway of the platform in the data folder."""
+    """Run one region's gateway of the platform in the data folder.
+
+    `atoll up` starts it and keeps it running; run it like this under a supervisor of your own.
+
+    Example: atoll gateway run --region eu-west --data ./atoll-data
+    """
     from atoll.gateway import run_gateway
 
     run_gateway(data, region, store=store, as_json=json)
@@ -31,7 +36,12 @@ def gateway_run(
 
 @coordinator.command("run")
 def coordinator_run(store: StoreOption = "", data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> None:
-    """Run the coordinator of the platform in the data folder."""
+    """Run the coordinator of the platform in the data folder.
+
+    `atoll up` starts it and keeps it running; run it like this under a supervisor of your own.
+
+    Example: atoll coordinator run --data ./atoll-data
+    """
     from atoll.coordinator import run_coordinator
 
     run_coordinator(data, store=store, as_json=json)
@@ -47,7 +57,12 @@ def aggregator_run(
     data: DataOption = DEFAULT_DATA,
     json: LinesOption = False,
 ) -> None:
-    """Run one aggregator of the platform in the data folder."""
+    """Run one aggregator of the platform in the data folder.
+
+    `atoll up --learning` starts all three; run one like this under a supervisor of your own.
+
+    Example: atoll aggregator run --name a0 --data ./atoll-data
+    """
     from atoll.aggregator import run_aggregator
 
     run_aggregator(data, name, updates_log=updates_log, updates_login=updates_login, as_json=json)
@@ -55,7 +70,12 @@ def aggregator_run(
 
 @broker.command("run")
 def broker_run(data: DataOption = DEFAULT_DATA, json: LinesOption = False) -> None:
-    """Run the embedded MQTT 5 broker of the platform in the data folder."""
+    """Run the embedded MQTT 5 broker of the platform in the data folder.
+
+    `atoll up --broker embedded` starts it and keeps it running; run it like this under a supervisor of your own.
+
+    Example: atoll broker run --data ./atoll-data
+    """
     from atoll.broker import run_broker
 
     run_broker(data, as_json=json)

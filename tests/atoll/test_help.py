@@ -10,33 +10,6 @@ import typer
 
 from atoll.cli import app
 
-EXAMPLES = (
-    "demo",
-    "up",
-    "publish",
-    "rollout apply",
-    "rollout abort",
-    "round run",
-    "device run",
-    "device revoke",
-    "fleet run",
-    "model quantize",
-    "model training-graph",
-    "keys rotate",
-    "keys shred",
-    "store gc",
-    "vault setup",
-    "vault migrate",
-    "delta make",
-    "delta apply",
-    "delta inspect",
-    "round list",
-    "round show",
-    "round verify",
-    "trust init",
-    "trust rotate",
-)
-
 
 def commands(group: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
     if isinstance(group, click.Group):
@@ -58,7 +31,7 @@ def test_every_command_and_option_explains_itself(name: str) -> None:
             assert parameter.help, f"{name} {parameter.opts}"
     options = {option for parameter in command.params for option in parameter.opts}
     assert "--json" in options
-    assert ("Example: atoll " + name in str(command.help)) == (name in EXAMPLES) or name.endswith("status")
+    assert f"\nExample: atoll {name}" in command.help
 
 
 @pytest.mark.parametrize("name", EVERY)
