@@ -52,7 +52,7 @@ from edge_runtime.slots import Slots
 from edge_runtime.vouching import EVERY_S, PATIENCE_S, Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Unavailable
+from model_delta.errors import AtollError, StorageFailed, Unavailable
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits
 from model_delta.topics import Hello, ReportAck, down, plan_topic, round_topic, up
@@ -104,6 +104,7 @@ class Device:
         report_interval_s: float = 5.0,
         answer_deadline_s: float = 3.0,
         retry_first_s: float = 0.5,
+        retry_most_s: float = 15.0,
         receipt_deadline_s: float = 5.0,
         limits: DeviceLimits = NO_LIMITS,
         cached_cost: float = 1.0,
@@ -145,6 +146,7 @@ class Device:
             amount_feature=amount_feature,
             amount_limit=amount_limit,
         )
+        self._disk = ""
         self._report_now = asyncio.Event()
         self.direction = Direction(
             identity=identity,
@@ -176,6 +178,7 @@ class Device:
             probation=probation or ProbationRules(),
             told=self._report_now.set,
             retry_first_s=retry_first_s,
+            retry_most_s=retry_most_s,
             limits=limits,
             cached_cost=cached_cost,
             direction=self.direction,
@@ -278,7 +281,8 @@ class Device:
                 if self.participation is not None:
                     group.create_task(self.participation.run(), name=f"{self.device_id} participation")
         finally:
-            self.outbox.close()
+            with contextlib.suppress(OSError):  # of a broken disk: no concern of whoever stops the device
+                self.outbox.close()
 
     async def _greet(self) -> None:
         """Say hello once per connection."""
@@ -313,11 +317,11 @@ class Device:
                 continue
             try:
                 await self._link.publish(up(self.device_id, "report"), pack(self._next_report()))
-            except AtollError as error:  # the broker went away, or the disk is full: the next interval tries again
+            except AtollError as error:  # the broker went away: the next interval tries again
                 _log.info("%s: report: %s", self.device_id, error)
 
     def _next_report(self) -> Report:
-        first, last = self.outbox.next_range()
+        first, last = self._range_to_report()
         records: list[Record] = [record for _, record in self.outbox.read(first, last)]
         folded = fold(records)
         marks = self.outbox.marks
@@ -336,13 +340,25 @@ class Device:
             lost_requests=marks.lost_requests,
             summaries=folded.summaries,
             outcomes=folded.outcomes,
-            alarm=(self.vouching.alarm or self.direction.alarm)[:300],
+            alarm=(self.vouching.alarm or self.direction.alarm or self.installation.alarm or self._disk)[:300],
             sitting_out=msgspec.UNSET if sitting_out is None else sitting_out,
         )
+
+    def _range_to_report(self) -> tuple[int, int]:
+        """What the next report tells; no records while the disk cannot note that they are told, only the state."""
+        try:
+            found = self.outbox.next_range()
+        except StorageFailed as error:
+            if not self._disk:
+                _log.error("%s: %s; reports tell the state alone", self.device_id, error)
+            self._disk = str(error)
+            return self.outbox.marks.acked + 1, self.outbox.marks.acked
+        self._disk = ""
+        return found
 
     def _acknowledged(self, _topic: str, payload: bytes) -> None:
         try:
             ack = unpack(payload, ReportAck)
             self.outbox.acknowledge(ack.epoch, ack.sequence)
-        except AtollError as error:
+        except (AtollError, OSError) as error:
             _log.warning("%s: acknowledgement: %s", self.device_id, error)

@@ -66,6 +66,7 @@ ASK_AGAIN_S = 60.0
 ALARM_KEPT_S = 86_400
 """How long an alarm is told while no director is heard to have it: whoever drops reports cannot hide it by that."""
 CONNECTION_POLL_S = 0.25
+REPORT_AGAIN_S = 1.0
 ANSWER_BYTES_MAX = 900_000
 
 _log = logging.getLogger(__name__)
@@ -151,9 +152,10 @@ class Direction:
                 self._installed.clear()
                 try:
                     await self._send(self._report("", await asyncio.to_thread(self._held)))
-                except AtollError as error:  # the broker went away, or the disk is full
+                except (AtollError, OSError) as error:  # the broker went away, or the disk takes nothing
                     _log.info("%s: version report: %s", self._traits.device_id, error)
                     self._installed.set()
+                    await asyncio.sleep(REPORT_AGAIN_S)
             await asyncio.sleep(CONNECTION_POLL_S)
 
     async def route(
@@ -169,7 +171,7 @@ class Direction:
         """The director's steps to `want`, checked; None when the device has to plan for itself.
 
         `held`: what the device tells of its files. `files`, `pieces` and `manifests`: what it has, as for
-        `patch.route.plan_update`. `at_hand`: sealed blobs on disk. Raises StorageFull when the
+        `patch.route.plan_update`. `at_hand`: sealed blobs on disk. Raises StorageFailed when the
         counter cannot be written down.
         """
         answer, question = await self._ask(manifest_digest(want), held, at_hand)

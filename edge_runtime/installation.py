@@ -32,7 +32,7 @@ from edge_runtime.update import Command, Event, Refusal, State, step
 from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.assembly import root_of
-from model_delta.errors import AtollError, StorageFull, Unavailable
+from model_delta.errors import AtollError, StorageFailed, Unavailable
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits
 from model_delta.trust.director import HeldFile
@@ -54,7 +54,7 @@ class Happened(msgspec.Struct, frozen=True):
 
 class Installation:
     """The update of one model on one device. `clock` is wall time; waits and durations use the monotonic clock. `told`
-    is called when an outcome is in the outbox."""
+    is called when an outcome is in the outbox. `alarm` says what is wrong with the disk ("" while nothing is)."""
 
     def __init__(
         self,
@@ -105,6 +105,8 @@ class Installation:
             clock=clock,
             retry_s=retry_most_s,
         )
+        self.alarm = ""
+        self._opened: SlotName | None = None
         self._live: LiveRecord | None = None
         self._answered = asyncio.Event()
 
@@ -114,7 +116,7 @@ class Installation:
         return self._journal.record
 
     def keep_trust(self, trust: TrustState) -> None:
-        """Store a newer trust state (a round announcement was accepted). Raises StorageFull."""
+        """Store a newer trust state (a round announcement was accepted). Raises StorageFailed."""
         self._journal.write(trust=trust)
 
     def standing(self) -> Standing:
@@ -127,12 +129,10 @@ class Installation:
 
     def file_root(self) -> str:
         """The Merkle root of the file in the slot that the pointer names, as it stands on disk; "" without one."""
-        version = self._slots.installed(self._slots.pointer())
-        if version is None:
-            return ""
         try:
-            return root_of(version.manifest, self._slots.read(version))
-        except AtollError:
+            version = self._slots.installed(self._slots.pointer())
+            return "" if version is None else root_of(version.manifest, self._slots.read(version))
+        except (AtollError, OSError):
             return ""
 
     # -- the life of the update
@@ -149,21 +149,39 @@ class Installation:
         self._answered.set()
 
     async def run(self) -> None:
-        """Live by the table, from BOOTED on, until cancelled. A full disk ends nothing: what could not be written is
-        done again, as after a power cut."""
+        """Live by the table, from BOOTED on, until cancelled. A disk that is full, read-only or broken ends nothing:
+        what runs goes on answering, and what could not be written is done again later, as after a power cut. Only a
+        verdict is kept meanwhile: nobody is to be judged by live answers twice."""
         happened = Happened(Event.BOOTED)
         while True:
             try:
+                if self.alarm:
+                    self._journal.write()
+                    self._disk_works()
                 self._journal.tell()
-                if happened.event is Event.BOOTED:
+                if happened.event is Event.BOOTED and not self._running.digest:
                     self._run_slot(self._answering_slot())
                 command = self._advance(happened)
+                happened = Happened(Event.BOOTED)
                 self._journal.tell()
                 happened = await self._perform(command)
-            except StorageFull as error:
-                _log.error("%s: %s", self._traits.device_id, error)
+            except (StorageFailed, OSError) as error:
+                self._disk_fails(str(error))
+                if happened.event is Event.UNHEALTHY:
+                    self._run_slot(other_slot(self.record.slot))
+                elif happened.event is not Event.HEALTHY:
+                    happened = Happened(Event.BOOTED)
                 await asyncio.sleep(self._retry_most_s)
-                happened = Happened(Event.BOOTED)
+
+    def _disk_fails(self, reason: str) -> None:
+        """Tell it once, here and in the reports."""
+        if reason != self.alarm:
+            _log.error("%s: %s; what runs goes on answering", self._traits.device_id, reason)
+        self.alarm = reason
+
+    def _disk_works(self) -> None:
+        _log.info("%s: the disk takes what is written again", self._traits.device_id)
+        self.alarm = ""
 
     def _advance(self, happened: Happened) -> Command:
         """Write down the next state and everything else that changes at this moment; return the command."""
@@ -255,6 +273,10 @@ class Installation:
             try:
                 return Happened(Event.FETCHED, changes=await self._fetch_once())
             except Unavailable as error:
+                if isinstance(error, StorageFailed):
+                    self._disk_fails(str(error))
+                elif self.alarm:
+                    self._disk_works()
                 _log.info("%s: fetch of %s: %s", self._traits.device_id, self.record.target[:12], error)
                 await asyncio.sleep(wait_s * (0.5 + self._rng.random() / 2))
                 wait_s = min(2 * wait_s, self._retry_most_s)
@@ -310,7 +332,7 @@ class Installation:
         verdict, loaded = self._judge_golden(version)
         if loaded is None or version is None:
             return self._condemned(verdict)
-        self._running.use(loaded, version.manifest, version.digest)
+        self._use(version, loaded)
         self._live, since = LiveRecord(), time.monotonic()
         try:
             while True:
@@ -349,20 +371,20 @@ class Installation:
         return Happened(Event.UNHEALTHY, self._journal.outcome("rolled_back", verdict.reason, active=active), changes)
 
     def _restore(self) -> Happened:
-        """Point back to the slot that answered before. Idempotent: it is the one that the target is not in."""
-        self._running.clear()
+        """Point back to the slot that answered before, which answers from now on, also while the pointer cannot be
+        written. Idempotent: it is the one that the target is not in."""
         slot = other_slot(self.record.slot)
         version = self._slots.installed(slot)
         reason = "nothing was installed before"
         if version is not None:
             try:
-                loaded = self._open_checked(version)
-            except AtollError as error:
+                self._use(version, self._open_checked(version))
+            except (AtollError, OSError) as error:
                 reason = str(error)[:300]
             else:
                 self._slots.point_to(slot)
-                self._running.use(loaded, version.manifest, version.digest)
                 return Happened(Event.RESTORED)
+        self._running.clear()
         self._slots.point_to(None)
         return Happened(Event.RESTORE_FAILED, self._journal.outcome("safe_mode", reason))
 
@@ -381,13 +403,19 @@ class Installation:
         version = self._slots.installed(slot)
         if version is not None and version.digest == self._running.digest:
             return
+        if version is None and slot is not None and self._running.digest and slot == self._opened:
+            return  # it cannot be read now; what runs was checked when it was opened
         self._running.clear()
         if version is None:
             return
         try:
-            self._running.use(self._open_checked(version), version.manifest, version.digest)
-        except AtollError as error:
+            self._use(version, self._open_checked(version))
+        except (AtollError, OSError) as error:
             _log.error("%s: slot %s cannot run: %s", self._traits.device_id, version.slot, error)
+
+    def _use(self, version: InstalledVersion, loaded: LoadedModel) -> None:
+        self._opened = version.slot
+        self._running.use(loaded, version.manifest, version.digest)
 
     def _open_checked(self, version: InstalledVersion) -> LoadedModel:
         """Open a slot's version after checking its file. It was vouched for when it was written there: that the keys

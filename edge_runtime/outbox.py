@@ -14,7 +14,7 @@ the coordinator's acknowledgement puts the numbering right.)
 
 Acknowledged segments stay while there is room (`history_records`), so that the outcome of a payment, which comes weeks
 later, can still be joined to its decision. When the queue is full the oldest records go, and the loss is counted.
-A disk that is full costs records, never answers.
+A disk that is full, read-only or broken costs records, never answers.
 """
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ class Outbox:
 
     def next_range(self, records_max: int = 5_000) -> tuple[int, int]:
         """The range to report now: the last one again while it is unacknowledged, else what is new (marked as sent
-        before it is returned). Empty (last < first) when there is nothing."""
+        before it is returned). Empty (last < first) when there is nothing. Raises StorageFailed when that cannot be
+        marked."""
         first = self.marks.acked + 1
         if self.marks.sent >= first:
             return first, self.marks.sent
@@ -282,10 +283,13 @@ class Outbox:
             start = self._firsts[-1]
             path = self._path(start)
             payloads, sound = _frames(path)
-            if sound < path.stat().st_size:
-                os.truncate(path, sound)
             self._next, self._count = start + len(payloads), len(payloads)
-            self._handle = os.open(path, os.O_RDWR | os.O_APPEND)
+            try:
+                if sound < path.stat().st_size:
+                    os.truncate(path, sound)
+                self._handle = os.open(path, os.O_RDWR | os.O_APPEND)
+            except OSError:
+                self._count = self._segment  # nothing goes behind a tail that may be torn
         floor = max(self.marks.sent, self.marks.acked) + 1
         if self._next < floor:  # sent, then lost with the power: leave the numbers to what was sent
             self.close()

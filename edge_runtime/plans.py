@@ -14,7 +14,7 @@ from collections.abc import Callable
 from edge_runtime.journal import Journal
 from edge_runtime.running import Running
 from edge_runtime.vouching import Vouching
-from model_delta.errors import AtollError, SignatureInvalid, StorageFull
+from model_delta.errors import AtollError, SignatureInvalid, StorageFailed
 from model_delta.plan import DeviceTraits, RolloutPlan, assign
 from model_delta.trust.updater import accept_plan
 
@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 class Plans:
     """The plan in force for one model, and what it wants of this device. `changed` is set when another one is followed,
-    `refused` counts those that were not believed. One that a full disk did not take is tried again `retry_s` later."""
+    `refused` counts those that were not believed. One that the disk did not take is tried again `retry_s` later;
+    what it withdraws stops answering at once."""
 
     def __init__(
         self,
@@ -54,7 +55,8 @@ class Plans:
             plan, trust = accept_plan(payload, self._model, anchors, record.trust, self._clock())
             if trust != record.trust or payload != record.plan:
                 self._journal.write(trust=trust, plan=payload)
-        except StorageFull:  # a retained message does not come again by itself
+        except StorageFailed:  # a retained message does not come again by itself
+            self._running.withdrawn |= frozenset(plan.withdrawn)  # that much needs no disk
             asyncio.get_running_loop().call_later(self._retry_s, self.offered, topic, payload)
         except SignatureInvalid as error:
             self._refuse(error)

@@ -31,7 +31,7 @@ import msgspec
 
 from edge_runtime.update import State
 from model_delta.digest import require_digest, require_match
-from model_delta.durable import replace_whole, sync_file, sync_folder
+from model_delta.durable import replace_whole, storage_error, sync_file, sync_folder
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, DigestMismatch, Malformed, NotFound, StorageFull
 from model_delta.manifest import Manifest, manifest_digest, parse_manifest
@@ -133,7 +133,8 @@ class Slots:
         for folder in (self._incoming, *(directory / "slots" / name for name in SLOTS)):
             folder.mkdir(parents=True, exist_ok=True)
         for leftover in directory.rglob("*.new"):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that takes nothing: what is there can still answer
+                leftover.unlink(missing_ok=True)
 
     # -- the record
 
@@ -324,21 +325,19 @@ def other_slot(slot: str) -> SlotName:
 
 def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace `path` by `data` so that a power cut leaves the old or the new content; with `durable` off it is only
-    certain that the death of this process does (and it costs no disk wait). Raises StorageFull with the old content in
-    place."""
+    certain that the death of this process does (and it costs no disk wait). Raises StorageFull and StorageFailed with
+    the old content in place."""
     with storage_errors(path):
         replace_whole(path, data, aside=path.with_name(path.name + ".new"), durable=durable)
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """A full disk as StorageFull."""
+    """A full disk as StorageFull, one that fails otherwise as StorageFailed."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageFull(f"no room left for {path}: free some space; nothing was changed") from None
-        raise
+        raise storage_error(path, error) from None
 
 
 def _remove_parts(folder: Path) -> None:

@@ -106,7 +106,7 @@ class Vouching:
                     try:
                         await self.refresh()
                         pause = self._every_s * (1 + (self._rng.random() - 0.5) / 4)
-                    except AtollError as error:
+                    except (AtollError, OSError) as error:
                         _log.warning("repository: %s", error)
                         pause = min(self._every_s, SOON_S)
                     await self._while_connected(pause)

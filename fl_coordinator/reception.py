@@ -85,7 +85,7 @@ class Reception:
             "hello_files", "Greetings, by the file that stands on the device.", ("file",)
         )
         self._alarmed: set[str] = set()
-        metrics.gauge("devices_alarmed", "Devices that say something is wrong with their trust.").read_from(
+        metrics.gauge("devices_alarmed", "Devices that say that their trust or their disk has a problem.").read_from(
             lambda: float(len(self._alarmed))
         )
         self._count_reports = metrics.counter("reports", "Reports folded, by verdict.", ("verdict",))

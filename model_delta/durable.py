@@ -5,8 +5,13 @@ Whoever keeps something in a file of its own writes it through here; how a full 
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+from model_delta.errors import StorageFailed, StorageFull
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def replace_whole(path: Path, data: bytes, *, aside: Path, durable: bool = True) -> None:
@@ -32,6 +37,14 @@ def replace_whole(path: Path, data: bytes, *, aside: Path, durable: bool = True)
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def storage_error(what: Path | str, error: OSError) -> StorageFailed:
+    """What the system says of a file as our error: a full disk needs room, any other somebody who looks at it."""
+    if error.errno in _FULL:
+        return StorageFull(f"no room left for {what}: free some space; nothing was changed")
+    reason = error.strerror or type(error).__name__
+    return StorageFailed(f"the disk refuses {what} ({reason}): check it and how it is mounted; nothing was changed")
 
 
 def sync_file(path: Path) -> None:

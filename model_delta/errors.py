@@ -10,7 +10,8 @@
     │   └── NotVouchedFor
     ├── Unavailable        retry with backoff, at the shell
     │   ├── NotFound
-    │   ├── StorageFull
+    │   ├── StorageFailed
+    │   │   └── StorageFull
     │   └── TooSlow
     └── Malformed          a bug or an attack: count it, do not retry
 
@@ -61,7 +62,11 @@ class NotFound(Unavailable):
     """The named object is not there (yet)."""
 
 
-class StorageFull(Unavailable):
+class StorageFailed(Unavailable):
+    """The disk takes or gives no bytes now, be it read-only, broken or full; nothing was changed."""
+
+
+class StorageFull(StorageFailed):
     """No room left to write; nothing was changed."""
 
 

@@ -27,7 +27,7 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from model_delta.durable import replace_whole, sync_folder
+from model_delta.durable import replace_whole, storage_error, sync_folder
 from model_delta.encoding import pack, unpack
 from model_delta.errors import (
     DigestMismatch,
@@ -36,7 +36,6 @@ from model_delta.errors import (
     NotFound,
     RolledBack,
     SignatureInvalid,
-    StorageFull,
     TooLarge,
     TooSlow,
     Unavailable,
@@ -373,4 +372,4 @@ def _ours(what: str) -> Iterator[None]:
     except exceptions.DownloadError as error:
         raise Unavailable(f"{what}: {error}") from None
     except OSError as error:
-        raise StorageFull(f"{what}: cannot keep verified metadata: {error.strerror}; free some space") from None
+        raise storage_error(f"verified metadata ({what})", error) from None

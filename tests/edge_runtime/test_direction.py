@@ -16,7 +16,7 @@ from edge_runtime.direction import SILENCES_ALARM, Direction, Standing, held_fil
 from edge_runtime.identity import Identity
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
-from model_delta.errors import Malformed
+from model_delta.errors import Malformed, StorageFailed
 from model_delta.keys.keyring import EmbeddedKeyring
 from model_delta.manifest import Blob, manifest_digest
 from model_delta.patch.route import NO_LIMITS, Route
@@ -344,7 +344,7 @@ def test_an_installation_is_reported_once_the_line_is_there(tmp_path: Path) -> N
 def test_nothing_is_followed_that_could_not_be_written_down(tmp_path: Path) -> None:
     async def story(desk: Desk) -> None:
         direction = desk.direction(path=tmp_path / "missing" / "direction.record")
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(StorageFailed, match=r"direction\.record \(No such file"):
             await asked(direction)
         assert desk.reports == []
 
