@@ -30,6 +30,7 @@ from model_delta.trust.updater import TrustAnchors
 
 ROUND_MARGIN_S = 180.0
 POLL_S = 0.5
+ABORT_S = 15.0
 _OPENED = {
     DISTANCES: "their sum, and the distances of all that were measured",
     GRAPH: "their sum, and which pairs are close",
@@ -133,6 +134,16 @@ def show_round(data: Path, round_id: str, transcript: Path | None, *, contact_s:
         write_private(transcript, content)
         found = {**found, "transcript": str(transcript), "transcript_bytes": len(content)}
     show(found, _round_text(found, whole=True), as_json=as_json)
+
+
+def abort_round(data: Path, round_id: str, *, contact_s: float, as_json: bool) -> None:
+    """End a round, and show what became of it. Raises NotFound, and Malformed for one that has ended before."""
+    client = operator(data, contact_s)
+    before = client.post(f"/v1/rounds/{round_id}/abort", {})
+    if State[before["state"]] in ENDED:
+        raise Malformed(f"round {round_id}: has ended before, it is {before['state']}")
+    found = follow_round(client, round_id, ABORT_S, quiet=True)
+    show(found, _round_text(found), as_json=as_json)
 
 
 def verify_rounds(data: Path, files: Sequence[Path], anchors: Path | None, *, as_json: bool) -> None:

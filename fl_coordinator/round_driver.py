@@ -74,12 +74,13 @@ class RoundDriver:
         self._note = note
         self._publish_soon = publish_soon
         self._opening_one = asyncio.Lock()
-        self._aborted: set[str] = set()
+        self._stops: dict[str, asyncio.Event] = {}
         self._driving: set[str] = set()
 
     def recall(self) -> list[str]:
         """The rounds that a coordinator which starts must go on with. Blocking."""
-        self._aborted |= self._ledger.aborted_rounds()
+        for round_id in self._ledger.aborted_rounds():
+            self._stop_of(round_id).set()
         return [found.round_id for found in every_round(self._ledger) if found.live]
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
@@ -99,15 +100,19 @@ class RoundDriver:
         return opened
 
     async def abort(self, round_id: str) -> Round:
-        """Stop a round before its result is published. Raises NotFound."""
+        """Stop a round before its result is published. An attempt at opening is not waited for: nothing that the
+        aggregators still answer is put together, though they may have done their part. Raises NotFound."""
         found = await asyncio.to_thread(self.round, round_id)
         if found.live:
             await in_thread(self._ledger.abort_round, round_id)
-            self._aborted.add(round_id)
+            self._stop_of(round_id).set()
             async with self._intake.admitted:
                 self._intake.admitted.notify_all()
             self.due.put_nowait(round_id)  # in case that nobody drives it any more
         return found
+
+    def _stop_of(self, round_id: str) -> asyncio.Event:
+        return self._stops.setdefault(round_id, asyncio.Event())
 
     def round(self, round_id: str) -> Round:
         """A round as it stands. Raises NotFound."""
@@ -148,7 +153,7 @@ class RoundDriver:
                     return
         finally:
             self._driving.discard(round_id)
-            self._aborted.discard(round_id)
+            self._stops.pop(round_id, None)
 
     async def _walk(self, round_id: str) -> None:
         """Take a round through the table until it rests. Each command is idempotent, so that BOOTED may repeat it."""
@@ -157,7 +162,7 @@ class RoundDriver:
         while command is not Command.REST:
             before = self._clock()
             found, event = await self._perform(command, found)
-            if round_id in self._aborted:
+            if self._stop_of(round_id).is_set():
                 event = Event.ABORTED if event is not Event.RELEASED else event
                 reason = found.reason or "an operator aborted it"
                 found = msgspec.structs.replace(found, reason=reason)
@@ -216,7 +221,7 @@ class RoundDriver:
             Command.ANNOUNCE: self._announce,
             Command.COLLECT: self._collect,
             Command.FREEZE: self._freeze,
-            Command.AGGREGATE: self._opening.attempt,
+            Command.AGGREGATE: self._aggregate,
             Command.JUDGE: self._candidates.judge,
             Command.PUBLISH: self._candidates.release,
         }[command]
@@ -227,7 +232,7 @@ class RoundDriver:
                 # The disk is full or the broker away: nothing is decided, so the same command is tried again.
                 self._count_failures.add(1, "round")
                 _log.warning("round %s: %s", found.round_id, error)
-                if found.round_id in self._aborted:
+                if self._stop_of(found.round_id).is_set():
                     return found, Event.ABORTED
                 await asyncio.sleep(self._tick_s)
             except AtollError as error:
@@ -240,7 +245,7 @@ class RoundDriver:
         """Wait until one relay has announced the round; the others are told meanwhile, and waited for by nobody."""
         self._relaying.wake()
         while not await self._relaying.announced(found, self._tick_s):
-            if found.round_id in self._aborted:
+            if self._stop_of(found.round_id).is_set():
                 return found, Event.ABORTED
             if self._clock() > found.task.deadline:
                 said = "; ".join(complaints(await asyncio.to_thread(self._relaying.record, found)))
@@ -266,7 +271,7 @@ class RoundDriver:
             left = found.task.deadline - self._clock()
             async with self._intake.admitting:  # counted after the clock was read: what came in time counts
                 admitted = len(await asyncio.to_thread(self._ledger.contributions, found.round_id))
-            if found.round_id in self._aborted:
+            if self._stop_of(found.round_id).is_set():
                 return found, Event.ABORTED
             if admitted >= found.spec.quorum and (admitted >= wanted or left <= 0):
                 return found, Event.COLLECTED
@@ -298,6 +303,9 @@ class RoundDriver:
         }
         sitting = self._ledger.sitting_out(found.round_id).items()
         return max(found.spec.quorum, len(able - {name for name, reason in sitting if reason not in PASSING}))
+
+    async def _aggregate(self, found: Round) -> tuple[Round, Event]:
+        return await self._opening.attempt(found, self._stop_of(found.round_id))
 
     async def _freeze(self, found: Round) -> tuple[Round, Event]:
         """Fix the ordered list. The state is FROZEN already, so whatever is not admitted by now is refused as late;

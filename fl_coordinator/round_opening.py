@@ -1,16 +1,25 @@
 """The aggregators open the mean of a frozen round: attempts, what they cost in privacy, and the signed transcript.
 
 An attempt's number, its price and its result are each durable before anybody hears of them. A round opens once.
+
+A round that is aborted ends at once, whatever the aggregators are doing: the answers that they still give are dropped
+unread, and no sum is put together here. They are not called back, for whether they have decided by then nobody can tell
+from here; each stops by itself, when it is done or its attempt's time is over. Two shares that leave two of them are a
+sum all the same, so a round that ended while an attempt was running, or after one that some of them answered, counts as
+opened in the accounts of privacy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from fl_coordinator.aggregation import combine_openings
+from fl_coordinator.flower_bridge import CommandFailed
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Bridge, Note, UpdatesLog
 from fl_coordinator.privacy import Spent
@@ -21,6 +30,7 @@ from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
 from fl_coordinator.shares.contribution import parse
 from fl_coordinator.shares.decision import Decision, restated
 from fl_coordinator.spending import Charge, charge
+from fl_coordinator.threads import in_thread
 from fl_coordinator.transcript import (
     SETTLEMENT_TYPE,
     Settlement,
@@ -67,12 +77,15 @@ class Opening:
         self._note = note
         self._paying = asyncio.Lock()
 
-    async def attempt(self, found: Round) -> tuple[Round, Event]:
-        """One attempt on the frozen set. The result is durable before the state says so; a result that is there already
-        (the coordinator died in between) is taken instead of a second opening."""
+    async def attempt(self, found: Round, stop: asyncio.Event) -> tuple[Round, Event]:
+        """One attempt on the frozen set, which ends early when `stop` is set. The result is durable before the state
+        says so; a result that is there already (the coordinator died in between) is taken instead of a second
+        opening."""
         result = await asyncio.to_thread(self._ledger.round_result, found.round_id)
         if result is not None:
             return await self._decided(found, decision_in(result[1]), result[1])
+        if stop.is_set():
+            return found, Event.ABORTED
         if found.attempt >= ATTEMPTS_MAX:
             return msgspec.structs.replace(
                 found,
@@ -97,12 +110,18 @@ class Opening:
         if paid is not None and found.spec.privacy is not None:
             payload["spent"] = msgspec.to_builtins(paid.told(found.spec.privacy.delta))
         names = [key.name for key in found.task.aggregators]
+        replies: Mapping[str, dict[str, Any]] | None = {}
         try:
-            replies = await self._bridge.command(payload, names, found.spec.aggregation_s)
+            replies = await self._asked(payload, names, found.spec.aggregation_s, stop)
+            if replies is None:
+                await in_thread(self._ledger.may_have_opened, found.round_id)
+                return found, Event.ABORTED
             ordered = [replies[name] for name in names]
             aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
             await asyncio.to_thread(self._require_rules, found.task, aggregate.decision)
         except AtollError as error:  # somebody is down, or lies, or was spoken for: the error names who
+            if _some_opened(error.replies if isinstance(error, CommandFailed) else replies):
+                await asyncio.to_thread(self._ledger.may_have_opened, found.round_id)
             failures = (*found.failures, str(error)[:500])
             await asyncio.to_thread(
                 self._note, "alert", f"round {found.round_id}: attempt {found.attempt} failed: {error}"
@@ -116,6 +135,20 @@ class Opening:
         memory = await asyncio.to_thread(memory_record, self._ledger, found.task, aggregate.decision)
         await asyncio.to_thread(self._ledger.save_round_result, found.round_id, mean, transcript, memory)
         return await self._decided(found, aggregate.decision, transcript)
+
+    async def _asked(
+        self, payload: Mapping[str, Any], names: Sequence[str], deadline_s: float, stop: asyncio.Event
+    ) -> Mapping[str, dict[str, Any]] | None:
+        """What the aggregators answer; None as soon as `stop` is set. Raises CommandFailed."""
+        asking = asyncio.ensure_future(self._bridge.command(payload, names, deadline_s))
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+        finally:
+            for task in (asking, stopping):
+                task.cancel()
+            await asyncio.gather(asking, stopping, return_exceptions=True)
 
     async def _decided(self, found: Round, decision: Decision, transcript: bytes) -> tuple[Round, Event]:
         """The round with everybody's verdict and its transcript's digest, under which the store has it from now on."""
@@ -171,6 +204,11 @@ def _settlement(found: Round, mean: str, decision: Decision) -> Settlement:
     if decision.spent is None:
         return settled
     return msgspec.structs.replace(settled, **{name: getattr(decision.spent, name) for name in Spent.__struct_fields__})
+
+
+def _some_opened(replies: Mapping[str, dict[str, Any]] | None) -> bool:
+    """Whether an aggregator let go of its shares of a sum."""
+    return any(reply.get("first") for reply in (replies or {}).values())
 
 
 def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:

@@ -89,6 +89,22 @@ def round_show(
     show_round(data, round_id, transcript, contact_s=contact, as_json=json)
 
 
+@round_.command("abort")
+def round_abort(
+    round_id: Annotated[str, typer.Argument(help="The round.")],
+    data: DataOption = DEFAULT_DATA,
+    contact: ContactOption = DEFAULT_CONTACT,
+    json: JsonOption = False,
+) -> None:
+    """End a round at once, before its result is published. What aggregators still answer is dropped.
+
+    Example: atoll round abort fraud-1700000000-0a1b2c
+    """
+    from atoll.rounds import abort_round
+
+    abort_round(data, round_id, contact_s=contact, as_json=json)
+
+
 @round_.command("verify")
 def round_verify(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Transcripts from `atoll round show`.")],

@@ -13,6 +13,8 @@ from fl_coordinator.tables.records import AdmittedContribution, MemoryRecord
 from fl_coordinator.tables.versions import require_kept
 from model_delta.errors import Malformed, NotFound
 
+_OPENED = "SELECT round_id FROM round_results WHERE length(mean) > 0 UNION SELECT round_id FROM maybe_opened"
+
 
 class Rounds(LedgerFile):
     """Rounds by their id. A round is a value of `rounds`, kept as packed bytes."""
@@ -70,6 +72,11 @@ class Rounds(LedgerFile):
                     (memory.model, memory.policy, memory.rounds - 1),
                 )
 
+    def may_have_opened(self, round_id: str) -> None:
+        """Write down that aggregators may have let go of their shares of a round's sum, though no result came here."""
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO maybe_opened VALUES (?)", (round_id,))
+
     def round_memory(self, name: str) -> bytes | None:
         """A packed memory by its digest; only the newest two of a model and policy are kept."""
         rows = self._rows("SELECT memory FROM round_memories WHERE name = ?", (name,))
@@ -107,9 +114,9 @@ class Rounds(LedgerFile):
         return [Spend(*row) for row in self._rows(query, (model, other_than))]
 
     def opened_without_noise(self, model: str) -> list[str]:
-        """The rounds of a model whose sums were opened as they were, oldest first."""
+        """The rounds of a model whose sums were opened as they were, or may have been, oldest first."""
         query = (
-            "SELECT round_id FROM round_results JOIN rounds USING (round_id) WHERE model = ? AND length(mean) > 0 AND "
+            f"SELECT round_id FROM rounds WHERE model = ? AND round_id IN ({_OPENED}) AND "
             "round_id NOT IN (SELECT round_id FROM privacy_openings) ORDER BY rounds.rowid"
         )
         return [row[0] for row in self._rows(query, (model,))]
@@ -122,8 +129,8 @@ class Rounds(LedgerFile):
             "WHERE device_id = ? AND round_id <> ? ORDER BY round_id, attempt"
         )
         bare = (
-            "SELECT 0.0, 1.0 FROM contributions JOIN round_results USING (round_id) WHERE device_id = ? AND "
-            "round_id <> ? AND length(mean) > 0 AND round_id NOT IN (SELECT round_id FROM privacy_openings)"
+            "SELECT 0.0, 1.0 FROM contributions WHERE device_id = ? AND round_id <> ? AND "
+            f"round_id IN ({_OPENED}) AND round_id NOT IN (SELECT round_id FROM privacy_openings)"
         )
         return {
             name: [Spend(*row) for one in (query, bare) for row in self._rows(one, (name, other_than))]

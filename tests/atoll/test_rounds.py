@@ -68,6 +68,7 @@ class Coordinator:
         self.url = ""
         self.posted: list[dict[str, Any]] = []
         self.transcript = b""
+        self.states: list[str] = []
 
     def answer(self, method: str, path: str, body: bytes) -> dict[str, Any] | list[dict[str, Any]] | bytes:
         if method == "POST":
@@ -76,7 +77,7 @@ class Coordinator:
             return self.transcript
         elif path == "/v1/rounds":
             return [VIEW]
-        return VIEW
+        return {**VIEW, "state": self.states.pop(0)} if self.states and "/rounds/" in path else VIEW
 
 
 @pytest.fixture
@@ -164,6 +165,15 @@ def test_rounds_are_listed_and_shown(run: Run, coordinator: Coordinator, tmp_pat
         "  gate precision: average precision 0.6, stable 0.5, allowed loss 0.01",
     ):
         assert line in out.splitlines()
+
+
+def test_a_round_is_aborted_and_shown_once_it_has_ended(run: Run, coordinator: Coordinator, tmp_path: Path) -> None:
+    code, _, err = run("round", "abort", "fraud-1", "--data", tmp_path / "data")
+    assert (code, err) == (2, "atoll: round fraud-1: has ended before, it is PUBLISHED\n")
+    coordinator.states = ["AGGREGATING", "FAILED"]
+    code, out, _ = run("round", "abort", "fraud-1", "--data", tmp_path / "data")
+    assert (code, out.splitlines()[0]) == (0, "round fraud-1: failed, 2 contributions")
+    assert coordinator.posted == [{}, {}]
 
 
 def test_a_transcript_is_exported_and_replayed_without_the_platform(

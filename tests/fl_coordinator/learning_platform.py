@@ -68,6 +68,7 @@ class Aggregators:
         self.platform = platform
         self.down: set[str] = set()
         self.commands: list[dict[str, Any]] = []
+        self.answered = 0
         self.memories_asked = 0
         self.fetched = 0
         self._rngs = rngs or {}
@@ -159,6 +160,7 @@ class Aggregators:
                 else:
                     replies[name] = pack(answer)
             self.platform.bridge.reply(write_reply(command_id, replies, failures))
+            self.answered += 1
 
     async def _run(self, name: str, command: dict[str, Any]) -> dict[str, Any] | str:
         if name in self.down:

@@ -213,6 +213,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     raw.execute("ALTER TABLE devices DROP COLUMN model")
     raw.execute("DROP TABLE aborted_rounds")
     raw.execute("DROP TABLE sitting_out")
+    raw.execute("DROP TABLE maybe_opened")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
@@ -226,6 +227,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     assert ledger.devices() == []
     assert ledger.aborted_rounds() == set()
     assert ledger.sitting_out("r1") == {}
+    ledger.may_have_opened("r1")
     ledger.close()
 
 

@@ -1,0 +1,75 @@
+"""A round that is aborted ends at once, and what nobody can know of its sum counts against privacy."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from fl_coordinator.privacy import Spend
+from fl_coordinator.rounds import State
+from tests.fl_coordinator.learning_platform import SPEC, asked, contribute_all, learning
+from tests.fl_coordinator.platform_in_memory import on_a_loop, until
+
+
+@on_a_loop
+async def test_an_abort_does_not_wait_for_the_aggregators_and_drops_what_they_still_answer(tmp_path: Path) -> None:
+    async with learning(tmp_path, 6) as at:
+        asked_for, go_on = at.aggregators._run, asyncio.Event()
+
+        async def slow(name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+            answer = await asked_for(name, command)  # it has decided and opened its part, and nobody has heard of it
+            await go_on.wait()
+            return answer
+
+        at.aggregators._run = slow  # type: ignore[method-assign]
+        opened = await at.coordinator.open_round(asked(aggregation_s=3600))
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: at.aggregators.commands)
+        await at.coordinator.abort_round(opened.round_id)
+        async with asyncio.timeout(5):
+            ended = await at.ended(opened.round_id)
+        assert (ended.state, ended.reason, ended.attempt) == ("FAILED", "an operator aborted it", 1)
+        go_on.set()
+        await until(lambda: at.aggregators.answered == 1)
+        assert at.ledger.round_result(opened.round_id) is None
+        # Nobody knows here whether two of them have opened: no epsilon is promised for what they may have.
+        assert at.ledger.opened_without_noise("fraud") == [opened.round_id]
+        assert at.ledger.privacy_of_devices(["pos-0000"]) == {"pos-0000": [Spend(0.0)]}
+        assert (await at.learned(asked(name="next"))).state == "PUBLISHED", "the next round does not wait for it"
+
+
+@on_a_loop
+async def test_a_round_that_is_to_end_asks_no_aggregator_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    async with learning(tmp_path, 6) as at:
+        at.aggregators.down = {"a1"}
+        opened = await at.coordinator.open_round(SPEC)
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: at.coordinator.round(opened.round_id).at is State.AGGREGATING)
+        await until(lambda: at.aggregators.commands)
+    asked_before = len(at.aggregators.commands)
+    at.ledger.abort_round(opened.round_id)
+    at.platform.reopen()
+    async with at.platform.running(), at.aggregators.serving():
+        assert (await at.ended(opened.round_id)).reason == "an operator aborted it"
+    assert len(at.aggregators.commands) == asked_before
+
+
+@on_a_loop
+async def test_a_round_that_fails_after_some_let_go_of_their_shares_counts_as_opened(tmp_path: Path) -> None:
+    async with learning(tmp_path, 6) as at:
+        asked_for = at.aggregators._run
+
+        async def lost(name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+            answer = await asked_for(name, command)
+            return answer if name == "a0" else "its answer was lost"
+
+        at.aggregators._run = lost  # type: ignore[method-assign]
+        assert (await at.learned(asked(name="lost"))).state == "FAILED"
+        assert len(at.ledger.opened_without_noise("fraud")) == 1
+        at.aggregators._run = asked_for  # type: ignore[method-assign]
+        at.aggregators.down = {"a0", "a1", "a2"}
+        assert (await at.learned(asked(name="nobody there"))).state == "FAILED"
+        assert len(at.ledger.opened_without_noise("fraud")) == 1, "nobody was there to open anything"
