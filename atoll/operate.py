@@ -136,7 +136,9 @@ def show_rollouts(data: Path, name: str, *, contact_s: float, as_json: bool) -> 
         show(found, _rollout_text(found), as_json=as_json)
         return
     every = client.get("/v1/rollouts")
-    show(every, columns(every, ("name", "model", "state", "stage", "in_stage", "adopted", "target")), as_json=as_json)
+    show(
+        every, columns(every, ("name", "model", "standing", "stage", "in_stage", "adopted", "target")), as_json=as_json
+    )
 
 
 def abort_rollout(data: Path, name: str, *, contact_s: float, as_json: bool) -> None:
@@ -180,8 +182,9 @@ def read_text(path: Path) -> str:
 
 
 def _rollout_text(found: dict[str, Any]) -> str:
+    standing = found.get("standing") or found["state"]
     lines = [
-        f"rollout {found['name']}: {found['state']}, stage {found['stage'] + 1} of {_count(found['stages'])}",
+        f"rollout {found['name']}: {standing}, stage {found['stage'] + 1} of {_count(found['stages'])}",
         f"target {found['target'][:12]}, stable {found['stable'][:12]}, plan serial {found['serial']}",
     ]
     if found.get("in_stage"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from fl_coordinator import rollout as rollouts
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.recorded_rounds import every_round
-from fl_coordinator.rollout import Rollout
+from fl_coordinator.rollout import SUPERSEDED, Rollout
 from fl_coordinator.rounds import Round
 from model_delta.encoding import unpack
 from model_delta.plan import DeviceTraits, assign, matches
@@ -137,6 +137,7 @@ class Overview:
         traits: list[DeviceTraits] = [record.traits for record in records]
         eligible = [one for one in traits if any(matches(cohort, one) for cohort in plan.cohorts)]
         in_stage = {one.device_id for one in eligible if assign(plan, one).arm == "target"}
+        history = self._ledger.stage_history(found.name)
         health: dict[str, dict[str, float]] = {}
         if found.live:
             counted = self._health(found, now)
@@ -170,8 +171,10 @@ class Overview:
             health=health,
             history=tuple(
                 RolloutEvent(time=entry.time, event=entry.event, stage=entry.stage, reason=entry.text)
-                for entry in self._ledger.stage_history(found.name)
+                for entry in history
             ),
+            standing=rollouts.standing(found, len(in_stage), any(entry.event == SUPERSEDED for entry in history)),
+            reason=found.reason,
         )
 
     def _round_state(self, found: Round) -> RoundState:

@@ -26,6 +26,9 @@ PLAN_SECONDS = 400 * 86_400
 SILENT_AFTER_S = 60.0
 """A device not heard for this long is silent, unless the rollout's silence guardrail says otherwise."""
 
+SUPERSEDED = "superseded"
+"""The event that ends a rollout in whose place a later one came."""
+
 State = Literal["running", "paused", "completed", "stopped", "aborted"]
 
 
@@ -224,6 +227,21 @@ def holds_devices(rollout: Rollout) -> bool:
     return rollout.live or (rollout.state == "completed" and not settled)
 
 
+def standing(rollout: Rollout, in_stage: int, superseded: bool) -> str:
+    """How it stands, in a few words for people; `in_stage` devices are in its stage now, `superseded` says that a later
+    rollout took its place."""
+    if superseded:
+        return "superseded"
+    if rollout.state == "running" and not in_stage:
+        return "waiting for devices"
+    if rollout.state == "paused":
+        return "paused, waits for you"
+    if rollout.state in ("stopped", "aborted"):
+        first = rollout.stable == rollout.target
+        return f"{rollout.state}; devices keep this first version" if first else f"{rollout.state}, rolled back"
+    return rollout.state
+
+
 def silent_after(spec: RolloutSpec) -> float:
     """Seconds after which a device counts as silent."""
     return next((rail.within_seconds for rail in spec.guardrails if rail.metric == "silence"), SILENT_AFTER_S)
@@ -238,6 +256,8 @@ def _lacking(rollout: Rollout, health: CohortHealth, now: float) -> str:
     silence = next((rail.share for rail in rollout.spec.guardrails if rail.metric == "silence"), 1.0)
     if age < hold.min_seconds:
         return f"{hold.min_seconds - age:.0f} more seconds"
+    if health.target.devices == 0:
+        return f"devices: none that follows {rollout.model} is in this stage yet"
     if heard == 0:
         return "a device of this stage to be heard"
     if health.target.adopted < math.ceil(hold.min_adopted * heard):

@@ -75,10 +75,11 @@ class RolloutDriver:
             if known.yaml == text and known.target == manifest:
                 return known
             raise Malformed(f"rollout {spec.name}: the name was used for another rollout; choose a new metadata.name")
+        followers = self._ledger.followers(spec.model)
         blocking = [
             found
             for found in every
-            if found.model == spec.model and rollouts.holds_devices(found) and found.target != manifest
+            if followers and found.model == spec.model and rollouts.holds_devices(found) and found.target != manifest
         ]
         newest = next((found for found in reversed(every) if found.model == spec.model), None)
         if blocking and (blocking[-1].live or blocking[-1] == newest):
@@ -93,18 +94,15 @@ class RolloutDriver:
             tenant=self._tenant,
             target=manifest,
             stable=self._ledger.stable(spec.model),
-            devices=[
-                (device.traits, now - device.last_seen <= AWAKE_S) for device in self._ledger.followers(spec.model)
-            ],
+            devices=[(device.traits, now - device.last_seen <= AWAKE_S) for device in followers],
             serial=self._next_serial(spec.model),
             withdrawn=self._ledger.withdrawn(spec.model),
             now=now,
         )
-        for found in every:  # a rollout of the same target to some cohorts gives way to this one
+        for found in every:  # one of the same target to some cohorts gives way to this one, as does one without devices
             if found.model == spec.model and found.live:
-                self._save(
-                    Advance(msgspec.structs.replace(found, state="completed"), None, "superseded", spec.name), now
-                )
+                ended = msgspec.structs.replace(found, state="completed", reason="")
+                self._save(Advance(ended, None, rollouts.SUPERSEDED, f"by {spec.name}"), now)
         self._save(begun, now)
         return begun.rollout
 

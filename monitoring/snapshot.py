@@ -56,8 +56,9 @@ class RolloutEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
-    """One rollout. `state` is running, completed, stopped or aborted; `eligible` and `in_stage` count devices;
-    `health` holds the newest figures per arm (`target`, `control`)."""
+    """One rollout. `state` is running, paused, completed, stopped or aborted, and `standing` the same in words for
+    people; `reason` is what it waits for, or what ended it. `eligible` and `in_stage` count devices; `health` holds the
+    newest figures per arm (`target`, `control`)."""
 
     name: str
     state: str
@@ -72,6 +73,8 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     health: dict[str, dict[str, float]] = {}
     history: tuple[RolloutEvent, ...] = ()
+    standing: str = ""
+    reason: str = ""
 
 
 class RejectedDevice(msgspec.Struct, frozen=True, kw_only=True):

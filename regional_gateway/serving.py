@@ -1,7 +1,7 @@
 """The path of a request through the region.
 
 `predict` (named features in, a decision out) and `infer` (tensors in, tensors out) differ only in how they read their
-inputs and word their answer. Both admit the tenant first and leave a record last; in between goes `_answer`: choose the
+inputs and word their answer. Both admit the tenant first and are counted last; in between goes `_answer`: choose the
 version that the plan names for this caller, wait for it if it is still loading, read the inputs as that version wants
 them, run. Everything that can grow is bounded: requests in flight, those that wait for a load, body sizes.
 """
@@ -23,7 +23,6 @@ from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.plan import DeviceTraits, RolloutPlan
 from monitoring.metrics import Metrics
-from monitoring.telemetry import Decision
 from regional_gateway.features import vector_of
 from regional_gateway.limits import take
 from regional_gateway.pool import Pool, Version, run
@@ -87,8 +86,8 @@ class Meters:
 
 
 class Gateway:
-    """What the request's path needs. `feature_sets` maps a manifest's feature set to its names in order; `leave` takes
-    the record of each scored payment; `clock` is Unix seconds, `timer` seconds of a steady clock."""
+    """What the request's path needs. `feature_sets` maps a manifest's feature set to its names in order; `timer` is
+    seconds of a steady clock."""
 
     def __init__(
         self,
@@ -98,15 +97,13 @@ class Gateway:
         versions: Versions,
         feature_sets: Mapping[str, tuple[str, ...]],
         metrics: Metrics,
-        leave: Callable[[Decision], None] = lambda decision: None,
-        clock: Callable[[], float] = time.time,
         timer: Callable[[], float] = time.perf_counter,
         wait_seconds_max: float = WAIT_SECONDS_MAX,
         in_flight_max: int = IN_FLIGHT_MAX,
     ) -> None:
         self.region, self.tenants, self.versions, self.feature_sets = region, tenants, versions, feature_sets
         self.metrics, self.meters = metrics, Meters(metrics)
-        self.leave, self.clock, self.timer = leave, clock, timer
+        self.timer = timer
         self.wait_seconds_max, self.in_flight_max = wait_seconds_max, in_flight_max
         self.in_flight = 0
         self.draining = False
@@ -185,7 +182,7 @@ async def predict(gateway: Gateway, asker: Asker, body: bytes) -> PredictRespons
         reason += f"; {late}"
     request_id = request.request_id or uuid.uuid4().hex
     latency = gateway.timer() - started
-    _record(gateway, version, route, request_id, [score], latency, late)
+    _count(gateway, version, route, [score])
     return PredictResponse(
         score=score,
         decision="approve" if approved else "decline",
@@ -205,7 +202,6 @@ async def infer(
 
     Raises the kinds listed in `protocol`.
     """
-    started = gateway.timer()
     tenant = gateway.admit(asker)
     request = parse_infer(body, header_length)
 
@@ -213,11 +209,10 @@ async def infer(
         require_inputs(request.inputs, manifest.inputs, model)
         return request.inputs
 
-    version, route, late, outputs = await _answer(gateway, tenant, model, asked_version, asker, inputs)
+    version, route, _, outputs = await _answer(gateway, tenant, model, asked_version, asker, inputs)
     response = encode_infer(model, version.name, request, outputs)
     if SCORE in outputs:
-        scores = outputs[SCORE].ravel().tolist()
-        _record(gateway, version, route, request.id or uuid.uuid4().hex, scores, gateway.timer() - started, late)
+        _count(gateway, version, route, outputs[SCORE].ravel().tolist())
     return response
 
 
@@ -276,24 +271,7 @@ def _scores(manifest: Manifest, outputs: Mapping[str, Array]) -> Array:
     return output.astype(np.float64).ravel()
 
 
-def _record(
-    gateway: Gateway, version: Version, route: Route, request_id: str, scores: list[float], latency: float, late: str
-) -> None:
-    now = gateway.clock()
-    threshold = version.manifest.decision_threshold
-    for row, score in enumerate(scores):
-        approved = score < threshold
-        gateway.meters.decisions.add(1, "approve" if approved else "decline", version.name, route.arm or "named")
-        gateway.leave(
-            Decision(
-                decision_id=request_id if len(scores) == 1 else f"{request_id}/{row}",
-                manifest=version.digest,
-                where="region",
-                score=score,
-                approved=approved,
-                latency_us=latency * 1e6,
-                fallback=late,
-                region=gateway.region,
-                time=now,
-            )
-        )
+def _count(gateway: Gateway, version: Version, route: Route, scores: list[float]) -> None:
+    for score in scores:
+        verdict = "approve" if score < version.manifest.decision_threshold else "decline"
+        gateway.meters.decisions.add(1, verdict, version.name, route.arm or "named")

@@ -3,7 +3,6 @@ import {bytes, chip, clock, count, element, empty, fold, micros, percent, redraw
 import {isLive, roleChip, versionName} from "./versions.js";
 
 const ROLLOUT_KINDS = {running: "busy", paused: "bad", completed: "good", stopped: "bad", aborted: "bad"};
-const ROLLOUT_WORDS = {stopped: "stopped, rolled back", aborted: "aborted, rolled back", paused: "paused, waits for you"};
 const ROUND_KINDS = {published: "good", refused: "bad", failed: "bad"};
 const PHASES = ["announced", "collecting", "frozen", "aggregating", "opened", "applied", "published"];
 const OLD_ROLLOUTS = 4, OLD_ROUNDS = 8;
@@ -55,9 +54,10 @@ function rolloutCard(rollout, versions) {
     parts.push(progress(rollout.adopted, rollout.in_stage, words));
     if (rollout.health.target) parts.push(arms(rollout.health, first));
   }
+  if (isLive(rollout) && !rollout.in_stage && rollout.reason) parts.push(element("p", "soft", rollout.reason));
   if (last?.reason && kind === "bad") parts.push(element("p", "reason", last.reason));
   if (rollout.history.length) parts.push(history(rollout));
-  return card(rollout.name, [chip(ROLLOUT_WORDS[rollout.state] ?? rollout.state, kind)], ...parts);
+  return card(rollout.name, [chip(rollout.standing || rollout.state, kind)], ...parts);
 }
 
 function arms(health, first) {

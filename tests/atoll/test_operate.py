@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer
 
-from atoll.operate import revoke_identity
+from atoll.operate import revoke_identity, show_rollouts
 from atoll.rounds import run_round
 from tests.fakes.control_api import answering
 
@@ -44,6 +44,32 @@ def run(tmp_path: Path, *, wait: bool) -> None:
 
 def view(state: str, admitted: int, **more: Any) -> dict[str, Any]:
     return {**OPENED, "state": state, "admitted": [f"pos-{n:04}" for n in range(admitted)], "refused": {}, **more}
+
+
+def test_a_rollout_that_waits_for_devices_says_so_in_the_list_and_by_itself(
+    tmp_path: Path, coordinator: Coordinator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {
+        "name": "first",
+        "model": "ranking",
+        "state": "running",
+        "standing": "waiting for devices",
+        "reason": "waits for devices: none that follows ranking is in this stage yet",
+        "stage": 0,
+        "stages": ["100%"],
+        "in_stage": 0,
+        "adopted": 0,
+        "target": "a" * 64,
+        "stable": "a" * 64,
+        "serial": 1,
+    }
+    coordinator.views = [[one], one]  # type: ignore[list-item]
+    show_rollouts(tmp_path / "data", "", contact_s=2.0, as_json=False)
+    assert "waiting for devices" in capsys.readouterr().out.splitlines()[1]
+    show_rollouts(tmp_path / "data", "first", contact_s=2.0, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "rollout first: waiting for devices, stage 1 of 1"
+    assert lines[2] == "reason: waits for devices: none that follows ranking is in this stage yet"
 
 
 def test_a_round_that_nobody_waits_for_is_shown_as_it_begins(

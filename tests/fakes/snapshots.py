@@ -144,6 +144,7 @@ def _rollouts(time: float, devices: int, hostile_text: str) -> tuple[RolloutStat
             stable=FIRST,
             serial=4,
             eligible=devices,
+            standing="stopped, rolled back",
             history=(
                 RolloutEvent(time=time - 1790, event="begun", stage=0, reason="stage 1 of 3: 1 devices"),
                 RolloutEvent(

@@ -98,6 +98,38 @@ async def test_devices_of_another_model_are_in_nobodys_canary(tmp_path: Path) ->
 
 
 @on_a_loop
+async def test_a_model_that_no_device_follows_waits_for_devices_and_makes_way_for_its_next_version(
+    tmp_path: Path,
+) -> None:
+    """Regions may be all that answers by it."""
+    platform = Platform(tmp_path)
+    async with platform.running() as coordinator:
+        await coordinator.publish(fraud_model(1), model="ranking")
+        first = FIRST.replace("model: fraud", "model: ranking")
+        await coordinator.start_rollout(first)
+        await until(lambda: "waits for devices" in coordinator.snapshot().rollouts[0].reason)
+        assert coordinator.snapshot().rollouts[0].standing == "waiting for devices"
+        second = (await coordinator.publish(fraud_model(2), model="ranking")).manifest
+        await coordinator.start_rollout(first.replace("name: first", "name: second"))
+        shown = {one.name: one.standing for one in coordinator.snapshot().rollouts}
+        assert shown == {"first": "superseded", "second": "waiting for devices"}
+        device = platform.device("pi-0001", model="ranking")
+        await device.hello()
+        await until(lambda: device.running == second)
+        for _ in range(200):
+            await report_all(platform, [device])
+            await asyncio.sleep(0.03)
+            if state_of(platform, "second") == "completed":
+                break
+        assert state_of(platform, "second") == "completed"
+        third = (await coordinator.publish(fraud_model(3), model="ranking")).manifest
+        assert (await coordinator.start_rollout(first.replace("name: first", "name: third"))).target == third
+        await coordinator.publish(fraud_model(4), model="ranking")
+        with pytest.raises(Malformed, match="rollout third of ranking is running"):
+            await coordinator.start_rollout(first.replace("name: first", "name: fourth"))
+
+
+@on_a_loop
 async def test_a_revoked_device_holds_up_no_rollout(tmp_path: Path) -> None:
     """Lost devices are revoked so that they count no more; until then a stage waits for the silent among few."""
     platform = Platform(tmp_path)

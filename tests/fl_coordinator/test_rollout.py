@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from fl_coordinator.cohorts import RolloutSpec, read_rollout
 from fl_coordinator.evidence import Counts, RatioEvidence, exceeding, observe, quantile_upper_bound_us, rate_bounds
-from fl_coordinator.rollout import Advance, Rollout, advance, begin, holds_devices, next_stable, plan_of, stop
+from fl_coordinator.rollout import (
+    Advance,
+    Rollout,
+    advance,
+    begin,
+    holds_devices,
+    next_stable,
+    plan_of,
+    standing,
+    stop,
+)
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed
 from model_delta.plan import BUCKETS, DeviceTraits, RolloutPlan, assign
@@ -441,6 +451,35 @@ def test_silence_does_not_stop_a_first_version_but_its_stage_waits() -> None:
     assert (asleep.event, asleep.rollout.state) == ("", "running")
     assert asleep.rollout.reason == "waits for 20 silent devices"
     assert look(asleep.rollout, health_of(first, FLEET, now=1050.0), now=1050.0).rollout.state == "completed"
+
+
+def test_a_stage_without_devices_waits_for_them_and_says_so() -> None:
+    found = begun(simple(), [], stable="").rollout
+    alone = look(found, cohort_health(plan_of(found, {}, 1010.0), [], [], [], now=1010.0, silent_after=30.0))
+    assert (alone.rollout.state, alone.plan) == ("running", None)
+    assert alone.rollout.reason == "waits for devices: none that follows fraud is in this stage yet"
+
+
+@pytest.mark.parametrize(
+    ("state", "first", "in_stage", "superseded", "words"),
+    [
+        ("running", True, 0, False, "waiting for devices"),
+        ("running", True, 1, False, "running"),
+        ("paused", False, 1, False, "paused, waits for you"),
+        ("stopped", False, 0, False, "stopped, rolled back"),
+        ("aborted", False, 0, False, "aborted, rolled back"),
+        ("stopped", True, 9, False, "stopped; devices keep this first version"),
+        ("aborted", True, 0, False, "aborted; devices keep this first version"),
+        ("completed", False, 9, False, "completed"),
+        ("completed", False, 0, True, "superseded"),
+    ],
+)
+def test_how_a_rollout_stands_is_said_in_words(
+    state: str, first: bool, in_stage: int, superseded: bool, words: str
+) -> None:
+    found = begun(simple(), FLEET, **({"stable": ""} if first else {})).rollout
+    found = msgspec.structs.replace(found, state=state)
+    assert standing(found, in_stage, superseded) == words
 
 
 def test_a_rollout_survives_being_written_down() -> None:

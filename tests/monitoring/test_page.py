@@ -202,10 +202,26 @@ def test_a_device_before_its_first_version_is_no_alarm(live: LivePage, page: Pag
 
 
 def test_a_paused_rollout_says_that_it_waits(live: LivePage, page: Page) -> None:
-    paused: RolloutState = replace(live.snapshot.rollouts[1], state="paused")
+    paused: RolloutState = replace(live.snapshot.rollouts[1], state="paused", standing="paused, waits for you")
     live.snapshot = replace(live.snapshot, rollouts=(paused,))
     opened(page, live)
     assert "paused, waits for you" in page.text("#rollouts article")
+
+
+def test_a_rollout_without_devices_and_a_first_version_that_stopped_say_what_that_means(
+    live: LivePage, page: Page
+) -> None:
+    words, why = "waiting for devices", "waits for devices: none that follows fraud is in this stage yet"
+    alone = replace(live.snapshot.rollouts[1], in_stage=0, adopted=0, health={}, standing=words, reason=why)
+    kept = "stopped; devices keep this first version"
+    ended = replace(live.snapshot.rollouts[0], name="first", target=FIRST, standing=kept)
+    live.snapshot = replace(live.snapshot, rollouts=(ended, alone))
+    opened(page, live)
+    shown = texts(page, "#rollouts article")
+    assert words in shown[0]
+    assert why in shown[0]
+    assert kept in shown[1]
+    assert "rolled back" not in shown[1].split("\n")[0]
 
 
 def test_the_page_comes_back_after_the_stream_drops(live: LivePage, page: Page) -> None:
