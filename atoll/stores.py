@@ -28,12 +28,13 @@ DEFAULT = "default"
 
 class StorePlaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`url` of the coordinator's store and of `gateways` by region, "" for the place in the data folder. Versions of
-    the last `window_days` stay, and whatever is younger than `grace_hours`; every `clean_hours` the rest is removed. A
-    gateway's copies take `gateway_mib` at most."""
+    the last `window_days` stay, transcripts of the rounds of the last `transcript_days`, and whatever is younger than
+    `grace_hours`; every `clean_hours` the rest is removed. A gateway's copies take `gateway_mib` at most."""
 
     url: str = ""
     gateways: dict[str, str] = {}
     window_days: float = 90.0
+    transcript_days: float = 400.0
     grace_hours: float = 24.0
     clean_hours: float = 6.0
     gateway_mib: int = 4_096
@@ -41,11 +42,16 @@ class StorePlaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def terms(self) -> Terms:
         """For the cleaning."""
-        return Terms(window_s=self.window_days * DAY_S, grace_s=self.grace_hours * 3600.0)
+        return Terms(
+            window_s=self.window_days * DAY_S,
+            grace_s=self.grace_hours * 3600.0,
+            transcripts_s=self.transcript_days * DAY_S,
+        )
 
 
 BOUNDS = {
     "window_days": (1, 3650),
+    "transcript_days": (1, 36_500),
     "grace_hours": (1, 24 * 365),
     "clean_hours": (0.1, 24 * 365),
     "gateway_mib": (64, 1 << 30),
@@ -135,6 +141,8 @@ def _text(found: dict[str, Any]) -> str:
     kept = ", ".join(f"{count} {reason}" for reason, count in found["kept"].items()) or "nothing"
     lines = [f"{'would remove' if found['dry_run'] else 'removed'}: {removed} ({found['freed_bytes']} bytes)"]
     lines += [f"versions given up: {len(found['retired'])}", f"kept, by reason: {kept}"]
+    if found.get("trimmed"):
+        lines.append(f"rounds whose mean and shares left the ledger: {found['trimmed']}")
     if found["unreadable"]:
         lines.append(f"unreadable deliveries, for whose sake no blob is removed: {', '.join(found['unreadable'])}")
     return "\n".join(lines)

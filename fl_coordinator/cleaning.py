@@ -25,6 +25,7 @@ from fl_coordinator.ports import Clock
 from fl_coordinator.recorded_rounds import every_round
 from fl_coordinator.retention import KINDS, OpenRound, Roots, Terms, Verdict, Version, unneeded
 from fl_coordinator.tables.records import ReleaseRecord
+from fl_coordinator.trimming import trim_results
 from model_delta.encoding import unpack
 from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.manifest import Delivery, parse_manifest
@@ -44,7 +45,8 @@ _log = logging.getLogger("atoll.coordinator")
 
 class Cleaned(msgspec.Struct, frozen=True, kw_only=True):
     """What a run did, or with `dry_run` would have done. `removed` counts objects by kind, `kept` by reason, `retired`
-    names the versions that were given up; `unreadable` deliveries kept every blob."""
+    names the versions that were given up; `unreadable` deliveries kept every blob. `trimmed` counts the rounds whose
+    mean and shares left the ledger."""
 
     dry_run: bool
     freed_bytes: int
@@ -52,6 +54,7 @@ class Cleaned(msgspec.Struct, frozen=True, kw_only=True):
     retired: tuple[str, ...]
     kept: dict[str, int]
     unreadable: tuple[str, ...] = ()
+    trimmed: int = 0
 
 
 class Cleaning:
@@ -71,16 +74,18 @@ class Cleaning:
         self._reasons: set[str] = set()
 
     def run(self, *, dry_run: bool = False) -> Cleaned:
-        """Remove what nothing needs. Raises Malformed for a store of another ledger, Unavailable when versions, plans
-        or rounds were added all the time."""
+        """Remove what nothing needs; and trim the results of ended rounds in the ledger, before their transcripts'
+        age is looked at. Raises Malformed for a store of another ledger, Unavailable when versions, plans or rounds
+        were added all the time."""
         with self._one_at_a_time:
             self._require_ours(claim=not dry_run)
+            trimmed = 0 if dry_run else trim_results(self._ledger, self._store)
             for _ in range(ATTEMPTS):
                 verdict, seen = self._judge()
                 if dry_run:
                     return _told(verdict, verdict.remove, dry_run=True)
                 if self._ledger.retire(verdict.retire, seen, self._clock()):
-                    return self._remove(verdict)
+                    return msgspec.structs.replace(self._remove(verdict), trimmed=trimmed)
         raise Unavailable("store: plans, rounds or versions were added while it was looked through; try again")
 
     def _judge(self) -> tuple[Verdict, str]:
@@ -173,6 +178,7 @@ class Cleaning:
             stable=[self._ledger.stable(model) for model in self._ledger.planned_models()],
             rounds=[OpenRound(one.task.base, one.task.training_graph, one.candidate) for one in rounds if one.live],
             ended_graphs=frozenset(one.task.training_graph for one in rounds if not one.live),
+            ended_transcripts=frozenset(one.transcript for one in rounds if not one.live),
             running=running,
         )
 

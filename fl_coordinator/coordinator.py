@@ -51,9 +51,10 @@ from fl_coordinator.round_driver import RoundDriver
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.tables.records import AggregatorRecord, ReleaseRecord
+from fl_coordinator.trimming import whole_transcript
 from fl_coordinator.updates_log import LogPart
 from model_delta import topics
-from model_delta.errors import AtollError, Malformed
+from model_delta.errors import AtollError, Malformed, NotFound
 from model_delta.keys.keyring import Keyring
 from model_delta.store import InventoriedStore
 from model_delta.version import show
@@ -341,6 +342,18 @@ class Coordinator:
     def memory_proof(self, round_id: str) -> bytes:
         """The packed `MemoryProof` of what a round begins with. Blocking. Raises NotFound."""
         return proof_for(self.ledger, self.round(round_id).task)
+
+    def transcript(self, round_id: str) -> bytes:
+        """The packed transcript of a round that the aggregators have decided. Blocking. Raises NotFound."""
+        whole = whole_transcript(self.ledger, self.store, round_id)
+        if whole is not None:
+            return whole
+        if self.ledger.round_result(round_id) is None:
+            raise NotFound(f"round {round_id}: has not opened anything")
+        raise NotFound(
+            f"round {round_id}: its transcript was removed by its age (`transcript_days`); one that was exported "
+            "before can be replayed as ever"
+        )
 
     def announcement(self, round_id: str) -> bytes:
         """The signed announcement of a round that has not ended; see `RoundDriver`. Blocking."""

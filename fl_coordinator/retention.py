@@ -16,9 +16,13 @@ With a version its delivery, all blobs that this names, the publisher's bytes an
 patch for late devices is needed while both its ends are. Manifests, the look-up by root and TUF metadata are the
 history of what was signed: they are small and never removed.
 
-Only what is recognised is removed: deliveries of recorded versions, blobs that no delivery names, training graphs of
-ended rounds, baselines of versions that are not needed. All else is kept and counted as unrecognised. Whatever was
-written within the grace period is kept, since a publication in progress stores blobs before anything names them.
+The transcript of a round that has ended is needed for as long as the terms say: it is what the round can be replayed
+from, and as long as three models; what later rounds need of it is in the ledger (`trimming`).
+
+Only what is recognised is removed: deliveries of recorded versions, blobs that no delivery names, training graphs and
+transcripts of ended rounds, baselines of versions that are not needed. All else is kept and counted as unrecognised.
+Whatever was written within the grace period is kept, since a publication in progress stores blobs before anything names
+them.
 """
 
 from __future__ import annotations
@@ -35,17 +39,20 @@ from model_delta.store import StoredObject
 from model_delta.version import siblings
 
 DAY_S = 86_400.0
-KINDS = ("delivery", "blob", "artifact")
+TRANSCRIPT = "transcript"
+KINDS = ("delivery", "blob", "artifact", TRANSCRIPT)
 """What may be removed, in the order in which it must be: a crash in between leaves nothing that names what is gone."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """How long versions stay without another reason (the compatibility window), and objects that nothing names."""
+    """How long versions stay without another reason (the compatibility window), objects that nothing names, and whole
+    transcripts of rounds."""
 
     window_s: float = 90 * DAY_S
     grace_s: float = DAY_S
+    transcripts_s: float = 400 * DAY_S
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,13 +79,14 @@ class OpenRound(msgspec.Struct, frozen=True):
 
 
 class Roots(msgspec.Struct, frozen=True, kw_only=True):
-    """What keeps versions: all signed plans, the stable versions, open rounds, graphs of ended ones, and when a device
-    that runs a version was last heard (Unix seconds, by manifest digest)."""
+    """What keeps versions: all signed plans, the stable versions, open rounds, graphs and transcripts of ended ones (by
+    digest), and when a device that runs a version was last heard (Unix seconds, by manifest digest)."""
 
     plans: Sequence[RolloutPlan] = ()
     stable: Sequence[str] = ()
     rounds: Sequence[OpenRound] = ()
     ended_graphs: frozenset[str] = frozenset()
+    ended_transcripts: frozenset[str] = frozenset()
     running: Mapping[str, float] = {}
 
 
@@ -175,6 +183,13 @@ def unneeded(
     for entry in sorted(objects, key=lambda entry: KINDS.index(entry.kind) if entry.kind in KINDS else -1):
         if entry.kind == "delivery":
             continue
+        if entry.kind == TRANSCRIPT:
+            reason = _reason_of_transcript(entry, roots, terms, now)
+            if reason:
+                kept[reason] += 1
+            else:
+                remove.append(entry)
+            continue
         wanted = blobs if entry.kind == "blob" else artifacts
         if entry.name in wanted:
             kept[wanted[entry.name]] += 1
@@ -246,6 +261,13 @@ def _late_ends(versions: Mapping[str, Version], deliveries: Mapping[str, Deliver
         if base is not None:
             found[name] = (base, target)
     return found
+
+
+def _reason_of_transcript(entry: StoredObject, roots: Roots, terms: Terms, now: float) -> str:
+    """Why a transcript is kept; "" when it is old enough."""
+    if entry.name not in roots.ended_transcripts:
+        return "unrecognised"  # or of a round that is about to end
+    return "transcript" if now - entry.modified < max(terms.transcripts_s, terms.grace_s) else ""
 
 
 def _reason_of_delivery(

@@ -25,6 +25,7 @@ from fl_coordinator.ports import Bridge, Note, UpdatesLog
 from fl_coordinator.privacy import Spent
 from fl_coordinator.recorded_rounds import save_round
 from fl_coordinator.remembered_rounds import memory_of, memory_record
+from fl_coordinator.retention import TRANSCRIPT
 from fl_coordinator.round_announcing import ROLE_ROUND, signed_task
 from fl_coordinator.rounds import ATTEMPTS_MAX, Event, Round, RoundSpec
 from fl_coordinator.shares.contribution import parse
@@ -47,9 +48,8 @@ from model_delta.store import ArtifactStore
 from model_delta.task import RoundTask
 from model_delta.trust.signing import seal_envelope
 
-TRANSCRIPT = "transcript"
 EVIDENCE = "evidence"
-"""Kinds in the store; never cleaned away, as the ledger's copy of a transcript is not."""
+"""A kind in the store that is never cleaned away."""
 
 _log = logging.getLogger("atoll.coordinator")
 

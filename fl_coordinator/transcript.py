@@ -9,7 +9,8 @@
 
 `replay` checks all of it without any of the programs that ran.
 
-Compatibility promise: see `model_delta.encoding`; packed transcripts are kept in the ledger, the store and in files.
+Compatibility promise: see `model_delta.encoding`; packed transcripts are kept in the store, in files and, without the
+shares once the round has ended (`trimming`), in the ledger.
 """
 
 from __future__ import annotations

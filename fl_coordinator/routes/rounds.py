@@ -15,7 +15,7 @@ from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.routes.access import Access
 from fl_coordinator.routes.requests import BODY_BYTES_MAX, body_of, encoded, number_in, whole_number_in
 from fl_coordinator.updates_log import packed_part
-from model_delta.errors import Malformed, NotFound
+from model_delta.errors import Malformed
 
 LOG_WAIT_S_MAX = 20.0
 
@@ -89,10 +89,8 @@ class RoundRoutes:
 
     async def _transcript(self, request: Request) -> Response:
         round_id = request.path_params["round_id"]
-        result = await asyncio.to_thread(self._coordinator.ledger.round_result, round_id)
-        if result is None:
-            raise NotFound(f"round {round_id}: has not opened anything")
-        return Response(result[1], media_type="application/cbor")
+        found = await asyncio.to_thread(self._coordinator.transcript, round_id)
+        return Response(found, media_type="application/cbor")
 
 
 def _round_view(found: Round) -> dict[str, Any]:

@@ -72,6 +72,20 @@ class Rounds(LedgerFile):
                     (memory.model, memory.policy, memory.rounds - 1),
                 )
 
+    def whole_results(self) -> list[str]:
+        """The rounds that have ended and opened something, and were not trimmed, oldest first."""
+        query = (
+            "SELECT round_id FROM round_results JOIN rounds USING (round_id) WHERE length(mean) > 0 AND "
+            "state IN ('PUBLISHED', 'REFUSED', 'FAILED') ORDER BY rounds.rowid"
+        )
+        return [row[0] for row in self._rows(query)]
+
+    def trim_round_result(self, round_id: str, transcript: bytes) -> None:
+        """Keep of an ended round that opened something this transcript, and that it did."""
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO maybe_opened VALUES (?)", (round_id,))
+            db.execute("UPDATE round_results SET mean = x'', transcript = ? WHERE round_id = ?", (transcript, round_id))
+
     def may_have_opened(self, round_id: str) -> None:
         """Write down that aggregators may have let go of their shares of a round's sum, though no result came here."""
         with self._write() as db:
@@ -83,7 +97,8 @@ class Rounds(LedgerFile):
         return bytes(rows[0][0]) if rows else None
 
     def round_result(self, round_id: str) -> tuple[bytes, bytes] | None:
-        """Mean update and packed transcript, if the aggregators have decided; the mean is empty when they refused."""
+        """Mean update and packed transcript, if the aggregators have decided; the mean is empty when they refused, and
+        once the result was trimmed, as the transcript's shares are."""
         rows = self._rows("SELECT mean, transcript FROM round_results WHERE round_id = ?", (round_id,))
         return (bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
 

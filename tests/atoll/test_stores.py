@@ -104,6 +104,7 @@ def test_gc_tells_what_it_did(
                 "retired": ["a" * 64],
                 "kept": {"plan": 5, "window": 2},
                 "unreadable": ["b" * 64] if body["dry_run"] else [],
+                "trimmed": 2,
             }
 
     monkeypatch.setattr(stores, "operator", lambda data, contact_s: Client())
@@ -113,6 +114,7 @@ def test_gc_tells_what_it_did(
     text = capsys.readouterr().out
     assert "would remove: 1 delivery, 3 blob (1234 bytes)" in text
     assert "versions given up: 1" in text
+    assert "rounds whose mean and shares left the ledger: 2" in text
     assert "kept, by reason: 5 plan, 2 window" in text
     assert "no blob is removed: " + "b" * 64 in text
     stores.clean_store(tmp_path, dry_run=False, contact_s=1, as_json=True)

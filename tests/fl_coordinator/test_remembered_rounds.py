@@ -23,8 +23,7 @@ def remembering(name: str, **changes: Any) -> RoundSpec:
 
 
 def transcripts(platform: Platform, *rounds: Round) -> list[bytes]:
-    results = [platform.ledger.round_result(one.round_id) for one in rounds]
-    return [result[1] for result in results if result is not None]
+    return [platform.coordinator.transcript(one.round_id) for one in rounds]
 
 
 @on_a_loop
@@ -47,7 +46,8 @@ async def test_rounds_hand_on_their_memory_whoever_loses_it(tmp_path: Path) -> N
         assert second.state == "PUBLISHED", second.reason
         assert second.task.memory_round == first.round_id
         assert at.aggregators.memories_asked == 1
-    # The coordinator's copies are lost with it: they follow from the transcripts.
+        assert at.coordinator.clean_store(dry_run=False).trimmed == 3
+    # The coordinator's copies are lost with it: they follow from the transcripts, of which shares are no part any more.
     at.platform.reopen()
     at.ledger.close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:

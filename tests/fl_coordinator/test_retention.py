@@ -236,6 +236,15 @@ def test_what_is_young_or_not_recognised_stays() -> None:
     assert verdict.retire == ()
 
 
+def test_transcripts_of_ended_rounds_go_by_their_age() -> None:
+    history = History()
+    for name, day in (("old", 599), ("last", 601), ("of a live round", 1), ("another ledger's", 1)):
+        history.stored("transcript", name, day)
+    verdict = history.judge(Roots(ended_transcripts=frozenset({"old", "last"})))
+    assert [entry.name for entry in verdict.remove] == ["old"]
+    assert verdict.kept == {"transcript": 1, "unrecognised": 2}
+
+
 def test_baselines_go_with_their_versions() -> None:
     history = History()
     history.publish(1, baseline="old-baseline")

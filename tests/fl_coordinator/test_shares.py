@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_coordinator.shares.bounds import BUCKETS, COPIES, EXPONENT_MAX, bounds_of, fitted, require_announceable
+from fl_coordinator.shares.bounds import (
+    _SKETCH_BITS,
+    BUCKETS,
+    COPIES,
+    EXPONENT_MAX,
+    bounds_of,
+    fitted,
+    require_announceable,
+)
 from fl_coordinator.shares.contribution import Claim, open_secrets, parse, verify
 from fl_coordinator.shares.fixed_point import clip, decode, encode, encode_blocks, norm_max
 from fl_coordinator.shares.gram import gram_share, multiply_transposed
@@ -294,6 +302,7 @@ def test_the_constants_of_the_soundness_proof() -> None:
     u = np.linspace(0, math.pi / 2, 10_001)
     assert (np.cos(u) ** 2 <= np.exp(-(u**2)) + 1e-15).all()
     assert 64 * 2 * math.exp(-36) < 3e-14
+    assert 2 * COPIES * 4**_SKETCH_BITS < 2**63  # twice an entry of the Gram matrix, as soon as a bucket fits
 
 
 @pytest.mark.parametrize("b", [3, 5])
