@@ -1,8 +1,9 @@
 """Small charts as inline SVG, for pages that must open without a network.
 
-Each function returns one `<figure>`: a caption, an `<svg>` with a title and a description for screen readers, and a
+Each function returns one `<figure>`: a caption, the drawing with a title and a description for screen readers, and a
 legend where there is more than one colour. Colours come from CSS custom properties (`--series-1` ...), so that the page
-decides on light and dark.
+decides on light and dark. A drawing scales with its letters, so there are two `<svg>`, `wide` and `narrow`; the
+page shows the one whose letters can be read in its room.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import msgspec
 
 from atoll.figures import number
 
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 60, 16, 34, 42
-ROW, ROW_LABEL, ROW_VALUE = 30, 200, 76
+LETTER = 6.2
+"""Width of a letter, about, in the 12 units that text is high."""
+BOTTOM = 42
+ROW_VALUE = 76
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -47,17 +49,39 @@ class Bar(msgspec.Struct, frozen=True):
     colour: int = 1
 
 
+class Layout(msgspec.Struct, frozen=True):
+    """Where things stand in one drawing. `row_label` is the room before a row's bar; 0 puts its name above it.
+    `mark_lines` of names of marks fit above."""
+
+    name: str
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    row: int
+    row_label: int
+    mark_lines: int
+
+
+WIDE = Layout("wide", 640, 260, 60, 16, 34, 30, 200, 2)
+NARROW = Layout("narrow", 340, 250, 54, 12, 48, 42, 0, 3)
+Draw = Callable[[Layout], Sequence[str]]
+
+
 class _Frame:
     """Maps data units to the drawing area."""
 
-    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
+    def __init__(self, layout: Layout, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
         (self.x0, self.x1), (self.y0, self.y1) = _widen(x_range), _widen(y_range)
+        self.layout = layout
+        self.right, self.bottom = layout.width - layout.right, layout.height - BOTTOM
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        return self.layout.left + (value - self.x0) / (self.x1 - self.x0) * (self.right - self.layout.left)
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+        return self.bottom - (value - self.y0) / (self.y1 - self.y0) * (self.bottom - self.layout.top)
 
 
 def line_chart(
@@ -68,21 +92,24 @@ def line_chart(
     if not points:
         return empty_chart(title)
     xs = sorted({x for x, _ in points})
-    frame = _Frame((xs[0], xs[-1]), y_range or (0.0, max(y for _, y in points) * 1.1))
     whole = all(x == int(x) for x in xs) and len(xs) <= 12
-    parts = [_axes(frame, x_label, y_label, xs if whole else ticks(frame.x0, frame.x1))]
-    for index, line in enumerate(series):
-        colour = _colour(line, index)
-        dash = ' stroke-dasharray="6 4"' if line.dashed else ""
-        path = "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in line.points)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>')
-        parts.extend(
-            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.4" fill="{colour}">'
-            f"<title>{escape(line.name)}: {number(y)} at {number(x)}</title></circle>"
-            for x, y in line.points
-        )
-    parts.extend(_last_values(frame, series))
-    return _figure(title, _told(series), parts, series)
+
+    def draw(layout: Layout) -> list[str]:
+        frame = _Frame(layout, (xs[0], xs[-1]), y_range or (0.0, max(y for _, y in points) * 1.1))
+        parts = [_axes(frame, x_label, y_label, xs if whole else ticks(frame.x0, frame.x1))]
+        for index, line in enumerate(series):
+            colour = _colour(line, index)
+            dash = ' stroke-dasharray="6 4"' if line.dashed else ""
+            path = "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in line.points)
+            parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}/>')
+            parts.extend(
+                f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.4" fill="{colour}">'
+                f"<title>{escape(line.name)}: {number(y)} at {number(x)}</title></circle>"
+                for x, y in line.points
+            )
+        return [*parts, *_last_values(frame, series)]
+
+    return _figure(title, _told(series), draw, series)
 
 
 def _last_values(frame: _Frame, series: Sequence[Series]) -> list[str]:
@@ -104,18 +131,22 @@ def stack_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: 
         return empty_chart(title)
     xs = [x for x, _ in series[0].points]
     totals = [sum(line.points[index][1] for line in series) for index in range(len(xs))]
-    frame = _Frame((xs[0], xs[-1]), (0.0, max(totals)))
-    parts = []
-    below = [0.0] * len(xs)
-    for index, line in enumerate(series):
-        above = [low + y for low, (_, y) in zip(below, line.points, strict=True)]
-        upper, lower = list(zip(xs, above, strict=True)), list(zip(xs, below, strict=True))
-        outline = f"{_stairs(frame, upper)} L{_stairs(frame, lower, back=True)} Z"
-        parts.append(f'<path d="M{outline}" fill="{_colour(line, index)}"><title>{escape(line.name)}</title></path>')
-        below = above
-    parts.append(_axes(frame, x_label, y_label, ticks(frame.x0, frame.x1)))
-    parts.extend(_marks(frame, marks))
-    return _figure(title, _told(series), parts, series)
+
+    def draw(layout: Layout) -> list[str]:
+        frame = _Frame(layout, (xs[0], xs[-1]), (0.0, max(totals)))
+        parts = []
+        below = [0.0] * len(xs)
+        for index, line in enumerate(series):
+            above = [low + y for low, (_, y) in zip(below, line.points, strict=True)]
+            upper, lower = list(zip(xs, above, strict=True)), list(zip(xs, below, strict=True))
+            outline = f"{_stairs(frame, upper)} L{_stairs(frame, lower, back=True)} Z"
+            name = f"<title>{escape(line.name)}</title>"
+            parts.append(f'<path d="M{outline}" fill="{_colour(line, index)}">{name}</path>')
+            below = above
+        parts.append(_axes(frame, x_label, y_label, ticks(frame.x0, frame.x1)))
+        return [*parts, *_marks(frame, marks)]
+
+    return _figure(title, _told(series), draw, series)
 
 
 def histogram(
@@ -131,22 +162,22 @@ def histogram(
     above zero."""
     if not counts:
         return empty_chart(title)
-    frame = _Frame(
-        (math.log10(counts[0][0]), math.log10(counts[-1][1])), (0.0, max(count for _, _, count in counts) * 1.1)
-    )
-    parts = [_axes(frame, x_label, y_label, ())]
-    for low, high, count in counts:
-        left, right, top = frame.x(math.log10(low)) + 1, frame.x(math.log10(high)) - 1, frame.y(count)
-        parts.append(
-            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{frame.y(0) - top:.1f}" '
-            f'fill="var(--series-1)"><title>{show(low)} to {show(high)}: {number(count)}</title></rect>'
-        )
-    parts.extend(
-        _text(frame.x(math.log10(value)), HEIGHT - BOTTOM + 16, show(value), "middle")
-        for value in _one_two_five(counts[0][0], counts[-1][1])
-    )
-    parts.extend(_marks(frame, [Mark(math.log10(mark.x), mark.name) for mark in marks if mark.x > 0]))
-    return _figure(title, f"{len(counts)} bars", parts)
+    highest = max(count for _, _, count in counts) * 1.1
+
+    def draw(layout: Layout) -> list[str]:
+        frame = _Frame(layout, (math.log10(counts[0][0]), math.log10(counts[-1][1])), (0.0, highest))
+        parts = [_axes(frame, x_label, y_label, ())]
+        for low, high, count in counts:
+            left, right, top = frame.x(math.log10(low)) + 0.5, frame.x(math.log10(high)) - 0.5, frame.y(count)
+            parts.append(
+                f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{frame.y(0) - top:.1f}" '
+                f'fill="var(--series-1)"><title>{show(low)} to {show(high)}: {number(count)}</title></rect>'
+            )
+        scale = _one_two_five(counts[0][0], counts[-1][1])
+        parts.extend(_along_x(frame, [(math.log10(value), show(value)) for value in scale]))
+        return [*parts, *_marks(frame, [Mark(math.log10(mark.x), mark.name) for mark in marks if mark.x > 0])]
+
+    return _figure(title, f"{len(counts)} bars", draw)
 
 
 def row_chart(title: str, bars: Sequence[Bar]) -> str:
@@ -154,18 +185,25 @@ def row_chart(title: str, bars: Sequence[Bar]) -> str:
     if not bars:
         return empty_chart(title)
     widest = max(bar.value for bar in bars) or 1.0
-    room = WIDTH - ROW_LABEL - ROW_VALUE
-    parts = []
-    for index, bar in enumerate(bars):
-        y, width = index * ROW + 4, room * bar.value / widest
-        parts.append(_text(ROW_LABEL - 10, y + 15, bar.name, "end"))
-        parts.append(
-            f'<rect x="{ROW_LABEL}" y="{y}" width="{width:.1f}" height="{ROW - 9}" rx="2" '
-            f'fill="var(--series-{bar.colour})"/>'
-        )
-        parts.append(_text(ROW_LABEL + width + 8, y + 15, bar.words, "start", "value"))
+    thick = 21
+
+    def draw(layout: Layout) -> list[str]:
+        left, parts = layout.row_label, list[str]()
+        for index, bar in enumerate(bars):
+            bottom, width = (index + 1) * layout.row - 5, (layout.width - left - ROW_VALUE) * bar.value / widest
+            if left:
+                parts.append(_text(left - 10, bottom - thick + 15, bar.name, "end"))
+            else:
+                parts.append(_text(0, bottom - thick - 4, bar.name, "start"))
+            parts.append(
+                f'<rect x="{left}" y="{bottom - thick}" width="{width:.1f}" height="{thick}" rx="2" '
+                f'fill="var(--series-{bar.colour})"/>'
+            )
+            parts.append(_text(left + width + 8, bottom - thick + 15, bar.words, "start", "value"))
+        return parts
+
     told = ", ".join(f"{bar.name}: {bar.words}" for bar in bars)
-    return _figure(title, told, parts, height=len(bars) * ROW + 4)
+    return _figure(title, told, draw, rows=len(bars))
 
 
 def empty_chart(title: str) -> str:
@@ -222,27 +260,39 @@ def _text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:
 
 def _marks(frame: _Frame, marks: Sequence[Mark]) -> list[str]:
     """Vertical lines with their names above; a name that would run into the one before goes a line higher."""
-    parts, free = [], [-math.inf, -math.inf]
+    parts, top = [], frame.layout.top
+    free = [-math.inf] * frame.layout.mark_lines
     for mark in sorted(marks, key=lambda one: one.x):
         x = frame.x(mark.x)
-        width = 6.2 * len(mark.name)
-        centre = min(max(x, LEFT + width / 2), WIDTH - RIGHT - width / 2)
-        line = 0 if centre - width / 2 > free[0] + 6 else 1
+        width = LETTER * len(mark.name)
+        centre = min(max(x, frame.layout.left + width / 2), frame.right - width / 2)
+        line = next((line for line, end in enumerate(free) if centre - width / 2 > end + 6), len(free) - 1)
         free[line] = centre + width / 2
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(_text(centre, TOP - 5 - 14 * line, mark.name, "middle", "value"))
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{frame.bottom}"/>')
+        parts.append(_text(centre, top - 5 - 14 * line, mark.name, "middle", "value"))
+    return parts
+
+
+def _along_x(frame: _Frame, values: Sequence[tuple[float, str]]) -> list[str]:
+    """Values of the x axis in words, without those that would run into the one before."""
+    parts, free = [], -math.inf
+    for value, words in values:
+        x, width = frame.x(value), LETTER * len(words)
+        if x - width / 2 > free + 4:
+            parts.append(_text(x, frame.bottom + 16, words, "middle"))
+            free = x + width / 2
     return parts
 
 
 def _axes(frame: _Frame, x_label: str, y_label: str, x_ticks: Sequence[float]) -> str:
-    parts = []
+    parts, left = [], frame.layout.left
     for value in ticks(frame.y0, frame.y1):
         y = frame.y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, number(value), "end"))
-    parts.extend(_text(frame.x(value), HEIGHT - BOTTOM + 16, number(value), "middle") for value in x_ticks)
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle", "label"))
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+        parts.append(f'<line class="grid" x1="{left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 8, y + 4, number(value), "end"))
+    parts.extend(_along_x(frame, [(value, number(value)) for value in x_ticks]))
+    parts.append(_text((left + frame.right) / 2, frame.layout.height - 6, x_label, "middle", "label"))
+    middle = (frame.layout.top + frame.bottom) / 2
     parts.append(
         f'<text x="14" y="{middle}" text-anchor="middle" class="label" transform="rotate(-90 14 {middle})">'
         f"{escape(y_label)}</text>"
@@ -250,14 +300,14 @@ def _axes(frame: _Frame, x_label: str, y_label: str, x_ticks: Sequence[float]) -
     return "".join(parts)
 
 
-def _figure(
-    title: str, description: str, parts: Sequence[str], series: Sequence[Series] = (), height: int = HEIGHT
-) -> str:
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(description)}">'
-        f"{''.join(parts)}</svg>{_legend(series)}</figure>"
+def _figure(title: str, description: str, draw: Draw, series: Sequence[Series] = (), rows: int = 0) -> str:
+    """The drawing in both layouts; as high as its `rows`, if it has any."""
+    drawn = "".join(
+        f'<svg class="{layout.name}" viewBox="0 0 {layout.width} {rows * layout.row + 4 if rows else layout.height}" '
+        f'role="img" aria-label="{escape(title)}: {escape(description)}">{"".join(draw(layout))}</svg>'
+        for layout in (WIDE, NARROW)
     )
+    return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}{_legend(series)}</figure>"
 
 
 def _legend(series: Sequence[Series]) -> str:

@@ -13,6 +13,10 @@ from tests.fakes.report_figures import sample_report
 
 pytestmark = pytest.mark.slow
 
+SMALLEST_LETTERS = """Math.min(...[...document.querySelectorAll("svg")].filter((svg) => svg.clientWidth)
+    .map((svg) => 12 * svg.clientWidth / svg.viewBox.baseVal.width))"""
+"""How high the text of the charts is on the screen, in pixels."""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -27,7 +31,7 @@ def failed_report() -> Report:
 
 
 @pytest.mark.parametrize("report", [sample_report(), failed_report()], ids=["ok", "failed"])
-@pytest.mark.parametrize(("width", "dark"), [(1240, False), (1240, True), (400, False)])
+@pytest.mark.parametrize(("width", "dark"), [(1240, False), (1240, True), (900, False), (390, False)])
 def test_the_report_can_be_read(browser: Browser, tmp_path: Path, report: Report, width: int, dark: bool) -> None:
     _, written = write_report(report, tmp_path)
     with browser.page() as page:
@@ -35,5 +39,6 @@ def test_the_report_can_be_read(browser: Browser, tmp_path: Path, report: Report
         assert page.run("document.documentElement.scrollWidth") <= width
         assert page.overflowing() == []
         assert page.low_contrast() == []
+        assert page.run(SMALLEST_LETTERS) >= 10.0
         assert page.requests == [written.as_uri()]
         assert page.problems == []
