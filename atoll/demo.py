@@ -73,7 +73,12 @@ def run_demo(*, devices: int, rounds: int, seed: int, broker: str, report: Path,
             end_processes(superlink_place(data))
     if made is None:
         return 128 + endings.received
-    written, page = write_report(made, report)
+    return hand_over(made, report, as_json=as_json)
+
+
+def hand_over(made: Report, folder: Path, *, as_json: bool) -> int:
+    """Write the report into `folder` and print it: the same JSON, or a table. The exit code."""
+    written, page = write_report(made, folder)
     if as_json:
         typer.echo(written.read_text())
     else:

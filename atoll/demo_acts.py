@@ -30,11 +30,8 @@ HOSTILE_SHARE = 0.1
 
 async def up(stage: Stage, figures: Figures) -> None:
     """Broker, coordinator, gateways, Flower, aggregators and fleet are running; every device has said hello."""
-    scenario = Scenario(
-        seed=stage.seed, devices=stage.devices, regions=tuple(stage.endpoints.gateways), hostile_share=HOSTILE_SHARE
-    )
     stage.tell("making payments")
-    stage.world = await asyncio.to_thread(generated_world, scenario)
+    stage.world = await asyncio.to_thread(generated_world, scenario_of(stage))
     await asyncio.to_thread(_write_held_out, stage)
     stage.absent = AbsentDevice(stage.data, stage.endpoints, stage.world, _absent_device(stage.world.devices))
     stage.tell("starting broker and coordinator")
@@ -61,6 +58,12 @@ async def up(stage: Stage, figures: Figures) -> None:
         device_classes=dict(Counter(device.traits.device_class for device in stage.world.devices)),
         hostile_devices=sum(device.hostile for device in stage.world.devices),
     )
+
+
+def scenario_of(stage: Stage) -> Scenario:
+    """The world that the demo and its fleets build, each for itself."""
+    regions = tuple(stage.endpoints.gateways)
+    return Scenario(seed=stage.seed, devices=stage.devices, regions=regions, hostile_share=HOSTILE_SHARE)
 
 
 def _absent_device(devices: Sequence[VirtualDevice]) -> VirtualDevice:

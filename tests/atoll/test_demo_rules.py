@@ -1,6 +1,7 @@
 """What the demo makes of deaths in the middle of an act, and of a machine that measures what it likes."""
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,13 +9,19 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from atoll.control_client import ControlClient
+from atoll.demo import hand_over
 from atoll.demo_absence import AbsentDevice
+from atoll.demo_acts import _fleet_program, scenario_of
 from atoll.demo_regions import increase
-from atoll.demo_stage import ActFailed, Deaths
+from atoll.demo_stage import ActFailed, Deaths, Stage
 from atoll.processes import ProcessEvent
+from atoll.report import ActResult
 from atoll.settings import DataFolder, Endpoints
+from device_sim.scenario import Scenario
 from device_sim.terminal_features import FEATURES
 from model_delta.errors import Malformed
+from tests.fakes.report_figures import sample_report
 
 
 def test_calm_begins_when_the_last_missing_process_is_back() -> None:
@@ -55,6 +62,42 @@ def _counts(started: float, requests: float, lost: float = 0, failovers: float =
 
 def _grown(requests: int, lost: int = 0, failovers: int = 0, cut: int = 0) -> dict[str, int]:
     return {"requests": requests, "requests_lost": lost, "requests_cut_short": cut, "failovers": failovers}
+
+
+def test_the_report_is_printed_as_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hand_over(sample_report(), tmp_path, as_json=True) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed) == json.loads((tmp_path / "report.json").read_text())
+    assert list(json.loads(printed))[:3] == ["seed", "commit", "machine"]
+    assert said == ""
+    acts = (*sample_report().acts[:-1], ActResult("long_absence", False, 1.0, {}, "the device did not come back"))
+    assert hand_over(sample_report(acts=acts), tmp_path, as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)["acts"][-1]["ok"] is False
+
+
+def test_the_seed_is_the_worlds_and_each_fleets(tmp_path: Path) -> None:
+    def stage(seed: int) -> Stage:
+        data = DataFolder.open(tmp_path / str(seed), create=True)
+        endpoints = SimpleNamespace(gateways={"eu-west": "", "ap-south": ""})
+        made = Stage(
+            data=data,
+            endpoints=cast(Endpoints, endpoints),
+            client=cast(ControlClient, None),
+            devices=20,
+            rounds=1,
+            seed=seed,
+            shards=2,
+            metrics_ports=(1, 2),
+            tell=lambda text: None,
+        )
+        made.absent = cast(AbsentDevice, SimpleNamespace(device_id="pos-0009"))
+        return made
+
+    for seed in (3, 4):
+        assert scenario_of(stage(seed)) == Scenario(seed=seed, devices=20, hostile_share=0.1)
+        argv = _fleet_program(stage(seed), 1).argv
+        assert argv[argv.index("--seed") + 1] == str(seed)
+        assert (argv[argv.index("--devices") + 1], argv[argv.index("--hostile") + 1]) == ("20", "0.1")
 
 
 def test_requests_are_summed_over_processes() -> None:

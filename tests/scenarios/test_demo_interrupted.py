@@ -26,8 +26,12 @@ pytestmark = [on_linux, pytest.mark.slow(seconds=20), pytest.mark.timeout(300)]
 def test_an_interrupted_demo_leaves_nothing_behind(
     tmp_path: Path, at: str | None, presses: list[tuple[signal.Signals, bool]], code: int
 ) -> None:
-    with demo(tmp_path) as running:
+    with demo(tmp_path, options=("--seed", "11")) as running:
         _reach(running, at)
+        if at == "starting regions":
+            fleets = [line for line in running.below().values() if "fleet run" in line]
+            assert fleets, "they start with the regions"
+            assert all(" --seed 11 " in line for line in fleets)
         for number, group in presses:
             running.signal(number, group=group)
             time.sleep(0.3)
