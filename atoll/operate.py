@@ -39,6 +39,7 @@ def publish_model(
     threshold: float | None,
     feature_set: str,
     *,
+    latency_ms_max: float | None = None,
     quantize: str = "",
     signature: Path | None = None,
     signer_key: Path | None = None,
@@ -68,6 +69,8 @@ def publish_model(
     options["quantize"] = quantize
     if threshold is not None:
         options["threshold"] = str(threshold)
+    if latency_ms_max is not None:
+        options["latency_ms_max"] = str(latency_ms_max)
     client = operator(data, contact_s)
     if bundle:
         options["provenance"] = digest_of(bundle)
@@ -118,6 +121,8 @@ def _form_text(found: dict[str, Any]) -> str:
         text += f"          {name or 'other'} ({choice['devices']} devices): {choice['reason']}\n"
     if form["fresh_because"]:
         text += f"          quantized afresh: {'; '.join(form['fresh_because'])}\n"
+    if form.get("untried"):
+        text += f"golden    none: {form['untried']}; devices judge it by their own answers\n"
     return text
 
 

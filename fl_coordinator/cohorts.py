@@ -16,13 +16,16 @@ from model_delta.plan import Cohort
 STAGES_MAX = 32
 
 RATES = ("error_rate", "fallback_rate", "decline_rate", "false_positive_rate", "miss_rate")
+PAYMENT_RATES = ("decline_rate", "false_positive_rate", "miss_rate")
+"""Those of RATES that only a version which decides payments has."""
 LATENCIES = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")
 COUNTS = ("rolled_back", "safe_mode")
 METRICS = (*RATES, *LATENCIES, *COUNTS, "silence")
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """What a stage needs before it is widened: seconds, decisions by the target, share of heard devices that run it."""
+    """What a stage needs before it is widened: seconds, answers of the target (decisions about payments, inferences),
+    share of heard devices that run it."""
 
     min_seconds: float = 0.0
     min_decisions: int = 0

@@ -26,7 +26,7 @@ from model_delta.graphs.int8 import form_of, quantize_weights, weight_changes
 from model_delta.manifest import GoldenCase, Manifest, Tensor, TensorSpec
 from model_delta.patch import fidelity
 from model_delta.patch.quantization import Measured, Worth
-from model_delta.signature import SCORE
+from model_delta.signature import SCORE, payment_width
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -44,7 +44,14 @@ class LoadedModel(Protocol):
 
 OpenModel = Callable[[Manifest, bytes], LoadedModel]
 GoldenInputs = Callable[[str, Sequence[TensorSpec]], Sequence[Mapping[str, Array]]]
-"""(model, its inputs) -> a few batches of inputs that a publisher wants every device to try."""
+"""(model, its inputs) -> inputs to try it with, one after the other: the first that it answers with finite numbers
+become the golden case, which every device must reproduce."""
+GOLDEN_BYTES_MAX = 2 << 20
+"""Of one case, inputs and outputs: it travels in the manifest, of which a device takes 4 MB."""
+TOLERANCE = 1e-4
+"""How far a golden output may be off on a device: absolute, or relative to the largest number in it, whichever is more;
+the kernels of another processor round in another order. The second is for half precision."""
+TOLERANCE_HALF = 1e-2
 Cases = Sequence[Mapping[str, Array]]
 LatenciesUs = Callable[[Sequence[LoadedModel], Mapping[str, Array]], Sequence[float]]
 """(loaded models, inputs of one row) -> median microseconds of an answer on this machine, of each. They are measured
@@ -89,7 +96,7 @@ class Forming:
         if asked == "none":
             return source, Form(int8=False, reason="asked for")
         file, form = fresh, Form(int8=True, reason="asked for" if asked == "int8" else "not measured")
-        cases = self._golden_inputs(like.model, like.inputs)
+        cases = self._tried(like, source)[0]
         if base is not None:
             file, form = self._alike(source, fresh, base, form, like, cases)
         if self._latencies_us is not None:
@@ -107,22 +114,44 @@ class Forming:
             form = msgspec.structs.replace(form, int8=self.is_int8(base), reason=f"as its parent; {form.reason}")
         return (file if form.int8 else source), form
 
-    def golden(self, draft: Manifest, file: bytes, *, scored: bool) -> tuple[GoldenCase, ...]:
-        """What a file answers to the golden inputs of its model. Raises Malformed for an answer that is not finite, and
-        where devices decide by its `score` (`scored`) for one outside [0, 1], which each of them would refuse."""
-        loaded = self._open_model(draft, file)
+    def golden(self, draft: Manifest, file: bytes, *, scored: bool) -> tuple[tuple[GoldenCase, ...], str]:
+        """What a file answers to the golden inputs of its model, and why there is no such case ("" when there is one).
+
+        Raises Malformed for a file that cannot be opened. A model of payments has to answer, with finite numbers, and
+        where devices decide by its `score` (`scored`) from 0 to 1: each device would refuse others. Of any other model
+        nobody knows which inputs make sense, so one that answers none of those made up comes without a case."""
         cases = []
-        for inputs in self._golden_inputs(draft.model, draft.inputs):
-            outputs = loaded.run(inputs)
-            if not all(np.isfinite(value).all() for value in outputs.values()):
-                raise Malformed(f"model {draft.model}: answers a golden input with a number that is not finite")
+        tried, untried = self._tried(draft, file)
+        for inputs in tried:
+            outputs = self._open_model(draft, file).run(inputs)
             if scored and not all(0 <= score <= 1 for score in (outputs[SCORE].min(), outputs[SCORE].max())):
                 raise Malformed(
                     f"model {draft.model}: expected scores from 0 to 1, found {outputs[SCORE].min():.4g} to "
                     f"{outputs[SCORE].max():.4g}; let the model end in one probability per row"
                 )
-            cases.append(GoldenCase(_tensors(inputs), _tensors(outputs)))
-        return tuple(cases)
+            if sum(value.nbytes for value in (*inputs.values(), *outputs.values())) > GOLDEN_BYTES_MAX:
+                return (), f"what it takes and gives is more than {GOLDEN_BYTES_MAX} bytes"
+            cases.append(GoldenCase(_tensors(inputs), _tensors(outputs), _tolerance(outputs)))
+        return tuple(cases), untried
+
+    def _tried(self, like: Manifest, file: bytes) -> tuple[Cases, str]:
+        """The first golden inputs that a file with the inputs of `like` answers with finite numbers, at most one batch;
+        and what was wrong with the first when it answers none. Raises Malformed for a file that cannot be opened, and
+        for a model of payments that answers none."""
+        loaded, reason = self._opened(like, file), ""
+        candidates = self._golden_inputs(like.model, like.inputs)
+        for inputs in candidates:
+            try:
+                outputs = loaded.run(inputs)
+            except Malformed as error:
+                reason = reason or str(error)
+                continue
+            if all(np.isfinite(value).all() for value in outputs.values()):
+                return [inputs], ""
+            reason = reason or f"model {like.model}: answers a golden input with a number that is not finite"
+        if reason and payment_width(like.inputs, like.outputs) is not None:
+            raise Malformed(reason)
+        return [], reason or "its inputs are too large to travel with it"
 
     def is_int8(self, record: ReleaseRecord) -> bool:
         """Whether a version has int8 weights; the file tells of versions that were published before forms were kept."""
@@ -188,6 +217,16 @@ def _distance(found: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[s
     return max(distances, default=None)
 
 
+def _tolerance(outputs: Mapping[str, Array]) -> float:
+    """What a device's answer may differ by."""
+    most = TOLERANCE
+    for value in outputs.values():
+        if value.dtype.kind == "f" and value.size:
+            share = TOLERANCE_HALF if value.dtype.itemsize == 2 else TOLERANCE
+            most = max(most, share * float(np.max(np.abs(value.astype(np.float64)))))
+    return most
+
+
 def _number(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
 
@@ -195,7 +234,7 @@ def _number(value: float | None) -> float | None:
 def _tensors(values: Mapping[str, Array]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in values.items():
-        array = np.ascontiguousarray(value)
+        array = np.asarray(value, order="C")  # ascontiguousarray would make a row of a scalar
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
         tensors[name] = Tensor(array.dtype.name, tuple(array.shape), little.tobytes())
     return tensors

@@ -42,7 +42,8 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
     `measured`: bytes of the file, and median microseconds of one row on the coordinator's machine, of float32 and int8
     (empty where nothing was measured; a latency of None where the model did not answer). `distance` and `carried` of
     the int8 file, beside those of a fresh quantization, are what `fidelity` looks at (None without a parent).
-    `fresh_because`: why it does not have its parent's scales though there is a parent.
+    `fresh_because`: why it does not have its parent's scales though there is a parent. `untried`: why it came without a
+    golden case, so that devices judge it by their own answers alone ("" with one).
     """
 
     int8: bool
@@ -53,6 +54,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
     distance_fresh: float | None = None
     carried: Carried | None = None
     fresh_because: tuple[str, ...] = ()
+    untried: str = ""
 
 
 def asked(text: str) -> Asked:

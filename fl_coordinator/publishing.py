@@ -33,7 +33,7 @@ from model_delta.errors import Malformed, NotFound, Untrusted
 from model_delta.graphs.inspection import inspect, require_features
 from model_delta.keys.encryption import seal_blob
 from model_delta.keys.keyring import Keyring
-from model_delta.manifest import GoldenCase, Lineage, Manifest, Segment
+from model_delta.manifest import GoldenCase, Lineage, Manifest, Requirements, Segment
 from model_delta.patch.quantization import Worth
 from model_delta.release import LIFETIME_S, Release, build_release
 from model_delta.store import ArtifactStore
@@ -107,11 +107,13 @@ class Publisher(Published):
         provenance: str = "",
         lifetime_s: int = LIFETIME_S,
         quantize: Asked = "",
+        latency_ms_max: float | None = None,
     ) -> ReleaseRecord:
         """Make a version of `source` and return it, or the version that these bytes on this parent already are.
 
         `parent` is a manifest digest; by default the stable version, else the newest that is not withdrawn. Threshold,
-        feature set and baseline are the parent's unless given. `now` dates the version, `lifetime_s` seconds later it
+        feature set, baseline and `latency_ms_max` (an answer that takes a device longer is a slow one) are the parent's
+        unless given. `now` dates the version, `lifetime_s` seconds later it
         expires on every device. `provenance` is the digest of a signature bundle that was checked, and lies in the
         store as an artifact. Raises Malformed for an unusable file, parent or name, and
         StorageFull with nothing published. `quantize`: see `forms`.
@@ -120,7 +122,12 @@ class Publisher(Published):
         with self._one_at_a_time:
             base = self._parent(model, parent)
             digest = digest_of(source)
-            asked = {"decision_threshold": decision_threshold, "feature_set": feature_set, "baseline": baseline}
+            asked = {
+                "decision_threshold": decision_threshold,
+                "feature_set": feature_set,
+                "baseline": baseline,
+                "latency_ms_max": latency_ms_max,
+            }
             if base is not None and base.source == digest:
                 self._require_same(base, name, asked, provenance, quantize)
                 return base
@@ -150,6 +157,7 @@ class Publisher(Published):
             threshold = (
                 decision_threshold if decision_threshold is not None else before.decision_threshold if before else 0.5
             )
+            golden, form = self._golden(candidate.draft, candidate.file, candidate.form)
             key, _ = self._keyring.new_key(self._context("new"))  # made where the keys are; bound to its digest below
             release = build_release(
                 candidate.file,
@@ -162,14 +170,15 @@ class Publisher(Published):
                 keyring=self._keyring,
                 key=key,
                 now=now,
-                golden=self._golden(candidate.draft, candidate.file),
+                golden=golden,
                 decision_threshold=threshold,
                 feature_set=feature_set if feature_set is not None else before.feature_set if before else "",
                 baseline=baseline if baseline is not None else before.baseline if before else "",
+                latency_ms_max=_latency_of(before) if latency_ms_max is None else latency_ms_max,
                 lineage=_with_provenance(lineage, provenance),
                 lifetime_s=lifetime_s,
             )
-            return self._commit(release, source, key, model=model, name=name, now=now, form=candidate.form)
+            return self._commit(release, source, key, model=model, name=name, now=now, form=form)
 
     def join_siblings(self, *, model: str, now: float, name: str = "") -> ReleaseRecord:
         """One release that contains all siblings of `model`: those that no other release contains and that are not
@@ -200,6 +209,7 @@ class Publisher(Published):
                 version=joined((record.version for record in parents), self._region, counted),
                 release=max(record.release for record in every.values()) + 1,
             )
+            golden, form = self._golden(draft, file, form)
             release = build_release(
                 file,
                 tenant=self._tenant,
@@ -210,10 +220,11 @@ class Publisher(Published):
                 keyring=self._keyring,
                 key=key,
                 now=now,
-                golden=self._golden(draft, file),
+                golden=golden,
                 decision_threshold=before.decision_threshold,
                 feature_set=before.feature_set,
                 baseline=before.baseline,
+                latency_ms_max=_latency_of(before),
                 lineage=Lineage(code=f"join of {', '.join(str(dots[parent.manifest]) for parent in parents)}: {how}"),
             )
             return self._commit(release, source, key, model=model, name=name, now=now, form=form)
@@ -271,8 +282,10 @@ class Publisher(Published):
         )
         return Candidate(described, file, form)
 
-    def _golden(self, draft: Manifest, file: bytes) -> tuple[GoldenCase, ...]:
-        return self._forming.golden(draft, file, scored=draft.model in self._feature_counts)
+    def _golden(self, draft: Manifest, file: bytes, form: Form | None) -> tuple[tuple[GoldenCase, ...], Form | None]:
+        """The golden cases of a file, and its form, which tells why when there are none."""
+        golden, untried = self._forming.golden(draft, file, scored=draft.model in self._feature_counts)
+        return golden, msgspec.structs.replace(form, untried=untried) if form is not None and untried else form
 
     def _require_same(
         self, known: ReleaseRecord, name: str, asked: Mapping[str, object], provenance: str, quantize: Asked
@@ -280,7 +293,8 @@ class Publisher(Published):
         """Raise Malformed where bytes that are a version already are asked for with anything else than it has: what it
         is called and what its manifest says stand for good. `asked`: manifest fields by name, None for any."""
         manifest = self.manifest(known.manifest)
-        found = {"name": known.name, **{field: getattr(manifest, field) for field in asked}}
+        holders = {"name": known, "latency_ms_max": manifest.requirements}
+        found = {field: getattr(holders.get(field, manifest), field) for field in ("name", *asked)}
         for field, wanted in {"name": name or None, **asked}.items():
             if wanted is not None and wanted != found[field]:
                 raise Malformed(
@@ -375,6 +389,10 @@ class Publisher(Published):
             self._store.put("root", manifest.merkle_root, release.digest.encode())
         self._vouch()
         return record
+
+
+def _latency_of(before: Manifest | None) -> float:
+    return (before.requirements if before is not None else Requirements()).latency_ms_max
 
 
 def _with_provenance(lineage: Lineage | None, provenance: str) -> Lineage | None:

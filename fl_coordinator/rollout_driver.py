@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from fl_coordinator import rollout as rollouts
-from fl_coordinator.cohorts import RolloutSpec, read_rollout
+from fl_coordinator.cohorts import PAYMENT_RATES, RolloutSpec, read_rollout
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note
 from fl_coordinator.publishing import Publisher
@@ -22,6 +22,7 @@ from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, NotFound
 from model_delta.keys.keyring import Keyring
 from model_delta.plan import PLAN_TYPE, RolloutPlan
+from model_delta.signature import payment_width, shown
 from model_delta.trust.signing import open_envelope, seal_envelope
 from monitoring.health import CohortHealth, DeviceStanding, cohort_health
 
@@ -75,6 +76,7 @@ class RolloutDriver:
             if known.yaml == text and known.target == manifest:
                 return known
             raise Malformed(f"rollout {spec.name}: the name was used for another rollout; choose a new metadata.name")
+        self._require_measurable(spec, manifest)
         followers = self._ledger.followers(spec.model)
         blocking = [
             found
@@ -105,6 +107,18 @@ class RolloutDriver:
                 self._save(Advance(ended, None, rollouts.SUPERSEDED, f"by {spec.name}"), now)
         self._save(begun, now)
         return begun.rollout
+
+    def _require_measurable(self, spec: RolloutSpec, digest: str) -> None:
+        """Raise Malformed for a guardrail that no answer of the target could meet or breach: the rollout would wait for
+        evidence that cannot come."""
+        manifest = self._publisher.manifest(digest)
+        useless = [rail.metric for rail in spec.guardrails if rail.metric in PAYMENT_RATES]
+        if useless and payment_width(manifest.inputs, manifest.outputs) is None:
+            raise Malformed(
+                f"rollout {spec.name}: guardrail {useless[0]}: expected a version that decides payments, found one "
+                f"that takes {shown(manifest.inputs)}; leave it out: error_rate, latencies and rolled_back hold for "
+                "any model"
+            )
 
     def last_yaml(self, model: str) -> str:
         """The YAML of the model's last rollout; "" when there was none. Blocking."""

@@ -86,6 +86,7 @@ def build_release(
     decision_threshold: float = 0.5,
     feature_set: str = "",
     requirements: Requirements | None = None,
+    latency_ms_max: float = Requirements().latency_ms_max,
     lineage: Lineage | None = None,
     baseline: str = "",
     lifetime_s: int = LIFETIME_S,
@@ -100,7 +101,7 @@ def build_release(
     `patch_from` are further versions that only get a patch. A patch that is no smaller than the whole is left out.
     `key` is this version's artifact key (32 bytes), `now` Unix seconds, `lifetime_s` seconds until the manifest
     expires. `inputs` and `outputs` are read from the ONNX graph unless both are given (a file that is not ONNX needs
-    them). `role` signs.
+    them). `latency_ms_max` is what a device may take for an answer, unless `requirements` say so. `role` signs.
     Raises Malformed for an unusable file and for a device's private branch, and DigestMismatch for a parent whose file
     is not the one in its manifest.
     """
@@ -113,7 +114,9 @@ def build_release(
     if inputs is None or outputs is None:
         info = inspect(file, f"release {release} of {model}")
         inputs, outputs = info.inputs, info.outputs
-        requirements = requirements or Requirements(opset=info.opset, memory_bytes=2 * len(file))
+        requirements = requirements or Requirements(
+            opset=info.opset, memory_bytes=2 * len(file), latency_ms_max=latency_ms_max
+        )
     pieces = cut(file)
     segments = tuple(Segment(name, len(data), digest_of(data)) for name, data in pieces)
     manifest = Manifest(
@@ -131,7 +134,7 @@ def build_release(
         outputs=tuple(outputs),
         feature_set=feature_set,
         decision_threshold=decision_threshold,
-        requirements=requirements or Requirements(memory_bytes=2 * len(file)),
+        requirements=requirements or Requirements(memory_bytes=2 * len(file), latency_ms_max=latency_ms_max),
         golden=tuple(golden),
         lineage=lineage or Lineage(),
         created=int(now),

@@ -10,9 +10,11 @@ Dtypes are NumPy's names; a dimension of -1 is free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from model_delta.errors import Malformed
@@ -50,6 +52,19 @@ def require_tensors(tensors: Mapping[str, NDArray[Any]], inputs: Sequence[Tensor
             raise Malformed(f"{what}: input {name!r}: expected {shown_type(spec)}, found shape {list(sizes)}")
 
 
+def made_up(
+    inputs: Sequence[TensorSpec], rng: np.random.Generator, *, batch: int = 1, free: int = 4
+) -> dict[str, NDArray[Any]]:
+    """Tensors of the signature, by name: standard normal numbers, integers from 0 to 3, either truth. A free first axis
+    has the size `batch`, any other free axis `free`. See `size_of` for the bytes that this takes."""
+    return {spec.name: _made_up(spec, _sizes(spec, batch, free), rng) for spec in inputs}
+
+
+def size_of(inputs: Sequence[TensorSpec], *, batch: int = 1, free: int = 4) -> int:
+    """How many bytes the tensors of `made_up` are."""
+    return sum(math.prod(_sizes(spec, batch, free)) * np.dtype(spec.dtype).itemsize for spec in inputs)
+
+
 def shown(specs: Iterable[TensorSpec]) -> str:
     """Tensors in words: `'pixels' float32[?, 1, 8, 8], 'mask' int64[?, ?]`; "none" without any."""
     return ", ".join(f"{spec.name!r} {shown_type(spec)}" for spec in specs) or "none"
@@ -58,6 +73,17 @@ def shown(specs: Iterable[TensorSpec]) -> str:
 def shown_type(spec: TensorSpec) -> str:
     """A tensor's type in words: `float32[?, 1, 8, 8]`."""
     return f"{spec.dtype}[{', '.join('?' if size < 0 else str(size) for size in spec.shape)}]"
+
+
+def _sizes(spec: TensorSpec, batch: int, free: int) -> tuple[int, ...]:
+    return tuple(size if size >= 0 else batch if axis == 0 else free for axis, size in enumerate(spec.shape))
+
+
+def _made_up(spec: TensorSpec, sizes: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
+    kind = np.dtype(spec.dtype)
+    if kind.kind in "iub":
+        return np.asarray(rng.integers(0, 2 if kind.kind == "b" else 4, sizes)).astype(kind)
+    return np.asarray(rng.standard_normal(sizes)).astype(kind)
 
 
 def _is_score(spec: TensorSpec) -> bool:

@@ -36,10 +36,22 @@ def device_run(
     payments: Annotated[
         Path | None, typer.Option(help="A labelled payments CSV (Time,V1..V28,Amount,Class); default: simulated.")
     ] = None,
-    model: Annotated[str, typer.Option(help="The model to follow; default: fraud, or fraud-csv with --payments.")] = "",
-    rate: Annotated[float, typer.Option(help="Payments a second.", min=0.01, max=1000)] = 2.0,
-    count: Annotated[int, typer.Option(help="Stop after so many decisions; 0 runs until Ctrl-C.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the simulated payments.")] = 7,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The model to follow, whatever it takes and gives; default: fraud, or fraud-csv with --payments."
+        ),
+    ] = "",
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Named tensors to put to the model, over and over: JSON ({name: nested lists}, or `inputs` as in the "
+            "Open Inference Protocol; one object, a list, or one a line) or .npz; default: made up from what it takes."
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Payments, or inferences, a second.", min=0.01, max=1000)] = 2.0,
+    count: Annotated[int, typer.Option(help="Stop after so many answers; 0 runs until Ctrl-C.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated payments, or the made-up inputs.")] = 7,
     update_memory: Annotated[
         int, typer.Option(help="MiB that a step of an update may work in; 0: no limit.", min=0)
     ] = 0,
@@ -53,9 +65,14 @@ def device_run(
     contact: ContactOption = DEFAULT_CONTACT,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")] = False,
 ) -> None:
-    """Enrol one device with the platform of the data folder and let it decide payments, printing each decision.
+    """Enrol one device with the platform of the data folder and let it answer, printing a line for each answer.
+
+    A model of payments (`features` to a `score`) decides payments. Any other, as the signature of its version says, is
+    put the tensors of --inputs, or made-up ones.
 
     Example: atoll device run --id pos-0002 --count 20
+
+    Example: atoll device run --model digits --inputs pixels.json
     """
     from atoll.device import run_device
     from model_delta.patch.route import DeviceLimits
@@ -66,6 +83,7 @@ def device_run(
         device_class,
         region,
         payments,
+        inputs=inputs,
         rate=rate,
         count=count,
         seed=seed,

@@ -25,6 +25,16 @@ def publish(
     threshold: Annotated[
         float | None, typer.Option(help="Scores at or above it are declined; default: the parent's, or 0.5.")
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-max",
+            help="Milliseconds that an answer may take on a device, which goes back from a slower version; default: "
+            "the parent's, or 50.",
+            min=0.001,
+            max=1e6,
+        ),
+    ] = None,
     feature_set: Annotated[
         str,
         typer.Option(
@@ -59,11 +69,15 @@ def publish(
 ) -> None:
     """Describe, sign, encrypt and store a model as a new version. Nobody runs it until a rollout says so.
 
+    The models fraud and fraud-csv take payments; with --model NAME any other may take and give any tensors of numbers.
+
     Example: atoll publish fraud.onnx --name spring
     """
     from atoll.operate import join_releases, publish_model
 
-    if join == (model is not None) or (join and (threshold is not None or feature_set or signature)):
+    if join == (model is not None) or (
+        join and (threshold is not None or latency is not None or feature_set or signature)
+    ):
         raise Malformed("publish: expected MODEL.onnx, or --join alone (with --model and --name)")
     if model is None:
         join_releases(data, name, label, contact_s=contact, as_json=json)
@@ -75,6 +89,7 @@ def publish(
         label,
         threshold,
         feature_set,
+        latency_ms_max=latency,
         signature=signature,
         signer_key=signer_key,
         signer_chain=signer_chain or (),

@@ -55,6 +55,8 @@ class VersionRoutes:
             options["quantize"] = asked(query["quantize"])
         if "threshold" in query:
             options["decision_threshold"] = number_in(query["threshold"], "threshold", 0.0, 1.0)
+        if "latency_ms_max" in query:
+            options["latency_ms_max"] = number_in(query["latency_ms_max"], "latency_ms_max", 0.001, 1e6)
         if "created" in query:
             options["created"] = number_in(query["created"], "created", 0.0, 1e11)
         if "valid_days" in query:
@@ -80,6 +82,7 @@ class VersionRoutes:
                 **_release_view(record),
                 "lineage": msgspec.to_builtins(manifest.lineage),
                 "decision_threshold": manifest.decision_threshold,
+                "latency_ms_max": manifest.requirements.latency_ms_max,
                 "file_digest": manifest.file_digest,
                 "inputs": msgspec.to_builtins(manifest.inputs),
                 "outputs": msgspec.to_builtins(manifest.outputs),

@@ -129,6 +129,8 @@ def test_options_that_name_what_does_not_exist(run, stopped: Path, tmp_path: Pat
         (("rollout", "apply", tmp_path / "none.yaml"), "none.yaml: expected a readable file"),
         (("device", "run", "--payments", tmp_path / "none.csv"), "none.csv: cannot be read"),
         (("fleet", "run", "--payments", tmp_path / "none.csv"), "none.csv: cannot be read"),
+        (("device", "run", "--model", "m", "--inputs", tmp_path / "none.json"), "none.json: cannot be read"),
+        (("device", "run", "--payments", tmp_path, "--inputs", tmp_path), "--inputs: expected without --payments"),
     ):
         more = () if words[0] == "up" else ("--data", stopped)
         code, said = run(*words, *more)

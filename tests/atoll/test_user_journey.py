@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from atoll.control_client import ControlClient
 from atoll.process_tree import process_table
 from device_sim.payments_csv import COLUMNS
+from edge_runtime.onnx_model import run_graph
 from tests.atoll.platform_process import (
     Platform,
     answer,
@@ -33,6 +35,7 @@ from tests.atoll.platform_process import (
     write_rollout,
 )
 from tests.fakes import kafka_server
+from tests.fakes.any_signature import PIXELS, digits_model, tokens_model
 
 FINDABLE = shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 BROKERS = [
@@ -95,6 +98,7 @@ def test_publish_run_stop_and_come_back(tmp_path: Path, broker: str) -> None:
         own, payments = _decide_own_payments(data, tmp_path)
         if broker == "embedded":
             _deal_own_payments(data, payments, own)
+            _answer_tensors(second, tmp_path)
         assert second.stop(signal.SIGINT) == 0
     until(lambda: not processes_of(data), 5, "no process is left")
     assert not any(listens(port) for port in ports)
@@ -267,6 +271,50 @@ def _deal_own_payments(data: Path, payments: Path, version: str) -> None:
 def _gateway_metrics(data: Path) -> bytes:
     endpoints = json.loads((data / "endpoints.json").read_text())
     return http(f"{endpoints['gateways']['eu-west']}/metrics")[1]
+
+
+def _answer_tensors(running: Platform, folder: Path) -> None:
+    """Models that know nothing of payments: adopted and held by their inferences; a version that fails goes back."""
+    control = ControlClient(running.endpoints["coordinator"], running.token("admin"))
+    plan = write_rollout(folder / "any.yaml", "NAME").read_text().replace("model: fraud", "model: MODEL")
+    plan = "\n".join(line for line in plan.splitlines() if "false_positive_rate" not in line)
+    plan = plan.replace("minSeconds: 3", "minSeconds: 1").replace("match: {}", "match: {deviceId: [pi-0021, pi-0022]}")
+
+    def roll_out(model: str, name: str, source: bytes) -> str:
+        found = control.post("/v1/models", source, model=model, quantize="none")
+        control.post("/v1/rollouts", plan.replace("NAME", name).replace("MODEL", model))
+        return str(found["manifest"])
+
+    first, tokens = roll_out("digits", "d1", digits_model(1)), roll_out("tokens", "t1", tokens_model())
+    one = folder / "one.json"
+    one.write_text(json.dumps({"pixels": PIXELS["pixels"][:1].tolist()}))
+    words = [sys.executable, "-m", "atoll", "device", "run", "--data", str(running.data), "--json", "--rate", "100"]
+    ways = (["--id", "pi-0021", "--model", "digits", "--inputs", str(one)], ["--id", "pi-0022", "--model", "tokens"])
+    papers, devices = [folder / f"{more[1]}.lines" for more in ways], []
+    for path, more in zip(papers, ways, strict=True):
+        with path.open("w") as paper:  # a pipe that nobody reads would hold them up
+            devices.append(subprocess.Popen([*words, *more], stdout=paper))
+    try:
+        for name in ("d1", "t1"):
+            until(lambda: control.get(f"/v1/rollouts/{name}")["state"] == "completed", 30, f"{name} is out")  # noqa: B023
+        bad = roll_out("digits", "d2", digits_model(2, rows_only=4))  # as many as its golden case has
+        until(lambda: control.get("/v1/rollouts/d2")["state"] == "stopped", 30, "the bad version is withdrawn")
+        assert "rolled_back: 1 devices" in control.get("/v1/rollouts/d2")["history"][-1]["reason"]
+    finally:
+        for device in devices:
+            device.send_signal(signal.SIGINT)
+        assert [device.wait(timeout=15) for device in devices] == [0, 0]
+    told = [lines(path.read_text()) for path in papers]
+    digits, words_of = ([line for line in seen if line["event"] == "inference"] for seen in told)
+    expected = run_graph(digits_model(1), {"pixels": PIXELS["pixels"][:1]})
+    for line in (digits[0], digits[-1]):
+        assert (line["version"], line["where"], line["error"]) == (first, "device", "")
+        assert line["outputs"]["label"] == expected["label"].tolist()
+    assert {line["version"] for line in digits if line["error"]} == {bad}
+    outcomes = [(line["outcome"], line["version"]) for line in told[0] if line["event"] == "outcome"]
+    assert outcomes == [("adopted", first), ("rolled_back", bad)]
+    assert {(line["version"], len(line["outputs"]["pooled"][0])) for line in words_of} == {(tokens, 6)}
+    assert [line["made_up"] for line in told[1] if line["event"] == "inputs"] == [True]
 
 
 def _feature_names() -> tuple[str, ...]:

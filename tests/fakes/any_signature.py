@@ -22,7 +22,7 @@ def digits_model(seed: int = 1, *, rows_only: int = 0) -> bytes:
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
     ]
-    return _bytes(
+    return model_bytes(
         nodes,
         [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 1, 8, 8])],
         [
@@ -46,7 +46,7 @@ def tokens_model(seed: int = 1) -> bytes:
         helper.make_node("Add", ["count", "little"], ["divisor"]),
         helper.make_node("Div", ["total", "divisor"], ["pooled"]),
     ]
-    return _bytes(
+    return model_bytes(
         nodes,
         [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "t"]) for name in ("tokens", "mask")],
         [helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["n", 6])],
@@ -68,7 +68,7 @@ def kinds_model() -> bytes:
         helper.make_node("Where", ["chosen", "scaled", "zero"], ["kept"]),
         helper.make_node("Not", ["chosen"], ["any"]),
     ]
-    return _bytes(
+    return model_bytes(
         nodes,
         [
             helper.make_tensor_value_info("half", TensorProto.FLOAT16, ["n", 3]),
@@ -92,9 +92,10 @@ KINDS: Arrays = {
 }
 
 
-def _bytes(
+def model_bytes(
     nodes: list[NodeProto], inputs: list[ValueInfoProto], outputs: list[ValueInfoProto], weights: Arrays
 ) -> bytes:
+    """A graph as a model file."""
     graph = helper.make_graph(
         nodes, "any", inputs, outputs, [numpy_helper.from_array(value, name) for name, value in weights.items()]
     )

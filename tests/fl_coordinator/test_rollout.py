@@ -338,6 +338,24 @@ def test_each_rate_is_judged_by_its_own_count(metric: str, bad: str) -> None:
     assert (looked.rollout.state == "stopped") == (metric == bad)
 
 
+def test_inferences_count_as_answers_and_approve_nothing() -> None:
+    """A version of any signature is held and judged by its inferences."""
+    rails = "{metric: error_rate, max: 20%}, {metric: latency_p95_ms, max: 1}"
+    found = begun(simple("{devices: 1, hold: {minDecisions: 50}}, {share: 100%}", rails), FLEET).rollout
+
+    def inferred(number: int, latency_us: float = 300.0, errors: int = 0) -> ModelSummary:
+        latency = {latency_bucket(latency_us): number - errors}
+        return ModelSummary(manifest=NEW, where="device", inferences=number, errors=errors, latency=latency)
+
+    assert look(found, health_of(found, FLEET, inferred(40))).rollout.reason == "waits for 10 more decisions"
+    fine = look(found, health_of(found, FLEET, inferred(60)))
+    assert (fine.event, fine.rollout.decisions_before) == ("widened", 60)
+    for bad in (inferred(60, errors=40), inferred(60, latency_us=5_000.0)):
+        assert look(found, health_of(found, FLEET, bad)).rollout.state == "stopped"
+    declines = begun(simple(rails="{metric: decline_rate, max: 20%}"), FLEET).rollout
+    assert look(declines, health_of(declines, FLEET, inferred(60))).rollout.reason.endswith("evidence on decline_rate")
+
+
 def test_a_ratio_to_a_silent_control_arm_is_no_evidence_of_health() -> None:
     found = begun(simple(rails="{metric: error_rate, ratioToControl: 2}"), FLEET).rollout
     assert (

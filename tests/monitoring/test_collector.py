@@ -112,6 +112,8 @@ REPORT = Report(
 def test_an_honest_report_is_plausible() -> None:
     require_plausible(REPORT)
     require_plausible(msgspec.structs.replace(REPORT, last_sequence=0, summaries=(), outcomes=()))
+    inferred = ModelSummary(manifest="m", where="device", inferences=20, errors=20, latency={30: 20})
+    require_plausible(msgspec.structs.replace(REPORT, summaries=(inferred,)))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,9 @@ def test_an_honest_report_is_plausible() -> None:
         {"latency": {-1: 1}},
         {"latency": {10**6: 1}},
         {"manifest": "m" * 65},
+        {"inferences": -1},
+        {"inferences": 11},
+        {"decisions": -5, "declined": 0, "inferences": 20},
     ],
 )
 def test_counts_that_no_outbox_folds_to_are_refused(changes: dict[str, object]) -> None:
