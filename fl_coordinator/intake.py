@@ -36,6 +36,7 @@ from fl_coordinator.shares.contribution import (
 )
 from fl_coordinator.spending import over_budget
 from fl_coordinator.tables.records import AdmittedContribution
+from fl_coordinator.threads import in_thread
 from fl_coordinator.updates_log import LogPart
 from model_delta import topics
 from model_delta.digest import digest_of
@@ -118,7 +119,7 @@ class Intake:
     async def leave_out(self, found: Round) -> None:
         """Tell devices that a round with privacy would bring over their budget that it does not take them, before they
         train and upload in vain; whoever does not hear it is refused at admission. Raises StorageFull."""
-        over = await asyncio.to_thread(self._known_over_budget, found)
+        over = await in_thread(self._known_over_budget, found)
         receipts = {
             name: topics.ContributionReceipt(found.round_id, False, _told(Refusal(OVER_BUDGET, text)))
             for name, text in over.items()
@@ -135,11 +136,12 @@ class Intake:
             return {}
         since = self._clock() - AWAKE_S
         awake = [record.device_id for record in self._ledger.devices() if record.last_seen >= since]
-        over = self._over_budget(found, awake)
+        over = self.over_budget(found, awake)
         self._ledger.sit_out((found.round_id, name, OVER_BUDGET) for name in over)
         return over
 
-    def _over_budget(self, found: Round, device_ids: Sequence[str]) -> dict[str, str]:
+    def over_budget(self, found: Round, device_ids: Sequence[str]) -> dict[str, str]:
+        """Which of these devices the round's privacy leaves out, and why in words. Blocking."""
         if found.spec.privacy is None:
             return {}
         return over_budget(self._ledger, found.spec.privacy, found.round_id, device_ids)
@@ -225,7 +227,7 @@ class Intake:
                 mismatch=mismatch(verified.claim, len(verified.masked), newest.task),
                 group=record.trait(quota.group),
                 lately=lately,
-                over_budget=self._over_budget(newest, [device_id]).get(device_id, ""),
+                over_budget=self.over_budget(newest, [device_id]).get(device_id, ""),
             )
         return claimed, round_
 

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from fl_coordinator.admission import OVER_BUDGET
 from fl_coordinator.intake import Intake
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Note, UpdatesLog
@@ -309,9 +310,19 @@ class RoundDriver:
 
     async def _freeze(self, found: Round) -> tuple[Round, Event]:
         """Fix the ordered list. The state is FROZEN already, so whatever is not admitted by now is refused as late;
-        the lock waits for a batch that began to be admitted before."""
+        the lock waits for a batch that began to be admitted before. A device whose budget of privacy went into another
+        model's round since it was admitted is not on the list."""
         async with self._intake.admitting:
             admitted = await asyncio.to_thread(self._ledger.contributions, found.round_id)
+        if not found.frozen:
+            over = await asyncio.to_thread(self._intake.over_budget, found, [entry.device_id for entry in admitted])
+            rejected = {name: f"{OVER_BUDGET}: {text}" for name, text in over.items()}
+            found = msgspec.structs.replace(found, rejected=rejected)
+            if len(admitted) - len(over) < found.spec.quorum <= len(admitted):
+                left = f"{len(over)} of {len(admitted)} contributions are of devices {OVER_BUDGET} by now"
+                reason = f"expected a quorum of {found.spec.quorum} contributions to freeze; {left}"
+                return msgspec.structs.replace(found, reason=reason), Event.BROKEN
+        admitted = [entry for entry in admitted if entry.device_id not in found.rejected]
         frozen = found.frozen or tuple(entry.digest for entry in admitted)
         root = merkle.root([bytes.fromhex(digest) for digest in frozen])
         figures = {**found.figures, "bytes_uploaded": sum(entry.size for entry in admitted)}

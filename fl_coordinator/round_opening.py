@@ -225,7 +225,10 @@ def _with_verdicts(found: Round, decision: Decision) -> tuple[Round, Event]:
     found = msgspec.structs.replace(
         found,
         chosen=tuple(device.device_id for device in decision.devices if device.selected),
-        rejected={device.device_id: device.reason for device in decision.devices if not device.selected},
+        rejected={
+            **found.rejected,
+            **{device.device_id: device.reason for device in decision.devices if not device.selected},
+        },
     )
     if decision.refusal:
         return msgspec.structs.replace(found, reason=f"the aggregators refused: {decision.refusal}"), Event.BROKEN

@@ -5,9 +5,9 @@ attempt that is repeated opens the same decision with the same noise, or nothing
 was is known for certain only to the aggregators, so a round that failed counts as if it had opened. No epsilon holds
 for a model that was opened without noise before, so such a round is refused too.
 
-A device that the round would bring over its budget is left out before that, at admission, and the round goes on with
-the others. Two rounds of different models side by side may still admit a device that has budget for one of them: the
-second one then does not open.
+A device that the round would bring over its budget is left out before that, at admission or, where another model's
+round was paid for since, when the list is frozen; the round goes on with the others. Two rounds that freeze at the same
+moment may still both hold a device that has budget for one of them: the one that pays second then does not open.
 """
 
 from __future__ import annotations

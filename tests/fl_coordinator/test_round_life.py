@@ -256,21 +256,30 @@ async def test_devices_that_have_spent_their_budget_are_left_out_and_the_others_
 
 @pytest.mark.slow
 @on_a_loop
-async def test_a_round_whose_devices_spend_their_budget_elsewhere_meanwhile_does_not_open(tmp_path: Path) -> None:
+async def test_a_device_that_spends_its_budget_elsewhere_after_it_was_admitted_is_not_frozen(tmp_path: Path) -> None:
     private = asked(privacy=Privacy(epsilon=100, epsilon_device=2.5, delta=1e-5, noise_multiplier=2.0))
     async with learning(tmp_path, 7) as at:
-        opened = await at.coordinator.open_round(private)
-        await contribute_all(at.devices[:6], opened.round_id)
-        at.ledger.spend_privacy("elsewhere", 1, "digits", Spend(2.0), ["pos-0000"])
-        await contribute_all(at.devices[6:], opened.round_id)
-        ended = await at.ended(opened.round_id)
-        assert ended.state == "FAILED"
-        assert "would bring 1 of 7 devices (first: pos-0000) to epsilon" in ended.reason
-        assert at.ledger.round_result(opened.round_id) is None
-        assert at.aggregators.commands == []  # nobody was even asked
-        assert at.ledger.privacy_of_release("fraud") == []
+        for spent, state in ((1, "PUBLISHED"), (2, "FAILED")):
+            opened = await at.coordinator.open_round(msgspec.structs.replace(private, name=state))
+            await contribute_all(at.devices[:6], opened.round_id)
+            names = [device.device_id for device in at.devices[:spent]]
+            at.ledger.spend_privacy(f"elsewhere {spent}", 1, "digits", Spend(2.0), names)
+            await contribute_all(at.devices[6:], opened.round_id)
+            ended = await at.ended(opened.round_id)
+            assert ended.state == state
+            left_out = [name for name, told in ended.rejected.items() if told.startswith("over privacy budget: this")]
+            assert left_out == names
+            if state == "PUBLISHED":
+                assert len(ended.frozen) == 6
+                assert at.ledger.privacy_of_devices(names) == {"pos-0000": [Spend(2.0)]}
+                with at.ledger._write() as db:
+                    db.execute("DELETE FROM privacy_devices")
+        told = "expected a quorum of 6 contributions to freeze; 2 of 7 contributions are of devices over privacy budget"
+        assert ended.reason.startswith(told)
+        assert len(at.aggregators.commands) == 1, "nobody was asked about the second one"
 
 
+@pytest.mark.slow
 @on_a_loop
 async def test_a_device_that_was_in_a_bare_sum_is_left_out_of_rounds_with_privacy(tmp_path: Path) -> None:
     async with learning(tmp_path, 3) as at:
