@@ -14,7 +14,8 @@ Wire form (JSON; `payload` and the values of `replies` are the canonical CBOR of
 Fields may be added; a reader ignores those that it does not know.
 
     command  {"id": str, "nodes": [str], "payload": str, "deadline_s": float}       seconds left when handed out
-    reply    {"id": str, "replies": {node: str}, "failures": {node: reason}}        the end of the command
+    reply    {"id": str, "replies": {node: str}, "failures": {node: reason}, "undone": [node]}
+             the end of the command; `undone`: those of the failures that said so themselves, or were never asked
     progress {"id": str, "progress": true}                                         "still waiting for nodes"
     answer to reply and progress: {"wanted": bool}, false when nobody waits for this command any more
 """
@@ -40,12 +41,20 @@ REPLY_MARGIN_S = 0.5
 
 
 class CommandFailed(Unavailable):
-    """A command that not every node answered. `replies` has what did arrive, `failures` a reason per missing node."""
+    """A command that not every node answered. `replies` has what did arrive, `failures` a reason per missing node;
+    `undone` are those of the missing that surely did not carry it out: the others may have, and nobody heard of it."""
 
-    def __init__(self, message: str, replies: Mapping[str, dict[str, Any]], failures: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        message: str,
+        replies: Mapping[str, dict[str, Any]],
+        failures: Mapping[str, str],
+        undone: Collection[str] = (),
+    ) -> None:
         super().__init__(message)
         self.replies = dict(replies)
         self.failures = dict(failures)
+        self.undone = frozenset(undone)
 
 
 class _Pending:
@@ -55,7 +64,7 @@ class _Pending:
         self.nodes = nodes
         self.payload = payload
         self.deadline = deadline
-        self.handed_out = False
+        self.handed_out = 0
         self.answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
 
 
@@ -95,12 +104,15 @@ class FlowerBridge:
         except TimeoutError:
             why = "did not answer" if pending.handed_out else "was not asked: the ServerApp fetched no command"
             failures = dict.fromkeys(pending.nodes, f"{why} within {deadline_s:g} s")
-            raise CommandFailed(_describe(failures, pending.nodes), {}, failures) from None
+            undone = () if pending.handed_out else pending.nodes
+            raise CommandFailed(_describe(failures, pending.nodes), {}, failures, undone) from None
         finally:
             del self._pending[command_id]
         replies, failures = _read_reply(body, pending.nodes)
         if failures:
-            raise CommandFailed(_describe(failures, pending.nodes), replies, failures)
+            # A ServerApp that had the command before, and died, may have asked whom this one did not.
+            undone = tuple(failures.keys() & _undone(body)) if pending.handed_out == 1 else ()
+            raise CommandFailed(_describe(failures, pending.nodes), replies, failures, undone)
         return replies
 
     async def next_command(self, wait_s: float, holds: Collection[str] = ()) -> dict[str, Any] | None:
@@ -111,7 +123,7 @@ class FlowerBridge:
             now = self._contact = self._clock()
             for command_id, pending in self._pending.items():
                 if not pending.answer.done() and pending.deadline > now and command_id not in holds:
-                    pending.handed_out = True
+                    pending.handed_out += 1
                     left = round(pending.deadline - now, 3)
                     nodes = list(pending.nodes)
                     return {"id": command_id, "nodes": nodes, "payload": pending.payload, "deadline_s": left}
@@ -149,9 +161,16 @@ def read_command(body: Any) -> tuple[str, tuple[str, ...], bytes, float]:
         raise Malformed(f"Flower command: expected id, nodes, payload and deadline_s: {error!r}") from None
 
 
-def write_reply(command_id: str, replies: Mapping[str, bytes], failures: Mapping[str, str]) -> dict[str, Any]:
-    """The wire form of an answer; `replies` are CBOR bytes by node name."""
-    return {"id": command_id, "replies": {n: _armour(r) for n, r in replies.items()}, "failures": dict(failures)}
+def write_reply(
+    command_id: str, replies: Mapping[str, bytes], failures: Mapping[str, str], undone: Collection[str] = ()
+) -> dict[str, Any]:
+    """The wire form of an answer; `replies` are CBOR bytes by node name, `undone` as in `CommandFailed`."""
+    return {
+        "id": command_id,
+        "replies": {node: _armour(reply) for node, reply in replies.items()},
+        "failures": dict(failures),
+        "undone": sorted(undone),
+    }
 
 
 def _read_reply(body: Mapping[str, Any], nodes: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -174,6 +193,11 @@ def _read_reply(body: Mapping[str, Any], nodes: Sequence[str]) -> tuple[dict[str
         else:
             failures[node] = str(reasons.get(node, "is missing from the ServerApp's answer"))[:500]
     return replies, failures
+
+
+def _undone(body: Mapping[str, Any]) -> set[str]:
+    said = body.get("undone")
+    return {node for node in said if isinstance(node, str)} if isinstance(said, list) else set()
 
 
 def _describe(failures: Mapping[str, str], nodes: Sequence[str]) -> str:

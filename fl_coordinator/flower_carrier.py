@@ -104,6 +104,10 @@ class _Carried:
     """Node name: message id, the activation it was sent to."""
     replies: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    undone: set[str] = field(default_factory=set)
+    """Nodes that said themselves that they did not carry it out."""
+    asked: set[str] = field(default_factory=set)
+    """Nodes that it was sent to, whatever became of them."""
     report_at: float = 0.0
     directory_at: float = 0.0
     wanted: bool = True
@@ -217,6 +221,7 @@ class CommandCarrier:
             ]
             if not names:
                 continue
+            one.asked.update(names)
             # The same record for all: Flower stores and uploads equal objects once.
             content = RecordDict({"command": ConfigRecord({"id": one.id, "payload": one.payload})})
             ttl = one.left_s + 30.0
@@ -257,8 +262,9 @@ class CommandCarrier:
     def _deliver(self, one: _Carried) -> bool:
         """Hand over what came of a command; False when the coordinator is away and there is time to try again."""
         missing = {name: "did not answer in time" if name in one.sent else "is not online" for name in one.silent}
+        undone = one.undone | (set(one.nodes) - one.asked)
         try:
-            self._coordinator.reply(write_reply(one.id, one.replies, one.failures | missing))
+            self._coordinator.reply(write_reply(one.id, one.replies, one.failures | missing, undone))
         except Unavailable as error:
             if time.monotonic() < one.ends:
                 return False
@@ -274,7 +280,10 @@ def _take(message: Any, one: _Carried, name: str) -> None:
         return
     try:
         answer = message.content["answer"]
-        payload, reason = answer.get("payload"), str(answer.get("error", "sent an answer without content"))
+        payload, said = answer.get("payload"), answer.get("error")
+        reason = "sent an answer without content" if said is None else str(said)
+        if payload is None and said is not None:
+            one.undone.add(name)
     except Exception as error:
         payload, reason = None, f"sent an answer that makes no sense ({type(error).__name__})"
     if isinstance(payload, bytes) and len(payload) <= ANSWER_BYTES_MAX:

@@ -5,8 +5,9 @@ An attempt's number, its price and its result are each durable before anybody he
 A round that is aborted ends at once, whatever the aggregators are doing: the answers that they still give are dropped
 unread, and no sum is put together here. They are not called back, for whether they have decided by then nobody can tell
 from here; each stops by itself, when it is done or its attempt's time is over. Two shares that leave two of them are a
-sum all the same, so a round that ended while an attempt was running, or after one that some of them answered, counts as
-opened in the accounts of privacy.
+sum all the same, so every attempt counts as opened in the accounts of privacy from before anybody is asked, and no
+longer only once it is known that none of them let go of anything. An abort, a power cut, a full disk and an answer that
+never comes need nothing written down for that.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ from model_delta.trust.signing import seal_envelope
 
 EVIDENCE = "evidence"
 """A kind in the store that is never cleaned away."""
+
+SUM_HOLDERS = 2
+"""So many of the three aggregators have all shares of a sum between them."""
 
 _log = logging.getLogger("atoll.coordinator")
 
@@ -110,18 +114,18 @@ class Opening:
         if paid is not None and found.spec.privacy is not None:
             payload["spent"] = msgspec.to_builtins(paid.told(found.spec.privacy.delta))
         names = [key.name for key in found.task.aggregators]
+        first_to = await in_thread(self._ledger.may_open, found.round_id)
         replies: Mapping[str, dict[str, Any]] | None = {}
         try:
             replies = await self._asked(payload, names, found.spec.aggregation_s, stop)
             if replies is None:
-                await in_thread(self._ledger.may_have_opened, found.round_id)
                 return found, Event.ABORTED
             ordered = [replies[name] for name in names]
             aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
             await asyncio.to_thread(self._require_rules, found.task, aggregate.decision)
         except AtollError as error:  # somebody is down, or lies, or was spoken for: the error names who
-            if _some_opened(error.replies if isinstance(error, CommandFailed) else replies):
-                await asyncio.to_thread(self._ledger.may_have_opened, found.round_id)
+            if first_to and _none_opened(error, replies):
+                await in_thread(self._ledger.did_not_open, found.round_id)
             failures = (*found.failures, str(error)[:500])
             await asyncio.to_thread(
                 self._note, "alert", f"round {found.round_id}: attempt {found.attempt} failed: {error}"
@@ -152,6 +156,8 @@ class Opening:
 
     async def _decided(self, found: Round, decision: Decision, transcript: bytes) -> tuple[Round, Event]:
         """The round with everybody's verdict and its transcript's digest, under which the store has it from now on."""
+        if not decision.selected:  # signed by all three: there is no sum that any of them could let go of
+            await in_thread(self._ledger.did_not_open, found.round_id)
         name = digest_of(transcript)
         await asyncio.to_thread(self._store.put, TRANSCRIPT, name, transcript)
         kept = await asyncio.to_thread(self._evidence, found, decision)
@@ -206,9 +212,13 @@ def _settlement(found: Round, mean: str, decision: Decision) -> Settlement:
     return msgspec.structs.replace(settled, **{name: getattr(decision.spent, name) for name in Spent.__struct_fields__})
 
 
-def _some_opened(replies: Mapping[str, dict[str, Any]] | None) -> bool:
-    """Whether an aggregator let go of its shares of a sum."""
-    return any(reply.get("first") for reply in (replies or {}).values())
+def _none_opened(error: AtollError, replies: Mapping[str, dict[str, Any]] | None) -> bool:
+    """Whether it is known that no aggregator let go of its shares of a sum in an attempt that failed."""
+    if isinstance(error, CommandFailed):
+        if len(error.replies) + len(error.undone) < SUM_HOLDERS:
+            return False  # of the others nobody knows, and two of them are enough
+        replies = error.replies
+    return not any(reply.get("first") for reply in (replies or {}).values())
 
 
 def _figures(paid: Charge, spec: RoundSpec) -> dict[str, float]:

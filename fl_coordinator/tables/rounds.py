@@ -86,10 +86,16 @@ class Rounds(LedgerFile):
             db.execute("INSERT OR IGNORE INTO maybe_opened VALUES (?)", (round_id,))
             db.execute("UPDATE round_results SET mean = x'', transcript = ? WHERE round_id = ?", (transcript, round_id))
 
-    def may_have_opened(self, round_id: str) -> None:
-        """Write down that aggregators may have let go of their shares of a round's sum, though no result came here."""
+    def may_open(self, round_id: str) -> bool:
+        """Write down, before they are asked, that aggregators may let go of their shares of a round's sum, whether a
+        result comes here or not. False when that stands there already, of an earlier attempt."""
         with self._write() as db:
-            db.execute("INSERT OR IGNORE INTO maybe_opened VALUES (?)", (round_id,))
+            return db.execute("INSERT OR IGNORE INTO maybe_opened VALUES (?)", (round_id,)).rowcount == 1
+
+    def did_not_open(self, round_id: str) -> None:
+        """Take `may_open` back: it is known that they let go of nothing."""
+        with self._write() as db:
+            db.execute("DELETE FROM maybe_opened WHERE round_id = ?", (round_id,))
 
     def round_memory(self, name: str) -> bytes | None:
         """A packed memory by its digest; only the newest two of a model and policy are kept."""
@@ -129,7 +135,8 @@ class Rounds(LedgerFile):
         return [Spend(*row) for row in self._rows(query, (model, other_than))]
 
     def opened_without_noise(self, model: str) -> list[str]:
-        """The rounds of a model whose sums were opened as they were, or may have been, oldest first."""
+        """The rounds of a model whose sums were opened as they were, or may have been, or may be at this moment, oldest
+        first."""
         query = (
             f"SELECT round_id FROM rounds WHERE model = ? AND round_id IN ({_OPENED}) AND "
             "round_id NOT IN (SELECT round_id FROM privacy_openings) ORDER BY rounds.rowid"

@@ -159,7 +159,7 @@ class Aggregators:
                     failures[name] = answer
                 else:
                     replies[name] = pack(answer)
-            self.platform.bridge.reply(write_reply(command_id, replies, failures))
+            self.platform.bridge.reply(write_reply(command_id, replies, failures, failures.keys()))
             self.answered += 1
 
     async def _run(self, name: str, command: dict[str, Any]) -> dict[str, Any] | str:

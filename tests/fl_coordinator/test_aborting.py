@@ -58,6 +58,47 @@ async def test_a_round_that_is_to_end_asks_no_aggregator_after_a_restart(
 
 
 @on_a_loop
+async def test_what_was_opening_when_the_coordinator_died_counts_as_opened_also_if_the_round_is_aborted(
+    tmp_path: Path,
+) -> None:
+    async with learning(tmp_path, 6) as at:
+        asked_for, never = at.aggregators._run, asyncio.Event()
+
+        async def opened_but_unheard(name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+            answer = await asked_for(name, command)
+            await never.wait()
+            return answer
+
+        at.aggregators._run = opened_but_unheard  # type: ignore[method-assign]
+        opened = await at.coordinator.open_round(SPEC)
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: at.aggregators.commands)
+    at.ledger.abort_round(opened.round_id)
+    at.platform.reopen()
+    async with at.platform.running():
+        assert (await at.ended(opened.round_id)).reason == "an operator aborted it"
+    assert at.ledger.opened_without_noise("fraud") == [opened.round_id]
+
+
+@on_a_loop
+async def test_answers_that_never_come_count_as_an_opening(tmp_path: Path) -> None:
+    async with learning(tmp_path, 6) as at:
+        asked_for, never = at.aggregators._run, asyncio.Event()
+
+        async def unheard(name: str, command: dict[str, Any]) -> dict[str, Any] | str:
+            await asked_for(name, command)
+            await never.wait()
+            return "never said"
+
+        at.aggregators._run = unheard  # type: ignore[method-assign]
+        opened = await at.coordinator.open_round(asked(aggregation_s=1))
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: at.coordinator.round(opened.round_id).failures)
+        assert "did not answer within 1 s" in at.coordinator.round(opened.round_id).failures[0]
+        assert at.ledger.opened_without_noise("fraud") == [opened.round_id]
+
+
+@on_a_loop
 async def test_a_round_that_fails_after_some_let_go_of_their_shares_counts_as_opened(tmp_path: Path) -> None:
     async with learning(tmp_path, 6) as at:
         asked_for = at.aggregators._run

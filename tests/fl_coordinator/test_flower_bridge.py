@@ -54,16 +54,21 @@ def test_a_command_is_handed_out_again_until_it_is_answered() -> None:
     asyncio.run(scenario())
 
 
-def test_failures_name_the_node_and_keep_the_other_answers() -> None:
+@pytest.mark.parametrize("fetched", [1, 2])
+def test_failures_name_the_node_and_keep_the_other_answers(fetched: int) -> None:
     async def scenario() -> None:
         bridge = FlowerBridge()
         task = asyncio.create_task(bridge.command({"n": 1}, (*NODES, "aggregator-3"), 5.0))
-        command_id = (await fetch(bridge))[0]
-        bridge.reply(write_reply(command_id, {"aggregator-1": pack({"ok": True})}, {"aggregator-2": "is not online"}))
+        for _ in range(fetched):
+            command_id = (await fetch(bridge))[0]
+        failures = {"aggregator-2": "is not online"}
+        bridge.reply(write_reply(command_id, {"aggregator-1": pack({"ok": True})}, failures, failures))
         with pytest.raises(CommandFailed, match="1 of 3 nodes answered; aggregator-2 is not online") as caught:
             await task
         assert caught.value.replies == {"aggregator-1": {"ok": True}}
         assert caught.value.failures["aggregator-3"] == "is missing from the ServerApp's answer"
+        # What a ServerApp that died asked nobody knows.
+        assert caught.value.undone == ({"aggregator-2"} if fetched == 1 else set())
 
     asyncio.run(scenario())
 
@@ -71,12 +76,14 @@ def test_failures_name_the_node_and_keep_the_other_answers() -> None:
 def test_the_deadline_says_whether_anybody_fetched_the_command() -> None:
     async def scenario() -> None:
         bridge = FlowerBridge()
-        with pytest.raises(CommandFailed, match="was not asked: the ServerApp fetched no command"):
+        with pytest.raises(CommandFailed, match="was not asked: the ServerApp fetched no command") as unasked:
             await bridge.command({"n": 1}, NODES, 0.05)
+        assert unasked.value.undone == set(NODES)
         task = asyncio.create_task(bridge.command({"n": 2}, NODES, 0.1))
         command_id = (await fetch(bridge))[0]
-        with pytest.raises(CommandFailed, match=r"did not answer within 0\.1 s"):
+        with pytest.raises(CommandFailed, match=r"did not answer within 0\.1 s") as silent:
             await task
+        assert silent.value.undone == set()
         assert bridge.reply({"id": command_id, "progress": True}) == {"wanted": False}
 
     asyncio.run(scenario())

@@ -227,7 +227,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     assert ledger.devices() == []
     assert ledger.aborted_rounds() == set()
     assert ledger.sitting_out("r1") == {}
-    ledger.may_have_opened("r1")
+    assert ledger.may_open("r1")
     ledger.close()
 
 

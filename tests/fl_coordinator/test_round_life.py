@@ -375,6 +375,7 @@ async def test_a_refusal_of_the_aggregators_has_a_transcript_too(tmp_path: Path)
         told = at.replayed(ended)
         assert (told.chosen, told.mean, told.policy) == ((), "", "robust")
         assert "3 updates selected" in told.refusal
+        assert at.ledger.opened_without_noise("fraud") == []
         # Died after the refusal was written down, before the round said so: nobody is asked again.
         wind_back(at, ended, state=State.AGGREGATING.value, reason="")
     at.platform.reopen()
