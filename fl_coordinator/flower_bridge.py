@@ -60,11 +60,12 @@ class CommandFailed(Unavailable):
 class _Pending:
     """One command that has not been answered."""
 
-    def __init__(self, nodes: tuple[str, ...], payload: str, deadline: float) -> None:
+    def __init__(self, nodes: tuple[str, ...], payload: str, deadline: float, fetched: asyncio.Event) -> None:
         self.nodes = nodes
         self.payload = payload
         self.deadline = deadline
         self.handed_out = 0
+        self.fetched = fetched
         self.answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
 
 
@@ -83,9 +84,14 @@ class FlowerBridge:
         return max(0.0, self._clock() - self._contact)
 
     async def command(
-        self, payload: Mapping[str, Any], nodes: Sequence[str], deadline_s: float
+        self,
+        payload: Mapping[str, Any],
+        nodes: Sequence[str],
+        deadline_s: float,
+        fetched: asyncio.Event | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Have every node carry out `payload`, and return its answer by node name.
+        """Have every node carry out `payload`, and return its answer by node name. `fetched` is set as soon as a
+        ServerApp has the command: who stops waiting before that knows that no node will hear of it.
 
         Raises CommandFailed, which names each missing node and why, when one did not answer within `deadline_s`
         seconds or answered with an error; Unavailable when too many commands wait already.
@@ -95,7 +101,8 @@ class FlowerBridge:
         if len(self._pending) >= PENDING_MAX:
             raise Unavailable(f"Flower command: {PENDING_MAX} commands wait already; is the ServerApp running?")
         command_id = uuid.uuid4().hex
-        pending = _Pending(tuple(nodes), _armour(pack(dict(payload))), self._clock() + deadline_s)
+        armoured, deadline = _armour(pack(dict(payload))), self._clock() + deadline_s
+        pending = _Pending(tuple(nodes), armoured, deadline, fetched or asyncio.Event())
         self._pending[command_id] = pending
         self._arrived.set()
         try:
@@ -124,6 +131,7 @@ class FlowerBridge:
             for command_id, pending in self._pending.items():
                 if not pending.answer.done() and pending.deadline > now and command_id not in holds:
                     pending.handed_out += 1
+                    pending.fetched.set()
                     left = round(pending.deadline - now, 3)
                     nodes = list(pending.nodes)
                     return {"id": command_id, "nodes": nodes, "payload": pending.payload, "deadline_s": left}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -38,9 +39,14 @@ class Bridge(Protocol):
     """How commands reach the aggregators; see `flower_bridge`."""
 
     async def command(
-        self, payload: Mapping[str, Any], nodes: Sequence[str], deadline_s: float
+        self,
+        payload: Mapping[str, Any],
+        nodes: Sequence[str],
+        deadline_s: float,
+        fetched: asyncio.Event | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Every node's answer by name. Raises Unavailable naming the nodes that did not answer."""
+        """Every node's answer by name; `fetched` is set once a node may hear of it. Raises Unavailable naming the
+        nodes that did not answer."""
 
 
 class UpdatesLog(Protocol):

@@ -117,8 +117,10 @@ class Opening:
         first_to = await in_thread(self._ledger.may_open, found.round_id)
         replies: Mapping[str, dict[str, Any]] | None = {}
         try:
-            replies = await self._asked(payload, names, found.spec.aggregation_s, stop)
+            replies = await self._asked(payload, names, found.spec.aggregation_s, stop, fetched := asyncio.Event())
             if replies is None:
+                if first_to and not fetched.is_set():
+                    await in_thread(self._ledger.did_not_open, found.round_id)
                 return found, Event.ABORTED
             ordered = [replies[name] for name in names]
             aggregate = await asyncio.to_thread(combine_openings, ordered, found.task)
@@ -141,10 +143,15 @@ class Opening:
         return await self._decided(found, aggregate.decision, transcript)
 
     async def _asked(
-        self, payload: Mapping[str, Any], names: Sequence[str], deadline_s: float, stop: asyncio.Event
+        self,
+        payload: Mapping[str, Any],
+        names: Sequence[str],
+        deadline_s: float,
+        stop: asyncio.Event,
+        fetched: asyncio.Event,
     ) -> Mapping[str, dict[str, Any]] | None:
         """What the aggregators answer; None as soon as `stop` is set. Raises CommandFailed."""
-        asking = asyncio.ensure_future(self._bridge.command(payload, names, deadline_s))
+        asking = asyncio.ensure_future(self._bridge.command(payload, names, deadline_s, fetched))
         stopping = asyncio.ensure_future(stop.wait())
         try:
             await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)

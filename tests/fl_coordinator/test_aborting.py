@@ -8,8 +8,8 @@ from typing import Any
 
 from fl_coordinator.privacy import Spend
 from fl_coordinator.rounds import State
-from tests.fl_coordinator.learning_platform import SPEC, asked, contribute_all, learning
-from tests.fl_coordinator.platform_in_memory import on_a_loop, until
+from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, learning
+from tests.fl_coordinator.platform_in_memory import adopt_first, on_a_loop, until
 
 
 @on_a_loop
@@ -96,6 +96,20 @@ async def test_answers_that_never_come_count_as_an_opening(tmp_path: Path) -> No
         await until(lambda: at.coordinator.round(opened.round_id).failures)
         assert "did not answer within 1 s" in at.coordinator.round(opened.round_id).failures[0]
         assert at.ledger.opened_without_noise("fraud") == [opened.round_id]
+
+
+@on_a_loop
+async def test_a_round_that_is_aborted_before_any_aggregator_could_hear_of_it_opened_nothing(tmp_path: Path) -> None:
+    at = Learning(tmp_path, 6)
+    async with at.platform.running():  # without a ServerApp that would fetch commands
+        await adopt_first(at.platform, at.devices)
+        opened = await at.coordinator.open_round(SPEC)
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: at.coordinator.round(opened.round_id).attempt == 1)
+        await at.coordinator.abort_round(opened.round_id)
+        assert (await at.ended(opened.round_id)).reason == "an operator aborted it"
+        assert await at.platform.bridge.next_command(0.0) is None, "nobody is asked any more"
+        assert at.ledger.opened_without_noise("fraud") == []
 
 
 @on_a_loop

@@ -44,7 +44,9 @@ class MeetingLedger(Ledger):
 class NobodyThere:
     """A bridge on which no aggregator answers."""
 
-    async def command(self, payload: Any, nodes: Any, deadline_s: float) -> dict[str, dict[str, Any]]:
+    async def command(
+        self, payload: Any, nodes: Any, deadline_s: float, fetched: Any = None
+    ) -> dict[str, dict[str, Any]]:
         raise Unavailable("no aggregator is there")
 
 
