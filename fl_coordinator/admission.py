@@ -15,7 +15,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-OVER_BUDGET = "over privacy budget"
+OVER_QUOTA, OVER_BUDGET = "over quota", "over privacy budget"
+LEFT_OUT = (OVER_QUOTA, OVER_BUDGET)
+"""What the coordinator may know of a device before it sends anything."""
 REASONS = (
     "bad signature",
     "unknown certificate",
@@ -26,7 +28,7 @@ REASONS = (
     "wrong length",
     "duplicate",
     "late",
-    "over quota",
+    OVER_QUOTA,
     OVER_BUDGET,
     "malformed",
 )
@@ -98,16 +100,21 @@ def refuse(offered: Offered, round_: OpenRound | None, now: float) -> Refusal | 
     if not round_.collecting or now > round_.deadline:
         return Refusal("late", f"round {round_.round_id} no longer takes contributions")
     if len(round_.admitted) >= round_.contributions_max:
-        return Refusal("over quota", f"round {round_.round_id} has its {round_.contributions_max} contributions")
+        return Refusal(OVER_QUOTA, f"round {round_.round_id} has its {round_.contributions_max} contributions")
     if 0 < round_.per_device <= offered.lately:
-        return Refusal("over quota", f"{offered.lately} rounds took this device within a day, {round_.per_device} may")
+        return over_quota_of(offered.lately, round_.per_device)
     if 0 < round_.per_group <= round_.groups.get(offered.group, 0):
         return Refusal(
-            "over quota", f"round {round_.round_id} has its {round_.per_group} contributions of group {offered.group!r}"
+            OVER_QUOTA, f"round {round_.round_id} has its {round_.per_group} contributions of group {offered.group!r}"
         )
     if offered.over_budget:
         return Refusal(OVER_BUDGET, offered.over_budget)
     return None
+
+
+def over_quota_of(lately: int, per_device: int) -> Refusal:
+    """The refusal of a device that `lately` rounds took within a day."""
+    return Refusal(OVER_QUOTA, f"{lately} rounds took this device within a day, {per_device} may")
 
 
 def already_in(offered: Offered, round_: OpenRound) -> bool:

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_coordinator.admission import OVER_BUDGET, Offered, OpenRound, Refusal, already_in, refuse
+from fl_coordinator.admission import OVER_BUDGET, Offered, OpenRound, Refusal, already_in, over_quota_of, refuse
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, UpdatesLog
@@ -117,12 +117,13 @@ class Intake:
                 return part
 
     async def leave_out(self, found: Round) -> None:
-        """Tell devices that a round with privacy would bring over their budget that it does not take them, before they
-        train and upload in vain; whoever does not hear it is refused at admission. Raises StorageFull."""
-        over = await in_thread(self._known_over_budget, found)
+        """Tell devices that are over their quota, or that a round with privacy would bring over their budget, that it
+        does not take them, before they train and upload in vain; whoever does not hear it is refused at admission.
+        Raises StorageFull."""
+        refusals = await in_thread(self._known_refusals, found)
         receipts = {
-            name: topics.ContributionReceipt(found.round_id, False, _told(Refusal(OVER_BUDGET, text)))
-            for name, text in over.items()
+            name: topics.ContributionReceipt(found.round_id, False, _told(refusal))
+            for name, refusal in refusals.items()
         }
         names = list(receipts)
         for start in range(0, len(names), TOLD_AT_ONCE):
@@ -130,15 +131,19 @@ class Intake:
             sent = [self._link.publish(topics.down(name, "receipt"), pack(receipts[name])) for name in some]
             await asyncio.gather(*sent, return_exceptions=True)
 
-    def _known_over_budget(self, found: Round) -> dict[str, str]:
-        """The devices heard lately that the round's privacy leaves out, written down, with the sentence for each."""
-        if found.spec.privacy is None:
+    def _known_refusals(self, found: Round) -> dict[str, Refusal]:
+        """The devices heard lately that any contribution would be refused of, written down, and why."""
+        now, quota = self._clock(), found.spec.quota.per_device
+        if found.spec.privacy is None and not quota:
             return {}
-        since = self._clock() - AWAKE_S
-        awake = [record.device_id for record in self._ledger.devices() if record.last_seen >= since]
-        over = self.over_budget(found, awake)
-        self._ledger.sit_out((found.round_id, name, OVER_BUDGET) for name in over)
-        return over
+        awake = [record.device_id for record in self._ledger.devices() if record.last_seen >= now - AWAKE_S]
+        known = {name: Refusal(OVER_BUDGET, text) for name, text in self.over_budget(found, awake).items()}
+        for name in awake if quota else ():
+            lately = self._ledger.contributions_of(name, now - DAY_S, found.round_id)
+            if lately >= quota:
+                known[name] = over_quota_of(lately, quota)
+        self._ledger.sit_out((found.round_id, name, refusal.reason) for name, refusal in known.items())
+        return known
 
     def over_budget(self, found: Round, device_ids: Sequence[str]) -> dict[str, str]:
         """Which of these devices the round's privacy leaves out, and why in words. Blocking."""

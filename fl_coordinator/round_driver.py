@@ -263,7 +263,7 @@ class RoundDriver:
             telling.cancel()
             for error in await asyncio.gather(telling, return_exceptions=True):
                 if isinstance(error, Exception):  # whom it did not reach is refused at admission
-                    _log.warning("round %s: devices over their budget were not told: %s", found.round_id, error)
+                    _log.warning("round %s: devices that it leaves out were not told: %s", found.round_id, error)
 
     async def _collected(self, found: Round) -> tuple[Round, Event]:
         while True:

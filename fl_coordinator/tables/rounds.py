@@ -6,7 +6,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable
 
-from fl_coordinator.admission import OVER_BUDGET
+from fl_coordinator.admission import LEFT_OUT
 from fl_coordinator.privacy import Spend
 from fl_coordinator.tables.file import LedgerFile
 from fl_coordinator.tables.records import AdmittedContribution, MemoryRecord
@@ -188,8 +188,8 @@ class Rounds(LedgerFile):
             db.executemany(
                 "INSERT INTO sitting_out SELECT round_id, ?2, ?3 FROM rounds WHERE round_id = ?1 AND "
                 "state IN ('ANNOUNCED', 'COLLECTING') ON CONFLICT (round_id, device_id) DO UPDATE SET "
-                "reason = excluded.reason WHERE reason NOT IN (excluded.reason, ?4)",
-                [(*one, OVER_BUDGET) for one in sitting],
+                "reason = excluded.reason WHERE reason NOT IN (excluded.reason, ?4, ?5)",
+                [(*one, *LEFT_OUT) for one in sitting],
             )
 
     def sitting_out(self, round_id: str) -> dict[str, str]:

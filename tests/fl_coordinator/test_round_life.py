@@ -138,7 +138,13 @@ async def test_quotas_count_rounds_of_a_device_and_devices_of_a_group(tmp_path: 
         await at.coordinator.abort_round(first.round_id)
         await at.ended(first.round_id)
         second = await at.coordinator.open_round(asked(name="second", quota=quota, contributions_max=10))
+        known = [f"pos-{n:04}" for n in (0, 1, 2, 5, 6, 7, 8, 9)]
+        await until(lambda: list(at.ledger.sitting_out(second.round_id)) == known)
+        early = [device for device in at.devices if device.device_id in known]
+        await until(lambda: all(device.receipts[-1].round_id == second.round_id for device in early))
+        assert at.ledger.refusals(second.round_id) == {}, "they were told before they sent anything"
         await contribute_all(at.devices[:4], second.round_id)
+        await until(lambda: at.ledger.refusals(second.round_id) == {"over quota": 3})
         entries = at.ledger.contributions(second.round_id)
         assert [entry.device_id for entry in entries] == ["pos-0003"]
         assert "over quota: 1 rounds took this device" in at.devices[0].receipts[-1].reason
