@@ -107,8 +107,10 @@ def _arrays(path: Path) -> Row:
             )
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:120]
+    except Malformed:
+        raise
+    except Exception as error:  # of what is damaged: zlib's, tokenize's, RuntimeError, MemoryError and more
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise Malformed(f"{path}: expected arrays of numbers as numpy.savez writes them, found: {reason}") from None
     if not found:
         raise Malformed(f"{path}: expected one array for each input, found none")

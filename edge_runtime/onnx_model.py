@@ -46,9 +46,9 @@ class OnnxModel:
         """Run named tensors. Raises InputsDisagree when axes that the graph calls by one name differ in size, Malformed
         when they do not fit the model otherwise."""
         for axis, places in self._shared_axes.items():
-            sizes = {name: inputs[name].shape[index] for name, index in places if name in inputs}
-            if len(set(sizes.values())) > 1:
-                found = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+            sizes = [(name, inputs[name].shape[index]) for name, index in places if name in inputs]
+            if len({size for _, size in sizes}) > 1:
+                found = ", ".join(f"{name!r} {size}" for name, size in sizes)
                 raise InputsDisagree(
                     f"model {self.digest[:12]}: expected one size of axis {axis[:64]!r} in all inputs, found {found}"
                 )
@@ -116,14 +116,14 @@ def _open_session(file: bytes | Path, what: str, repeated: bool) -> Any:
 
 
 def _shared_axes(inputs: Sequence[Any]) -> dict[str, list[tuple[str, int]]]:
-    """By name, the axes that several inputs have: of which inputs, and where there. The graph names free axes; the
+    """By name, the axes that are there several times: in which inputs, and where there. The graph names free axes; the
     manifest does not."""
     found: dict[str, list[tuple[str, int]]] = {}
     for item in inputs:
         for index, size in enumerate(item.shape):
             if isinstance(size, str):
                 found.setdefault(size, []).append((item.name, index))
-    return {axis: places for axis, places in found.items() if len({name for name, _ in places}) > 1}
+    return {axis: places for axis, places in found.items() if len(places) > 1}
 
 
 def _operators_at(path: Path) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,23 @@ def test_objects_in_a_numpy_archive_are_not_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", pixels=np.array([{}], dtype=object))
     with pytest.raises(Malformed, match="expected arrays of numbers"):
         read_rows(tmp_path / "bad.npz")
+
+
+def test_a_damaged_numpy_archive_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez_compressed(path, pixels=np.zeros(500))
+    whole = path.read_bytes()
+    packed = 30 + int.from_bytes(whole[26:28], "little") + int.from_bytes(whole[28:30], "little")  # behind the header
+    encrypted = whole.index(b"PK\x01\x02") + 8
+    for place in (packed, encrypted):
+        path.write_bytes(whole[:place] + b"\xff" * 2 + whole[place + 2 :])
+        with pytest.raises(Malformed, match=r"bad\.npz: expected arrays of numbers as numpy\.savez writes them, found"):
+            read_rows(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}".ljust(117) + b"\n"
+        archive.writestr("pixels.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(Malformed, match="found: Unable to allocate"):
+        read_rows(path)
 
 
 @pytest.mark.parametrize(

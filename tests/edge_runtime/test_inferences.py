@@ -25,9 +25,9 @@ from edge_runtime.update import State
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.release import Release
-from monitoring.telemetry import Inference, ModelSummary, merge_summaries
-from tests.edge_runtime.world import QUIET, Life, World, eventually, requirements
-from tests.fakes.any_signature import KINDS, PIXELS, TOKENS, digits_model, kinds_model, tokens_model
+from monitoring.telemetry import Decision, Inference, ModelSummary, merge_summaries
+from tests.edge_runtime.world import Life, World, eventually, requirements
+from tests.fakes.any_signature import KINDS, PIXELS, TOKENS, digits_model, kinds_model, symmetric_model, tokens_model
 
 ONE = {"pixels": PIXELS["pixels"][:1]}
 
@@ -115,6 +115,15 @@ def test_inputs_that_do_not_fit_each_other_are_the_callers_mistake(tmp_path: Pat
     assert running.outbox.last_sequence == 0
 
 
+def test_a_square_that_is_none_is_the_callers_mistake_too(tmp_path: Path) -> None:
+    square = np.eye(3, dtype=np.float32)
+    device, running = alone(tmp_path, symmetric_model(), {"square": square})
+    assert asyncio.run(device.infer({"square": square})).outputs["doubled"].tolist() == (2 * square).tolist()
+    with pytest.raises(InputsDisagree, match="one size of axis 'n' in all inputs, found 'square' 3, 'square' 2"):
+        asyncio.run(device.infer({"square": square[:, :2]}))
+    assert running.observed == [(running.observed[0][0], False)]
+
+
 def test_numbers_of_another_byte_order_mean_the_same(tmp_path: Path) -> None:
     device, _ = alone(tmp_path, digits_model(), PIXELS)
     found = asyncio.run(device.infer({"pixels": PIXELS["pixels"].astype(">f4")}))
@@ -188,18 +197,13 @@ def test_who_decides_payments_goes_back_from_a_version_that_answers_none(tmp_pat
         async with Life(world.device("pos-0001", tmp_path / "device")) as device:
             await eventually(lambda: len(world.outcomes) == 1)
             world.plan(other, stable=good)
-            decision = None
-            while len(world.outcomes) < 2:
-                decision = await device.decide(QUIET)
-                if decision.error:
-                    break
-                await asyncio.sleep(0.005)
-            assert decision is not None
+            await eventually(lambda: len(world.outcomes) == 2)
+            left = [record for _, record in device.outbox.read(1, device.outbox.last_sequence)]
+            decision = next(record for record in left if isinstance(record, Decision) and record.error)
             assert (decision.where, decision.fallback) == ("baseline", "model failed")
             assert "expected the one input 'features' float32[batch, 4] and an output 'score'" in decision.error
             assert "found 'pixels' float32[?, 1, 8, 8]" in decision.error
             assert decision.error.endswith("ask it with infer()")
-            await eventually(lambda: len(world.outcomes) == 2)
             assert device.running.digest == good.digest
         assert [item.event for item in world.outcomes] == ["adopted", "rolled_back"]
 

@@ -83,6 +83,18 @@ def kinds_model() -> bytes:
     )
 
 
+def symmetric_model() -> bytes:
+    """`square` float32[n, n] to `doubled` float32[n, n], itself and what it is across its diagonal added up."""
+    nodes = [
+        helper.make_node("Transpose", ["square"], ["across"]),
+        helper.make_node("Add", ["square", "across"], ["doubled"]),
+    ]
+    square, doubled = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "n"]) for name in ("square", "doubled")
+    )
+    return model_bytes(nodes, [square], [doubled], {})
+
+
 PIXELS: Arrays = {"pixels": np.linspace(-1, 1, 2 * 64, dtype=np.float32).reshape(2, 1, 8, 8)}
 TOKENS: Arrays = {"tokens": np.arange(6, dtype=np.int64).reshape(2, 3), "mask": np.array([[1, 1, 0], [1, 0, 0]])}
 KINDS: Arrays = {
