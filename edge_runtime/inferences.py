@@ -5,7 +5,8 @@
 2. The version runs in a thread, one inference at a time: a model that takes a second must not keep the line to the
    broker waiting, and versions must not slow each other while one of them is judged.
 3. What came of it is left in the outbox, and probation hears of it, exactly as of a payment's answer: a version that
-   fails or is too slow goes back by itself, and a rollout's guardrails see it.
+   fails or is too slow goes back by itself, and a rollout's guardrails see it. That holds also where the caller did not
+   wait for the answer.
 
 Nothing stands in for a version here. A payment can fall back to a baseline or a rule, since what it asks is known; of a
 model of any signature nobody knows what a safe answer would be. And no region is asked: the error says so at once, and
@@ -64,28 +65,43 @@ class Inferences:
         Raises NoVersion when none may answer, Malformed for inputs that do not fit its signature (nothing is counted in
         either case), and ModelFailed when the version itself fails, which counts against it.
         """
-        async with self._turn:
-            running = self._running
-            blocked = running.blocked(self._clock())
-            model, manifest, version = running.model, running.manifest, running.digest
-            if blocked or model is None or manifest is None:
-                raise NoVersion(
-                    f"model {self._model}: expected a version that may answer, found none ({blocked or 'no model'}); "
-                    "nothing stands in for one: wait until a rollout brings a version here"
-                )
-            begun = time.perf_counter()
-            tensors = {name: _native(np.asarray(value)) for name, value in inputs.items()}
-            require_tensors(tensors, manifest.inputs, f"model {self._model} {version[:12]}")
-            try:
-                outputs, latency_ms = await asyncio.to_thread(_timed, model, tensors)
-            except InputsDisagree:
-                raise
-            except AtollError as error:
-                self._tell(version, 0.0, failed=True)
-                self._keep(version, begun, error=str(error)[:200])
-                raise ModelFailed(str(error)) from None
-            self._tell(version, latency_ms, failed=False)
-            return Inferred(outputs, self._keep(version, begun))
+        await self._turn.acquire()
+        try:
+            model, version, tensors, begun = self._accepted(inputs)
+        except BaseException:
+            self._turn.release()
+            raise
+        # A thread cannot be called back: a caller who gives up leaves it running, and the turn with it.
+        return await asyncio.shield(asyncio.create_task(self._answered(model, version, tensors, begun)))
+
+    def _accepted(self, inputs: Mapping[str, NDArray[np.generic]]) -> tuple[LoadedModel, str, Arrays, float]:
+        running = self._running
+        blocked = running.blocked(self._clock())
+        model, manifest, version = running.model, running.manifest, running.digest
+        if blocked or model is None or manifest is None:
+            raise NoVersion(
+                f"model {self._model}: expected a version that may answer, found none ({blocked or 'no model'}); "
+                "nothing stands in for one: wait until a rollout brings a version here"
+            )
+        begun = time.perf_counter()
+        tensors = {name: _native(np.asarray(value)) for name, value in inputs.items()}
+        require_tensors(tensors, manifest.inputs, f"model {self._model} {version[:12]}")
+        return model, version, tensors, begun
+
+    async def _answered(self, model: LoadedModel, version: str, tensors: Arrays, begun: float) -> Inferred:
+        """Run the version, tell of it, and pass the turn on."""
+        try:
+            outputs, latency_ms = await asyncio.to_thread(_timed, model, tensors)
+        except InputsDisagree:
+            raise
+        except AtollError as error:
+            self._tell(version, 0.0, failed=True)
+            self._keep(version, begun, error=str(error)[:200])
+            raise ModelFailed(str(error)) from None
+        finally:
+            self._turn.release()
+        self._tell(version, latency_ms, failed=False)
+        return Inferred(outputs, self._keep(version, begun))
 
     def _tell(self, version: str, latency_ms: float, *, failed: bool) -> None:
         if self._running.digest == version:  # it may have been replaced while it ran

@@ -254,6 +254,22 @@ def test_a_slow_model_holds_up_nothing_but_the_next_inference(tmp_path: Path) ->
     asyncio.run(story())
 
 
+def test_a_caller_who_does_not_wait_for_the_answer_hides_no_slow_version(tmp_path: Path) -> None:
+    async def story() -> None:
+        model = Sleeping()
+        device, running = alone(tmp_path, digits_model(), PIXELS, model)
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(device.infer(ONE), 0.01)
+        await device.infer(ONE)
+        assert model.most == 1, "what was given up is still one at a time"
+        assert [failed for _, failed in running.observed] == [False] * 2, "who gave up while waiting asked for nothing"
+        assert min(latency_ms for latency_ms, _ in running.observed) >= 50
+        assert running.outbox.last_sequence == 2
+
+    asyncio.run(story())
+
+
 def test_a_version_that_was_replaced_while_it_ran_is_not_judged_in_the_name_of_the_next(tmp_path: Path) -> None:
     device, running = alone(tmp_path, digits_model(), PIXELS)
 
