@@ -155,12 +155,12 @@ class Installation:
         happened = Happened(Event.BOOTED)
         while True:
             try:
+                if happened.event is Event.BOOTED and not self._running.digest:
+                    self._run_slot(self._answering_slot())
                 if self.alarm:
                     self._journal.write()
                     self._disk_works()
                 self._journal.tell()
-                if happened.event is Event.BOOTED and not self._running.digest:
-                    self._run_slot(self._answering_slot())
                 command = self._advance(happened)
                 happened = Happened(Event.BOOTED)
                 self._journal.tell()

@@ -61,6 +61,27 @@ def test_an_update_waits_for_the_disk_and_the_old_version_answers_meanwhile(
     assert "marks (Is a directory): check it and how it is mounted" in told[0]
 
 
+def test_a_device_that_starts_on_such_a_disk_runs_what_stands_there_before_it_writes_anything(tmp_path: Path) -> None:
+    """Here it has an outcome to tell, which it would write down first."""
+
+    async def story(world: World, folder: Path) -> None:
+        first, _ = await two_versions(world, folder)
+        device = world.device("pos-0001", folder, **SOON)
+        journal = device.installation._journal
+        journal.write(**journal.note(journal.outcome("withdrawn", "told late")))
+        disk = Disk(folder / "state")
+        disk.refuse_writes()
+        async with Life(device, payments=False):
+            await eventually(lambda: bool(device.installation.alarm))
+            await answers(device, first)
+            await asyncio.sleep(0.1)
+            await answers(device, first)
+            disk.take_writes()
+            await eventually(lambda: events(world)[:2] == ["adopted", "withdrawn"])
+
+    play(story, tmp_path)
+
+
 @pytest.mark.parametrize("event", [Event.FETCHED, Event.SWITCHED, Event.HEALTHY])
 def test_the_disk_may_fail_at_any_step_of_an_update(
     tmp_path: Path, event: Event, caplog: pytest.LogCaptureFixture
