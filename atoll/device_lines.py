@@ -94,7 +94,7 @@ class Teller:
     def asks(self, version: str, inputs: str, *, made_up: bool) -> None:
         """What a version is asked from now on."""
         self._waits_for = ""
-        how = "made up from the signature, of sizes that the version is known to answer" if made_up else "from the file"
+        how = "made up, like those that the version is known to answer" if made_up else "from the file"
         self._say(f"inputs of {version[:12]}, {how}: {inputs}", event="inputs", version=version, made_up=made_up)
 
     def inferred(self, device_id: str, found: Inferred) -> None:

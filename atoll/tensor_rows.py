@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.inference import array_of
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest, TensorSpec
 from model_delta.signature import made_up, require_tensors, shown_type
@@ -63,7 +64,8 @@ def tensors_of(row: Row, inputs: Sequence[TensorSpec], what: str) -> Tensors:
 
 
 def made_up_like_golden(manifest: Manifest, rng: np.random.Generator) -> Tensors:
-    """Tensors of the sizes of the version's golden case, which it is known to answer, with other numbers in them.
+    """Tensors like those of the version's golden case, which it is known to answer: of the same sizes, with other
+    fractions. Whole numbers stay: many are no quantities but indices, lengths or sizes, and not any will do.
 
     Raises Malformed for a version without one: what it answers is not known, and a failure would count against it."""
     if not manifest.golden:
@@ -71,9 +73,9 @@ def made_up_like_golden(manifest: Manifest, rng: np.random.Generator) -> Tensors
             f"model {manifest.model}: its inputs cannot be made up, since it came without a golden case to take their "
             "sizes from; pass --inputs FILE"
         )
-    case = manifest.golden[0].inputs
-    fixed = [TensorSpec(spec.name, spec.dtype, case[spec.name].shape) for spec in manifest.inputs]
-    return made_up(fixed, rng)
+    case = {name: np.array(array_of(tensor, name)) for name, tensor in manifest.golden[0].inputs.items()}
+    fractions = [spec for spec in manifest.inputs if case[spec.name].dtype.kind == "f"]
+    return {**case, **made_up([TensorSpec(spec.name, spec.dtype, case[spec.name].shape) for spec in fractions], rng)}
 
 
 def shown_short(outputs: Mapping[str, NDArray[Any]]) -> str:
