@@ -18,6 +18,7 @@ from atoll.tensor_rows import Row, Tensors, made_up_like_golden, tensors_of
 from edge_runtime.device import Device
 from edge_runtime.inference import ModelFailed, NoVersion
 from edge_runtime.inferences import Inferred
+from edge_runtime.update import State
 from model_delta.errors import Malformed, Unavailable
 from model_delta.manifest import Manifest
 from model_delta.signature import payment_width, shown
@@ -64,7 +65,13 @@ async def first_version(device: Device, to: Tells) -> Manifest:
         await asyncio.sleep(WATCH_S)
         waited += WATCH_S
         if waited >= QUIET_S:  # one that is installed already takes a moment to be checked and opened
-            to.waits(f"no version of {device.model} is here yet; publish one and roll it out")
+            to.waits(_missing(device))
+
+
+def _missing(device: Device) -> str:
+    if device.state == State.SAFE:
+        return f"the version of {device.model} did not stay, and there is none before it; publish a better one"
+    return f"no version of {device.model} is here yet; publish one and roll it out"
 
 
 async def serve_tensors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ class OnnxModel:
         try:
             results = self._session.run(self._outputs, dict(inputs))
         except Exception as error:  # onnxruntime raises several unrelated kinds, and plain ValueError
-            raise Malformed(f"model {self.digest[:12]}: {_first_line(error)}") from None
+            raise Malformed(f"model {self.digest[:12]}: {_without_values(_first_line(error))}") from None
         return dict(zip(self._outputs, results, strict=True))
 
 
@@ -133,6 +134,12 @@ def _operators_at(path: Path) -> frozenset[str]:
             return frozenset()  # an empty file cannot be mapped
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return operators(cast(bytes, view))
+
+
+def _without_values(message: str) -> str:
+    """A kernel's own words without the numbers in them: one may be an input's (an index that is out of bounds)."""
+    node, status, words = message.partition(" Status Message:")
+    return node + status + re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", words)
 
 
 def _first_line(error: Exception) -> str:

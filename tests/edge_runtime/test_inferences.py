@@ -124,6 +124,17 @@ def test_a_square_that_is_none_is_the_callers_mistake_too(tmp_path: Path) -> Non
     assert running.observed == [(running.observed[0][0], False)]
 
 
+def test_a_failure_names_the_node_and_none_of_the_inputs(tmp_path: Path) -> None:
+    device, running = alone(tmp_path, tokens_model(), TOKENS)
+    with pytest.raises(ModelFailed, match=r"running Gather node\. .* idx=# must be within") as failure:
+        asyncio.run(device.infer({"tokens": TOKENS["tokens"] + 31_337, "mask": TOKENS["mask"]}))
+    ((_, record),) = running.outbox.read(1, 1)
+    assert isinstance(record, Inference)
+    assert record.error == str(failure.value)[:200]
+    assert "313" not in record.error.replace(record.manifest[:12], "")
+    assert [failed for _, failed in running.observed] == [True]
+
+
 def test_numbers_of_another_byte_order_mean_the_same(tmp_path: Path) -> None:
     device, _ = alone(tmp_path, digits_model(), PIXELS)
     found = asyncio.run(device.infer({"pixels": PIXELS["pixels"].astype(">f4")}))

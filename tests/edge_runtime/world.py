@@ -205,10 +205,9 @@ class World:
     ) -> Release:
         """Build, sign, store and vouch for a release of `file`; `golden_shift` makes its golden case wrong."""
         inputs = golden_inputs or {"features": np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)}
-        outputs = {
-            name: value + np.float32(golden_shift) if golden_shift else value
-            for name, value in run_graph(file, inputs).items()
-        }
+        outputs: dict[str, NDArray[Any]] = dict(run_graph(file, inputs))
+        if golden_shift:
+            outputs = {name: value + np.float32(golden_shift) for name, value in outputs.items()}
         golden = GoldenCase(
             {name: tensor(value) for name, value in inputs.items()},
             {name: tensor(np.asarray(value)) for name, value in outputs.items()},
