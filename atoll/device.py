@@ -171,7 +171,7 @@ async def _run(
         _enrol, data, ControlClient(endpoints.coordinator, tokens["join"]), device, contact_s
     )
     teller.done = asyncio.get_running_loop().create_future()
-    async with RegionClient(endpoints.gateways, tokens["tenant"]) as regions:
+    async with RegionClient(endpoints.gateways, tokens["tenant"], model=model) as regions:
 
         @contextlib.asynccontextmanager
         async def opened() -> AsyncIterator[Device]:
@@ -186,7 +186,7 @@ async def _run(
                     device,
                     stream.names,
                     link,
-                    regions if model == MODEL else None,  # regions take the features of the default model only
+                    regions,
                     stream.history.arrays,
                     model=model,
                     limits=limits,
