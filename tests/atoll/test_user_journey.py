@@ -254,9 +254,9 @@ def _decide_own_payments(data: Path, folder: Path) -> tuple[str, Path]:
     words = ("--id", "pi-0001", "--class", "pi", "--payments", str(payments), "--count", "6", "--rate", "5", "--json")
     ran = atoll(data, "device", "run", *words)
     assert ran.returncode == 0, ran.stderr
-    assert [line["version"] for line in decisions(ran.stdout)[-2:]] == [own] * 2, (
-        "by itself, or by its region if unsure"
-    )
+    decided = decisions(ran.stdout)
+    assert [line["version"] for line in decided[-2:]] == [own] * 2, "by itself, or by its region where it is unsure"
+    assert "device" in {line["where"] for line in decided}
     return own, payments
 
 
