@@ -271,7 +271,8 @@ def test_a_caller_who_does_not_wait_for_the_answer_hides_no_slow_version(tmp_pat
         device, running = alone(tmp_path, digits_model(), PIXELS, model)
         for _ in range(2):
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(device.infer(ONE), 0.01)
+                async with asyncio.timeout(0.01):
+                    await device.infer(ONE)
         await device.infer(ONE)
         assert model.most == 1, "what was given up is still one at a time"
         assert [failed for _, failed in running.observed] == [False] * 2, "who gave up while waiting asked for nothing"
