@@ -40,6 +40,7 @@ STD_UNITS_MIN = 64
 SPENDS_MAX = 1_000_000
 EPSILON_SLACK = 1e-6
 _INTERVAL = 1e-3
+_CLOSE = 1e-2
 
 NO_EPSILON = "no epsilon holds for a device that was in a sum opened without noise, of whatever model"
 
@@ -105,7 +106,7 @@ def epsilon(spends: Sequence[Spend], delta: float) -> float:
 
 @functools.lru_cache(maxsize=4_096)
 def _composed(counts: tuple[tuple[Spend, int], ...], delta: float) -> float:
-    """Devices have few histories between them, and are asked about one by one as their contributions come."""
+    """The account of a round is asked for at each attempt, and devices one by one as their contributions come."""
     # Loading it takes seconds (SciPy comes along); only programs that judge a round with privacy pay for it.
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
@@ -119,10 +120,55 @@ def _composed(counts: tuple[tuple[Spend, int], ...], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def epsilons_after(devices: Mapping[str, Sequence[Spend]], coming: Spend, delta: float) -> dict[str, float]:
-    """Where each device stands once `coming` is opened, by what was spent on it so far. Raises Malformed as `epsilon`
-    does."""
-    return {name: epsilon([*spends, coming], delta) for name, spends in devices.items()}
+def exceeding(
+    devices: Mapping[str, Sequence[Spend]], coming: Spend, delta: float, epsilon_max: float
+) -> dict[str, float]:
+    """The devices that `coming` brings above `epsilon_max`, by what was spent on each so far, and where to.
+
+    The accountant takes a tenth of a second for each history, and a thousand devices may have a thousand. It is asked
+    about those alone that are close to `epsilon_max`; of the others `gaussian_epsilon` says enough. Raises Malformed as
+    `epsilon` does."""
+    over = {}
+    for name, spends in devices.items():
+        after = [*spends, coming]
+        if any(spend.sampling < 1 for spend in after):
+            found = epsilon(after, delta)
+        else:
+            found = gaussian_epsilon(round(burden(after), 12), delta)
+            if found <= epsilon_max <= found + _CLOSE * (1 + found):
+                found = epsilon(after, delta)
+        if found > epsilon_max:
+            over[name] = found
+    return over
+
+
+@functools.lru_cache(maxsize=4_096)
+def gaussian_epsilon(burden: float, delta: float) -> float:
+    """The exact epsilon at `delta` of Gaussians, none of them sampled, whose sum of 1/noise^2 is `burden`.
+
+    They compose to one Gaussian with mu = sqrt(burden) (Dong, Roth and Su, Gaussian Differential Privacy, 2022,
+    corollaries 2.13 and 3.3). `epsilon` is never below it, and at most some 1e-4 above."""
+    if not 0 < burden < math.inf:
+        return 0.0 if burden == 0 else math.inf
+    mu = math.sqrt(burden)
+
+    def delta_at(value: float) -> float:
+        return math.exp(_log_normal(mu / 2 - value / mu)) - math.exp(value + _log_normal(-mu / 2 - value / mu))
+
+    low, high = 0.0, mu * mu / 2 + 40 * mu
+    if delta_at(low) <= delta:
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if delta_at(middle) > delta else (low, middle)
+    return low
+
+
+def _log_normal(x: float) -> float:
+    """The logarithm of the normal distribution function, also where that is too small for a float."""
+    if x > -30:
+        return math.log(math.erfc(-x / math.sqrt(2)) / 2)
+    return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-1 / x**2 + 3 / x**4)
 
 
 def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequence[Spend]], coming: Spend) -> Account:
@@ -131,16 +177,17 @@ def account(budget: Budget, release: Sequence[Spend], devices: Mapping[str, Sequ
     Raises Malformed as `epsilon` does.
     """
     of_release = epsilon([*release, coming], budget.delta)
-    of_devices = epsilons_after(devices, coming, budget.delta)
-    highest = max(of_devices.values(), default=0.0)
+    over = sorted(exceeding(devices, coming, budget.delta, budget.epsilon_device))
+    # Of the history that aggregators are told, and work out again: others of the same burden may differ in the noise
+    # of the accountant.
+    highest = epsilon([*max(devices.values(), key=burden), coming], budget.delta) if devices else 0.0
     at = f"at delta {budget.delta:g}"
-    over = sorted(name for name, value in of_devices.items() if value > budget.epsilon_device)
     refusal = ""
     if of_release > budget.epsilon_release:
         refusal = f"this opening would bring the release to epsilon {of_release:.2f} {at}, the budget is "
         refusal += f"{budget.epsilon_release:g}; raise the noise or the budget"
     elif over:
-        refusal = f"this opening would bring {len(over)} of {len(of_devices)} devices (first: {over[0]}) to epsilon "
+        refusal = f"this opening would bring {len(over)} of {len(devices)} devices (first: {over[0]}) to epsilon "
         refusal += f"{highest:.2f} {at}, the budget is {budget.epsilon_device:g}; leave them out of the next round"
         if math.isinf(highest):
             refusal += f" ({NO_EPSILON})"

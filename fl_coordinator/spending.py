@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fl_coordinator.ledger import Ledger
-from fl_coordinator.privacy import NO_EPSILON, Account, Budget, Spend, Spent, account, burden, epsilons_after
+from fl_coordinator.privacy import NO_EPSILON, Account, Budget, Spend, Spent, account, burden, exceeding
 from fl_coordinator.rounds import Privacy
 from model_delta.errors import Malformed
 
@@ -64,12 +64,11 @@ def over_budget(ledger: Ledger, privacy: Privacy, round_id: str, device_ids: Seq
     """Which of these devices a round would bring over their budget, and the sentence for each. Blocking."""
     budget = _budget(privacy)
     histories = ledger.privacy_of_devices(device_ids, round_id)
-    after = epsilons_after(histories, Spend(privacy.noise_multiplier), budget.delta)
+    over = exceeding(histories, Spend(privacy.noise_multiplier), budget.delta, budget.epsilon_device)
     return {
         name: f"this round would bring the device to epsilon {value:.2f} at delta {budget.delta:g}, the budget is "
         f"{budget.epsilon_device:g}" + (f" ({NO_EPSILON})" if math.isinf(value) else "")
-        for name, value in after.items()
-        if value > budget.epsilon_device
+        for name, value in over.items()
     }
 
 

@@ -12,9 +12,15 @@ from fl_coordinator.ledger import Ledger
 from fl_coordinator.privacy import (
     Budget,
     Spend,
+    Spent,
+    _composed,
     account,
+    burden,
     epsilon,
+    exceeding,
+    gaussian_epsilon,
     headroom_units,
+    miscounted,
     noise,
     part_std_units,
 )
@@ -72,6 +78,42 @@ def test_a_round_that_would_overspend_is_refused_by_device_and_by_release() -> N
     assert again.refusal.startswith(f"this opening would bring 1 of 2 devices (first: pos-1) to epsilon {two:.2f} at")
     tight = Budget(epsilon_device=10.0, epsilon_release=(one + two) / 2, delta=DELTA)
     assert "would bring the release to epsilon" in account(tight, [Spend(4.0)], {}, Spend(4.0)).refusal
+
+
+@pytest.mark.parametrize("sigmas", [[4.0], [1.0, 2.0, 3.0] * 3, [0.2], [50.0]])
+def test_the_accountant_is_never_below_the_exact_epsilon_and_close_to_it(sigmas: list[float]) -> None:
+    spends = [Spend(sigma) for sigma in sigmas]
+    exact = gaussian_epsilon(burden(spends), DELTA)
+    assert exact - 1e-9 <= epsilon(spends, DELTA) <= exact + 1e-4
+
+
+def test_a_thousand_histories_are_judged_without_a_thousand_accounts() -> None:
+    sigmas = [2.0 + 0.25 * level for level in range(12)]
+    devices = {
+        f"pos-{number:04}": [Spend(sigma) for bit, sigma in enumerate(sigmas) if number >> bit & 1]
+        for number in range(1_000)
+    }
+    before = _composed.cache_info().misses
+    over = exceeding(devices, Spend(4.0), DELTA, 4.0)
+    assert 100 < len(over) < 900
+    assert _composed.cache_info().misses - before < 25
+    for name in ("pos-0000", "pos-0007", "pos-0100", "pos-0511", max(over, key=lambda one: -over[one])):
+        exact = epsilon([*devices[name], Spend(4.0)], DELTA)
+        assert (exact > 4.0) == (name in over)
+        assert over.get(name, exact) == pytest.approx(exact, abs=1e-4)
+
+
+def test_the_account_is_of_the_history_that_is_told_also_where_others_weigh_the_same() -> None:
+    devices = {"pos-1": [Spend(50.0)], "pos-2": [Spend(100.0)] * 4}
+    found = account(Budget(1.0, 1.0, DELTA), [], devices, Spend(50.0))
+    told = Spent(
+        spend=Spend(50.0),
+        before_device=tuple(max(devices.values(), key=burden)),
+        delta=DELTA,
+        epsilon_release=found.epsilon_release,
+        epsilon_device=found.epsilon_device,
+    )
+    assert miscounted(told) == ""
 
 
 def test_two_parts_are_the_noise_that_is_accounted_for() -> None:
