@@ -29,6 +29,8 @@ _lock = threading.Lock()
 _models: weakref.WeakValueDictionary[str, OnnxModel] = weakref.WeakValueDictionary()
 _graphs: dict[str, OnnxModel] = {}
 _GRAPHS_MAX = 4
+_KIND = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_PLACE = re.compile(r"\s*[^\s:]*/[^\s:]+\.(cc|cpp|h|hpp):\d+ ")
 
 
 class OnnxModel:
@@ -101,7 +103,7 @@ def _open_session(file: bytes | Path, what: str, repeated: bool) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = repeated
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised; the runtime's own line would name values of inputs
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     kinds = operators(file) if isinstance(file, bytes) else _operators_at(file)
     if "DequantizeLinear" in kinds and "QuantizeLinear" not in kinds:
@@ -143,4 +145,20 @@ def _without_values(message: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The runtime's own words in one short line, without the place in its source that stands before them."""
+    line = _KIND.sub("", (str(error).strip().splitlines() or [type(error).__name__])[0])
+    place = _PLACE.search(line)
+    if place is not None:
+        said = _after_signature(line[place.end() :])
+        line = f"{line[: place.start()]} {said}".lstrip() if said else line
+    return line[:200]
+
+
+def _after_signature(text: str) -> str:
+    """What follows a C++ function's signature; "" if nothing does."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == ")" and depth == 0:
+            return re.sub(r"^(const )?(\[with [^\]]*\] )?", "", text[index + 1 :].lstrip())
+    return ""
