@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from atoll.output import plain
 from atoll.settings import ConfigurationError
 from atoll.tensor_rows import listed, shown_short
 from device_sim.scenario import Sample
@@ -192,7 +193,7 @@ class Teller:
         if self.done.done():
             return
         try:
-            self._write(json.dumps(fields) if self._as_json else text)
+            self._write(json.dumps(fields) if self._as_json else plain(text))  # a model names its own outputs
         except BrokenPipeError:  # the reader has seen enough, as in `atoll device run | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self._finish()

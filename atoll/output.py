@@ -12,7 +12,7 @@ import typer
 def show(value: Any, text: str, *, as_json: bool) -> None:
     """Print `value` as JSON or `text`, in which nothing but a line break steers the terminal: some of it is what
     devices, relays and aggregators said."""
-    typer.echo(json.dumps(value, indent=2, default=str) if as_json else _plain(text))
+    typer.echo(json.dumps(value, indent=2, default=str) if as_json else plain(text))
 
 
 def columns(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
@@ -26,7 +26,8 @@ def columns(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The text without what could steer a terminal; line breaks stay."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 

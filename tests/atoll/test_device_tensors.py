@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from atoll.device_lines import Teller
 from atoll.device_tensors import TensorSource, serve_tensors
 from atoll.tensor_rows import Row
 from model_delta.errors import Malformed
 from tests.edge_runtime.world import World, eventually
-from tests.fakes.any_signature import PIXELS, digits_model
+from tests.fakes.any_signature import PIXELS, digits_model, model_bytes
 
 ROW: Row = {"pixels": PIXELS["pixels"].tolist()}
 RATE = 200.0
@@ -89,6 +90,18 @@ def test_a_failure_is_a_line_too(tmp_path: Path) -> None:
     told = json.loads(printed[-1])
     assert (told["event"], told["outputs"], told["inference_id"]) == ("inference", {}, "")
     assert "Reshape" in told["error"]
+
+
+def test_what_a_model_calls_its_outputs_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    name = "y\x1b[2J"
+    file = model_bytes(
+        [helper.make_node("Identity", ["x"], [name])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1])],
+        {},
+    )
+    _, printed = served(tmp_path, file, [{"x": [[1]]}], golden_inputs={"x": np.ones((1, 1), np.float32)})
+    assert printed[-1].endswith("  y?[2J float32[1, 1]: 1")
 
 
 def test_rows_that_do_not_fit_end_it_with_the_input_named(tmp_path: Path) -> None:
