@@ -107,9 +107,14 @@ def _release_text(found: dict[str, Any]) -> str:
     patches = ", ".join(f"{size} B from {base[:12]}" for base, size in found["bytes_patch"].items()) or "none"
     return (
         f"published {found['model']} {found['version']} as release {found['release']}\n"
-        f"manifest  {found['manifest']}\nwhole     {found['bytes_whole']} B\npatches   {patches}\n{_form_text(found)}"
-        "Nobody runs it yet: atoll rollout apply FILE"
+        f"manifest  {found['manifest']}\nwhole     {found['bytes_whole']} B\npatches   {patches}\n"
+        f"{_form_text(found)}{_latency_text(found)}Nobody runs it yet: atoll rollout apply FILE"
     )
+
+
+def _latency_text(found: dict[str, Any]) -> str:
+    most = found.get("latency_ms_max")
+    return f"latency   devices go back from it if answers take more than {most:g} ms (--latency-max)\n" if most else ""
 
 
 def _form_text(found: dict[str, Any]) -> str:

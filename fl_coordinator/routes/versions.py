@@ -62,7 +62,8 @@ class VersionRoutes:
         if "valid_days" in query:
             options["lifetime_s"] = round(number_in(query["valid_days"], "valid_days", 1.0, 3650.0) * 86_400)
         record = await self._coordinator.publish(await body_of(request, MODEL_BYTES_MAX), **options)
-        return JSONResponse(_release_view(record))
+        manifest = await asyncio.to_thread(self._coordinator.publisher.manifest, record.manifest)
+        return JSONResponse({**_release_view(record), "latency_ms_max": manifest.requirements.latency_ms_max})
 
     async def _join(self, request: Request) -> Response:
         body = await object_of(request)
