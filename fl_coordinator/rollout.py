@@ -227,12 +227,12 @@ def holds_devices(rollout: Rollout) -> bool:
     return rollout.live or (rollout.state == "completed" and not settled)
 
 
-def standing(rollout: Rollout, in_stage: int, superseded: bool) -> str:
-    """How it stands, in a few words for people; `in_stage` devices are in its stage now, `superseded` says that a later
-    rollout took its place."""
+def standing(rollout: Rollout, in_stage: int | None = None, superseded: bool = False) -> str:
+    """How it stands, in a few words for people; `in_stage` devices are in its stage now (None: nobody has counted),
+    `superseded` says that a later rollout took its place."""
     if superseded:
         return "superseded"
-    if rollout.state == "running" and not in_stage:
+    if rollout.state == "running" and in_stage == 0:
         return "waiting for devices"
     if rollout.state == "paused":
         return "paused, waits for you"
@@ -254,10 +254,10 @@ def _lacking(rollout: Rollout, health: CohortHealth, now: float) -> str:
     decided = health.target.decided.answers - rollout.decisions_before
     heard = health.target.devices - health.target.silent
     silence = next((rail.share for rail in rollout.spec.guardrails if rail.metric == "silence"), 1.0)
-    if age < hold.min_seconds:
-        return f"{hold.min_seconds - age:.0f} more seconds"
     if health.target.devices == 0:
         return f"devices: none that follows {rollout.model} is in this stage yet"
+    if age < hold.min_seconds:
+        return f"{hold.min_seconds - age:.0f} more seconds"
     if heard == 0:
         return "a device of this stage to be heard"
     if health.target.adopted < math.ceil(hold.min_adopted * heard):

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from fl_coordinator.coordinator import Coordinator
-from fl_coordinator.rollout import Rollout
+from fl_coordinator.rollout import Rollout, standing
 from fl_coordinator.routes.access import Access
 from fl_coordinator.routes.requests import BODY_BYTES_MAX, body_of, encoded, object_of, text_in
 from model_delta.encoding import unpack
@@ -67,6 +67,7 @@ def _rollout_view(found: Rollout) -> dict[str, Any]:
         "name": found.name,
         "model": found.model,
         "state": found.state,
+        "standing": standing(found),
         "stage": found.stage,
         "stages": len(found.spec.stages),
         "target": found.target,

@@ -473,7 +473,9 @@ def test_silence_does_not_stop_a_first_version_but_its_stage_waits() -> None:
 
 def test_a_stage_without_devices_waits_for_them_and_says_so() -> None:
     found = begun(simple(), [], stable="").rollout
-    alone = look(found, cohort_health(plan_of(found, {}, 1010.0), [], [], [], now=1010.0, silent_after=30.0))
+    assert (standing(found), standing(found, 0)) == ("running", "waiting for devices")
+    nobody = cohort_health(plan_of(found, {}, 1000.0), [], [], [], now=1000.0, silent_after=30.0)
+    alone = look(found, nobody, now=1000.0)
     assert (alone.rollout.state, alone.plan) == ("running", None)
     assert alone.rollout.reason == "waits for devices: none that follows fraud is in this stage yet"
 
