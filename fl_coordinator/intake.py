@@ -132,11 +132,13 @@ class Intake:
             await asyncio.gather(*sent, return_exceptions=True)
 
     def _known_refusals(self, found: Round) -> dict[str, Refusal]:
-        """The devices heard lately that any contribution would be refused of, written down, and why."""
+        """The devices heard lately that follow the model and would be refused whatever they send, written down, and
+        why."""
         now, quota = self._clock(), found.spec.quota.per_device
         if found.spec.privacy is None and not quota:
             return {}
-        awake = [record.device_id for record in self._ledger.devices() if record.last_seen >= now - AWAKE_S]
+        following = self._ledger.followers(found.task.model)
+        awake = [record.device_id for record in following if record.last_seen >= now - AWAKE_S]
         known = {name: Refusal(OVER_BUDGET, text) for name, text in self.over_budget(found, awake).items()}
         for name in awake if quota else ():
             lately = self._ledger.contributions_of(name, now - DAY_S, found.round_id)

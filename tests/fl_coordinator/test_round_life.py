@@ -238,6 +238,9 @@ async def test_devices_that_have_spent_their_budget_are_left_out_and_the_others_
     private = asked(privacy=Privacy(epsilon=100, epsilon_device=2.5, delta=1e-5, noise_multiplier=2.0))
     async with learning(tmp_path, 14) as at:
         spent, fresh = at.devices[:8], at.devices[8:]
+        other = at.platform.device("of-another-model", model="digits")
+        at.ledger.heard(other.device_id, at.platform.clock(), running="", state="idle", model="digits")
+        at.ledger.spend_privacy("elsewhere", 1, "digits", Spend(2.0), [other.device_id])
         opened = await at.coordinator.open_round(msgspec.structs.replace(private, name="one", contributions_max=8))
         await contribute_all(spent, opened.round_id)
         assert (await at.ended(opened.round_id)).state == "PUBLISHED"
@@ -246,6 +249,7 @@ async def test_devices_that_have_spent_their_budget_are_left_out_and_the_others_
         await until(lambda: all(device.receipts[-1].round_id == opened.round_id for device in spent))
         assert all(re.fullmatch(told, device.receipts[-1].reason) for device in spent), "before anything was uploaded"
         assert at.ledger.sitting_out(opened.round_id) == {device.device_id: "over privacy budget" for device in spent}
+        assert other.receipts == [], "it was not asked"
         await contribute_all(spent[:2], opened.round_id)  # who did not hear it
         await until(lambda: at.ledger.refusals(opened.round_id) == {"over privacy budget": 2})
         await contribute_all(fresh, opened.round_id)
