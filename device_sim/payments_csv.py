@@ -23,6 +23,7 @@ CSV_FEATURE_SET = "ulb-30-v1"
 ROWS_MAX = 5_000_000
 
 _AMOUNT_MAX = 2_000.0
+_TIME_MAX = 2.0**53
 _AMOUNT_GROUPS = 4
 
 Float32 = npt.NDArray[np.float32]
@@ -115,14 +116,17 @@ def _require_columns(path: Path, header: Sequence[str]) -> None:
 
 
 def _require_sense(path: Path, values: npt.NDArray[np.float64]) -> None:
-    """Every value finite, Amount and Time not negative, Class 0 or 1; the first offence is named by its line."""
-    bad = ~np.isfinite(values)
-    bad[:, 0] |= values[:, 0] < 0
+    """Every value finite, also as float32, Amount and Time not negative, Class 0 or 1; the first offence is named by
+    its line."""
+    bad = ~(np.abs(values) <= np.finfo(np.float32).max)
+    bad[:, 0] |= (values[:, 0] < 0) | (values[:, 0] > _TIME_MAX)
     bad[:, 29] |= values[:, 29] < 0
     bad[:, 30] |= (values[:, 30] != 0) & (values[:, 30] != 1)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise Malformed(_complaint(path, int(row) + 2, COLUMNS[column], f"{values[row, column]:g}"))
+        found = values[row, column]
+        large = ", which is too large" if _TIME_MAX < abs(found) < np.inf else ""
+        raise Malformed(_complaint(path, int(row) + 2, COLUMNS[column], f"{found:g}{large}"))
 
 
 def _first_bad_value(path: Path) -> str:

@@ -66,3 +66,9 @@ def test_a_file_that_does_not_fit_or_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "held_out-fraud.npz").write_bytes(b"not a file of arrays")
     with pytest.raises(Malformed, match=r"held_out-fraud\.npz: expected finite features"):
         evaluate(*version(26))
+    np.savez_compressed(tmp_path / "held_out-fraud.npz", features=np.zeros((60, 26)))
+    whole = (tmp_path / "held_out-fraud.npz").read_bytes()
+    encrypted = whole.index(b"PK\x01\x02") + 8
+    (tmp_path / "held_out-fraud.npz").write_bytes(whole[:encrypted] + b"\xff" + whole[encrypted + 1 :])
+    with pytest.raises(Malformed, match=r"held_out-fraud\.npz: expected finite features"):
+        evaluate(*version(26))

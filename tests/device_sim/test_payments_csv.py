@@ -66,6 +66,8 @@ def test_missing_columns_are_named_with_those_found(tmp_path: Path) -> None:
         ("V7", "abc", "line 5, column V7: expected a number, found 'abc'"),
         ("V7", "", "line 5, column V7: expected a number, found ''"),
         ("V7", "nan", "line 5, column V7: expected a number, found nan"),
+        ("V7", "-1e39", r"line 5, column V7: expected a number, found -1e\+39, which is too large"),
+        ("Time", "1e19", r"line 5, column Time: expected a number, 0 or more, found 1e\+19, which is too large"),
         ("Amount", "-3", "line 5, column Amount: expected a number, 0 or more, found -3"),
         ("Class", "2", "line 5, column Class: expected 0 or 1, found 2"),
         ("Time", "inf", "line 5, column Time: expected a number, 0 or more, found inf"),
