@@ -134,9 +134,9 @@ def test_mosquitto_keeps_the_contract(mosquitto: Mosquitto) -> None:
 
 def test_an_absent_broker_is_retried_and_connected_tells_the_truth(mosquitto: Mosquitto) -> None:
     async def story() -> None:
-        async with link_to(mosquitto, "pos-0002", deadline_s=0.2) as link:
+        async with link_to(mosquitto, "pos-0002", deadline_s=1.0) as link:
             assert not link.connected
-            with pytest.raises(Unavailable, match=r"no acknowledgement by 127.0.0.1:\d+ in 0.2 s"):
+            with pytest.raises(Unavailable, match=r"no acknowledgement by 127.0.0.1:\d+ in 1 s"):
                 await link.publish("a/b", b"x")
             with pytest.raises(Unavailable, match=r"no connection as pos-0002 within 0.1 s"):
                 await link.wait_connected(0.1)
