@@ -40,7 +40,7 @@ from edge_runtime.vouching import Vouching
 from edge_runtime.waiting import wait_at_most
 from model_delta.digest import digest_of, require_match
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Expired, Malformed, SignatureInvalid, StorageFull, Unavailable
+from model_delta.errors import AtollError, Expired, Malformed, SignatureInvalid, StorageFailed, StorageFull, Unavailable
 from model_delta.task import RoundTask, SatOut
 from model_delta.topics import ContributionReceipt, down, up
 from model_delta.trust.updater import TrustState, accept_task
@@ -58,6 +58,9 @@ STEPS_MAX = 100_000
 BATCH_MAX = 100_000
 """The most of either that a coordinator announces (`rounds.RoundSpec`); whoever announces more means to keep devices
 busy."""
+
+DISK_AGAIN_S = 0.5
+"""When an announcement is heard again that the disk did not take."""
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +115,7 @@ class Participation:
         self._jitter = random.Random(int(rng.integers(1 << 62)))
         self._task: RoundTask | None = None
         self._unjudged: tuple[str, bytes] | None = None
+        self._untaken = b""
         self._heard = b""
         vouching.on_new_anchors(self._announced_again)
         self._changed = asyncio.Event()
@@ -130,13 +134,18 @@ class Participation:
         reconnection, is nothing new."""
         if payload == self._heard:
             return
-        anchors, self._unjudged = self._vouching.anchors, None
+        anchors, self._unjudged, self._untaken = self._vouching.anchors, None, b""
         try:
             task, trust = accept_task(payload, self._model, anchors, self._trust(), self._clock())
             if trust != self._trust():
                 self._keep_trust(trust)
         except Expired:
             return  # a round that closed while we were away
+        except StorageFailed as error:  # a retained message does not come again by itself
+            _log.info("%s: round announcement: %s", self._device_id, error)
+            self._untaken = payload
+            asyncio.get_running_loop().call_later(DISK_AGAIN_S, self._announced_untaken, topic, payload)
+            return
         except AtollError as error:
             self.refused += 1
             self.last_refusal = str(error)
@@ -152,6 +161,10 @@ class Participation:
         if self._unjudged is not None:
             self.announced(*self._unjudged)
 
+    def _announced_untaken(self, topic: str, payload: bytes) -> None:
+        if payload == self._untaken:  # a later one did not come instead
+            self.announced(topic, payload)
+
     def receipted(self, _topic: str, payload: bytes) -> None:
         """The coordinator has the contribution, or refuses it for good; maybe before there is one, or even before the
         announcement comes."""
@@ -165,7 +178,7 @@ class Participation:
                 self._changed.set()
         elif not self.record.ended:
             ended = "accepted" if receipt.accepted else f"refused: {receipt.reason}"[:300]
-            self._write(msgspec.structs.replace(self.record, ended=ended, contribution=b""))
+            self._end(msgspec.structs.replace(self.record, ended=ended, contribution=b""))
             self._changed.set()
 
     def start(self) -> None:
@@ -266,7 +279,7 @@ class Participation:
         receipt = self._left_out
         if receipt is None or receipt.round_id != task.round_id:
             return False
-        self._write(RoundRecord(round_id=task.round_id, ended=f"refused: {receipt.reason}"[:300]))
+        self._end(RoundRecord(round_id=task.round_id, ended=f"refused: {receipt.reason}"[:300]))
         return True
 
     async def _graph(self, digest: str) -> bytes:
@@ -278,13 +291,16 @@ class Participation:
 
     def _give_up(self, task: RoundTask, reason: str, sat_out: SatOut) -> None:
         _log.warning("%s: sits out round %s: %s", self._device_id, task.round_id, reason[:300])
-        record = RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300], sat_out=sat_out.value)
+        self._end(RoundRecord(round_id=task.round_id, ended=f"sat out: {reason}"[:300], sat_out=sat_out.value))
+        self._told()
+
+    def _end(self, record: RoundRecord) -> None:
+        """The round is over for this device: as long as this process lives that is so, whatever the disk takes."""
         try:
             self._write(record)
-        except (AtollError, OSError) as error:  # as long as this process lives it is remembered all the same
+        except (AtollError, OSError) as error:
             self.record = record
-            _log.warning("%s: round %s: %s", self._device_id, task.round_id, error)
-        self._told()
+            _log.warning("%s: round %s: %s", self._device_id, record.round_id, error)
 
     def _write(self, record: RoundRecord) -> None:
         replace_file(self._path, pack(record))

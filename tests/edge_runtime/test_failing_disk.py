@@ -17,10 +17,13 @@ from edge_runtime.device import Device
 from edge_runtime.outbox import Outbox
 from edge_runtime.update import Event, State
 from model_delta.durable import storage_error
+from model_delta.encoding import pack
 from model_delta.errors import StorageFailed, StorageFull
 from model_delta.release import Release
+from model_delta.topics import ContributionReceipt, down
 from tests.edge_runtime.test_device import ONES, events, play, two_versions
 from tests.edge_runtime.test_outbox import decision
+from tests.edge_runtime.test_participation import on_first_version, participation
 from tests.edge_runtime.world import Life, World, eventually
 from tests.fakes.disk import Disk
 
@@ -230,5 +233,42 @@ def test_a_file_system_that_turns_read_only(tmp_path: Path, read_only_again: Any
             await eventually(lambda: "Read-only file system" in alarm_of(world), what=alarm_of(world))
             await answers(later, first)
             assert world.reports[-1].dropped > 0
+
+    play(story, tmp_path)
+
+
+def test_a_round_that_is_announced_while_the_disk_takes_nothing_is_joined_once_it_does(tmp_path: Path) -> None:
+    async def story(world: World, folder: Path) -> None:
+        first = await on_first_version(world, folder)
+        disk = Disk(folder / "state")
+        device = world.device("pos-0001", folder, **SOON)
+        part = participation(device)
+        async with Life(device):
+            await eventually(lambda: device.running.digest == first.digest)
+            disk.refuse_writes()
+            world.round(first)
+            await eventually(lambda: part._untaken != b"")
+            assert part.refused == 0, "nothing is wrong with the announcement"
+            disk.take_writes()
+            await eventually(lambda: part.record.ended == "accepted")
+
+    play(story, tmp_path)
+
+
+def test_a_receipt_that_the_disk_does_not_take_is_believed_all_the_same(tmp_path: Path) -> None:
+    async def story(world: World, folder: Path) -> None:
+        first = await on_first_version(world, folder)
+        disk = Disk(folder / "state")
+        world.receipts = False
+        world.round(first)
+        device = world.device("pos-0001", folder, **SOON)
+        part = participation(device)
+        async with Life(device):
+            await eventually(lambda: len(world.contributions) == 1)
+            disk.refuse_writes()
+            receipt = pack(ContributionReceipt("round-1", True))
+            await world.coordinator.publish(down("pos-0001", "receipt"), receipt)
+            await eventually(lambda: part.record.ended == "accepted")
+            await answers(device, first)
 
     play(story, tmp_path)
