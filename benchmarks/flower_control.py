@@ -228,7 +228,7 @@ class Stage:
 def measure(options: argparse.Namespace) -> Sequence[Claim]:
     """All claims."""
     with tempfile.TemporaryDirectory() as folder:
-        stock, exchanges = asyncio.run(_stock(Path(folder) / "stock", max(2, options.rounds // 3)))
+        stock, exchanges = asyncio.run(_stock(Path(folder) / "stock", max(2, options.rounds * 2 // 3)))
         loads = [_load()]
         thin, quiet = asyncio.run(_thin(Path(folder) / "thin", options.rounds, 1 if options.quick else 3))
         loads.append(_load())
