@@ -52,9 +52,6 @@ from model_delta.trust.signing import seal_envelope
 EVIDENCE = "evidence"
 """A kind in the store that is never cleaned away."""
 
-SUM_HOLDERS = 2
-"""So many of the three aggregators have all shares of a sum between them."""
-
 _log = logging.getLogger("atoll.coordinator")
 
 
@@ -222,8 +219,8 @@ def _settlement(found: Round, mean: str, decision: Decision) -> Settlement:
 def _none_opened(error: AtollError, replies: Mapping[str, dict[str, Any]] | None) -> bool:
     """Whether it is known that no aggregator let go of its shares of a sum in an attempt that failed."""
     if isinstance(error, CommandFailed):
-        if len(error.replies) + len(error.undone) < SUM_HOLDERS:
-            return False  # of the others nobody knows, and two of them are enough
+        if error.undone != error.failures.keys():
+            return False  # of the others nobody knows; one that opened its part counts the devices as opened for ever
         replies = error.replies
     return not any(reply.get("first") for reply in (replies or {}).values())
 
