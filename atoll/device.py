@@ -41,6 +41,7 @@ from edge_runtime.regions import RegionClient
 from model_delta.keys.certificates import require_identity
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.plan import DeviceTraits
+from model_delta.topics import require_model
 
 Asked = Literal["payments", "tensors", ""]
 """What a device is asked; "" leaves it to its first version."""
@@ -96,7 +97,7 @@ def run_device(
         )
     rows = read_rows(inputs) if inputs is not None else []
     stream = _stream(device_id, device_class, region, payments, seed)
-    wanted = model or (MODEL if payments is None else MODEL_OF_CSV)
+    wanted = require_model(model or (MODEL if payments is None else MODEL_OF_CSV))
     asked: Asked = "tensors" if rows else "payments" if payments or wanted in (MODEL, MODEL_OF_CSV) else ""
     source = TensorSource(rows, str(inputs), seed)
     teller = Teller(count, as_json=as_json)

@@ -42,6 +42,7 @@ from edge_runtime.regions import AskRegion, RegionClient
 from fl_coordinator.shares.client import make_contribution
 from model_delta.patch.route import NO_LIMITS, DeviceLimits
 from model_delta.task import RoundTask
+from model_delta.topics import require_model
 from monitoring.metrics import Metrics
 
 ENROL_DEADLINE_S = 60.0
@@ -81,7 +82,7 @@ def run_fleet(
         world = world_of_rows(scenario, read_csv(payments))
     else:
         world = generated_world(scenario, only={number for number in range(devices) if number % count == index})
-    wanted = model or (MODEL if payments is None else MODEL_OF_CSV)
+    wanted = require_model(model or (MODEL if payments is None else MODEL_OF_CSV))
     mine = [d for d in world.devices if d.index % count == index and d.device_id not in left_out]
     watch = ObservedUpdates(data.child("observed")).write if observe else None
     if observe:

@@ -10,8 +10,9 @@ from typing import Literal
 import msgspec
 import yaml
 
-from fl_coordinator.yaml_tree import NAME, NAME_TOLD, Place, read_object
+from fl_coordinator.yaml_tree import Place, read_object
 from model_delta.plan import Cohort
+from model_delta.topics import NAME, NAME_TOLD
 
 STAGES_MAX = 32
 

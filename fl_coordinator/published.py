@@ -13,7 +13,6 @@ import msgspec
 
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.tables.records import ReleaseRecord
-from fl_coordinator.yaml_tree import NAME, NAME_TOLD
 from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Malformed, NotFound, Untrusted
 from model_delta.keys.encryption import open_blob
@@ -22,6 +21,7 @@ from model_delta.manifest import Delivery, Manifest, late_delivery_name, parse_m
 from model_delta.patch.route import plan_update
 from model_delta.release import offer_patches, open_release
 from model_delta.store import ArtifactStore
+from model_delta.topics import require_model
 from model_delta.trust.signing import open_envelope
 
 MODEL_BYTES_MAX = 512 * 2**20
@@ -143,7 +143,6 @@ class Published:
 
 def require_names(model: str, name: str) -> None:
     """Raise Malformed for names that no rollout could mean. A model's is part of a topic and of a path as well."""
-    if not NAME.fullmatch(model):
-        raise Malformed(f"model: expected a name of {NAME_TOLD}, found {model[:80]!r}; pass another")
+    require_model(model)
     if name == LATEST or name.isdigit():
         raise Malformed(f"name: expected a word of your own, found {name!r}, which a rollout takes for another version")

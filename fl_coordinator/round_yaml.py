@@ -11,7 +11,8 @@ from typing import Any
 
 from fl_coordinator.promotion import Limits
 from fl_coordinator.rounds import POLICIES, REVEALS, Privacy, Quota, RoundSpec
-from fl_coordinator.yaml_tree import NAME, NAME_TOLD, Place, read_object
+from fl_coordinator.yaml_tree import Place, read_object
+from model_delta.topics import NAME, NAME_TOLD
 
 EXAMPLE = "atoll/examples/round.yaml"
 _DIGEST = re.compile(r"[0-9a-f]{64}")

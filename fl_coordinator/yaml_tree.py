@@ -13,11 +13,10 @@ from collections.abc import Set
 import yaml
 
 from model_delta.errors import Malformed
+from model_delta.topics import NAME, NAME_TOLD
 
 API_VERSION = "atoll/v1"
 YAML_BYTES_MAX = 65_536
-NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
-NAME_TOLD = "lower-case letters, digits, '-' and '.'"
 
 
 def read_object(text: str, file: str, kind: str, example: str) -> tuple[str, Place]:

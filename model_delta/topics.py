@@ -10,9 +10,12 @@ a small window, and never retained.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
+
+from model_delta.errors import Malformed
 
 ROOT = "atoll/1"
 PACKET_BYTES_MAX = 5_000_000
@@ -22,7 +25,18 @@ MESSAGE_BYTES_MAX = PACKET_BYTES_MAX - 4_096
 CHUNK_BYTES = 32_768
 REQUEST_WINDOW = 8
 
+NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+NAME_TOLD = "lower-case letters, digits, '-' and '.'"
+"""Of a model, a rollout, a round: a model's is a level of topics, and part of a path."""
+
 StoreKind = Literal["manifest", "delivery", "blob", "artifact", "tuf"]
+
+
+def require_model(name: str) -> str:
+    """Return `name` if a model can have it. Raises Malformed."""
+    if not NAME.fullmatch(name):
+        raise Malformed(f"model: expected a name of {NAME_TOLD}, found {name[:80]!r}; pass another")
+    return name
 
 
 def plan_topic(tenant: str, model: str) -> str:

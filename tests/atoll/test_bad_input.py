@@ -122,6 +122,8 @@ def test_options_that_name_what_does_not_exist(run, stopped: Path, tmp_path: Pat
         (("device", "run", "--id", "coordinator"), "expected a device's name, such as pos-0001"),
         (("fleet", "run", "--shard", "2"), "--shard: expected I/N with I below N, such as 0/2, found '2'"),
         (("fleet", "run", "--shard", "2/2"), "found '2/2'"),
+        (("device", "run", "--model", "fraud#"), "model: expected a name of lower-case letters, digits, '-' and '.'"),
+        (("fleet", "run", "--model", "My Fraud"), "found 'My Fraud'; pass another"),
         (("aggregator", "run"), "started without aggregators; use `atoll up --learning`"),
         (("publish", tmp_path / "none.onnx"), "none.onnx: expected a readable file, found: No such file or directory"),
         (("publish", tmp_path), "Is a directory"),
