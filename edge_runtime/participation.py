@@ -124,6 +124,7 @@ class Participation:
         self._doing = SatOut.OTHER
         self._passing = ("", SatOut.OTHER)
         self._left_out: ContributionReceipt | None = None
+        self._disk_failed = False
         self.refused = 0
         self.last_refusal = ""
         self.record, self._forgot = _read(path)
@@ -208,6 +209,7 @@ class Participation:
                     pause = await self._take_part(task)
                 except Unavailable as error:
                     pause = 0.5 + self._jitter.random()
+                    self._disk_failed = self._disk_failed or isinstance(error, StorageFailed)
                     self._passing = (task.round_id, _reason(self._doing, error))
                     _log.info("%s: round %s: %s", self._device_id, task.round_id, error)
                 except AtollError as error:
@@ -237,6 +239,10 @@ class Participation:
 
     async def _prepare(self, task: RoundTask) -> None:
         """Train, share and store the one contribution to this round."""
+        if self._disk_failed:  # it is asked first, before training in vain again
+            self._doing = SatOut.CONTRIBUTION
+            self._write(self.record)
+            self._disk_failed = False
         self._doing = SatOut.TERMS
         if not (0 <= task.steps <= STEPS_MAX and 0 < task.batch_size <= BATCH_MAX):
             raise Malformed(

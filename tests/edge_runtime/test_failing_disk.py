@@ -255,6 +255,41 @@ def test_a_round_that_is_announced_while_the_disk_takes_nothing_is_joined_once_i
     play(story, tmp_path)
 
 
+def test_a_device_does_not_train_again_and_again_for_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    async def story(world: World, folder: Path) -> None:
+        first = await on_first_version(world, folder)
+        disk = Disk(folder / "state")
+        device = world.device("pos-0001", folder, **SOON)
+        part, trained = participation(device), []
+        part._jitter = NoWait()
+        train = part._train
+
+        def counted(*arguments: Any) -> Any:
+            trained.append(1)
+            return train(*arguments)
+
+        part._train = counted
+        async with Life(device):
+            await eventually(lambda: device.running.digest == first.digest)
+            disk.refuse_writes_of("round.record")
+            world.round(first)
+            await eventually(lambda: len(trained) > 0)
+            await asyncio.sleep(0.15)
+            assert len(trained) == 1
+            assert part.sitting_out.reason == "contribution not made"
+            disk.take_writes()
+            await eventually(lambda: part.record.ended == "accepted")
+
+    play(story, tmp_path)
+
+
+class NoWait:
+    """Draws that make the shortest pauses."""
+
+    def random(self) -> float:
+        return -0.48
+
+
 def test_a_receipt_that_the_disk_does_not_take_is_believed_all_the_same(tmp_path: Path) -> None:
     async def story(world: World, folder: Path) -> None:
         first = await on_first_version(world, folder)
