@@ -231,6 +231,30 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     ledger.close()
 
 
+def test_a_ledger_from_before_devices_said_why_they_sit_out_keeps_what_it_had(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    before = Ledger(path)
+    before.save_round(round_id="r1", model="fraud", state="COLLECTING", created=1.0, record=b"r")
+    before.abort_round("r1")
+    before.save_round_result("r0", b"mean", b"transcript")
+    before.close()
+    raw = sqlite3.connect(path)
+    raw.execute("DROP TABLE sitting_out")
+    raw.execute("DROP TABLE maybe_opened")
+    raw.execute("PRAGMA user_version = 8")
+    raw.close()
+    ledger = Ledger(path)
+    assert (ledger.aborted_rounds(), ledger.round_result("r0")) == ({"r1"}, (b"mean", b"transcript"))
+    ledger.sit_out([("r1", "a", "no data")])
+    assert ledger.sitting_out("r1") == {"a": "no data"}
+    assert ledger.may_open("r1")
+    assert not ledger.may_open("r1"), "an earlier attempt may have"
+    assert ledger.opened_without_noise("fraud") == ["r1"]
+    ledger.did_not_open("r1")
+    assert ledger.opened_without_noise("fraud") == []
+    ledger.close()
+
+
 def test_a_device_sits_a_round_out_for_one_reason_while_the_round_collects(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.save_round(round_id="r1", model="fraud", state="COLLECTING", created=1.0, record=b"r")
