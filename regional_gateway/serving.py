@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.plan import DeviceTraits, RolloutPlan
+from model_delta.signature import SCORE, payment_width
 from monitoring.metrics import Metrics
 from regional_gateway.features import vector_of
 from regional_gateway.limits import take
@@ -42,7 +43,6 @@ from regional_gateway.tenants import Tenant, Tenants
 Array = NDArray[Any]
 IN_FLIGHT_MAX = 512
 WAIT_SECONDS_MAX = 5.0
-SCORE = "score"
 
 
 class Versions(Protocol):
@@ -211,7 +211,7 @@ async def infer(
 
     version, route, _, outputs = await _answer(gateway, tenant, model, asked_version, asker, inputs)
     response = encode_infer(model, version.name, request, outputs)
-    if SCORE in outputs:
+    if payment_width(version.manifest.inputs, version.manifest.outputs) is not None:
         _count(gateway, version, route, outputs[SCORE].ravel().tolist())
     return response
 

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from onnx import TensorProto, helper
 
 from edge_runtime.onnx_model import open_model
 from model_delta.digest import digest_of
@@ -34,6 +35,7 @@ from regional_gateway.serving import Gateway
 from regional_gateway.supply import KIND_PLAN, KIND_VOUCHED, Followed, Supply
 from regional_gateway.tenants import Tenant, Tenants
 from regional_gateway.vouching import Vouching
+from tests.fakes.any_signature import model_bytes
 from tests.fakes.link import FakeBroker
 from tests.fakes.publisher import MODEL, NAMES, TENANT, Publisher, mlp, run_file
 
@@ -681,6 +683,22 @@ def test_what_happened_is_counted(world: World) -> None:
         assert "atoll_gateway_models_loaded 1.0" in text
         assert "atoll_gateway_ready 1.0" in text
         assert "atoll_gateway_cold_load_seconds_count 1.0" in text
+
+    run_in(world, story)
+
+
+def test_a_score_of_a_model_that_decides_no_payments_counts_as_no_decision(world: World) -> None:
+    ports = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", len(NAMES)]) for name in ("features", "score")
+    )
+    other = model_bytes([helper.make_node("Neg", ["features"], ["score"])], [next(ports)], [next(ports)], {})
+
+    async def story(region: Region) -> None:
+        await world.publisher.plan(stable=world.publisher.publish(other, feature_set="").digest)
+        await region.until_ready()
+        answer = await region.infer(tensors())
+        assert (answer.status_code, answer.json()["outputs"][0]["data"]) == (200, (-ROW).ravel().tolist())
+        assert region.decided() == {}
 
     run_in(world, story)
 
