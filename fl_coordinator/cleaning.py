@@ -74,12 +74,12 @@ class Cleaning:
         self._reasons: set[str] = set()
 
     def run(self, *, dry_run: bool = False) -> Cleaned:
-        """Remove what nothing needs; and trim the results of ended rounds in the ledger, before their transcripts'
+        """Remove what nothing needs; and trim what the ledger has of ended rounds, before their transcripts'
         age is looked at. Raises Malformed for a store of another ledger, Unavailable when versions, plans or rounds
         were added all the time."""
         with self._one_at_a_time:
             self._require_ours(claim=not dry_run)
-            trimmed = 0 if dry_run else trim_results(self._ledger, self._store)
+            trimmed = 0 if dry_run else self._trim()
             for _ in range(ATTEMPTS):
                 verdict, seen = self._judge()
                 if dry_run:
@@ -87,6 +87,10 @@ class Cleaning:
                 if self._ledger.retire(verdict.retire, seen, self._clock()):
                     return msgspec.structs.replace(self._remove(verdict), trimmed=trimmed)
         raise Unavailable("store: plans, rounds or versions were added while it was looked through; try again")
+
+    def _trim(self) -> int:
+        self._ledger.count_sat_out()
+        return trim_results(self._ledger, self._store)
 
     def _judge(self) -> tuple[Verdict, str]:
         objects = [entry for kind in KINDS for entry in self._store.entries(kind)]

@@ -203,7 +203,19 @@ class Rounds(LedgerFile):
 
     def sat_out(self, round_id: str) -> dict[str, int]:
         """How many devices take no part in a round, by reason."""
-        return dict(sorted(Counter(self.sitting_out(round_id).values()).items()))
+        counted = Counter(dict(self._rows("SELECT reason, count FROM sat_out WHERE round_id = ?", (round_id,))))
+        return dict(sorted((counted + Counter(self.sitting_out(round_id).values())).items()))
+
+    def count_sat_out(self) -> None:
+        """Keep, of the devices that sat out of rounds that have ended, how many they were by reason, not which."""
+        ended = "round_id IN (SELECT round_id FROM rounds WHERE state IN ('PUBLISHED', 'REFUSED', 'FAILED'))"
+        with self._write() as db:
+            db.execute(
+                f"INSERT INTO sat_out SELECT round_id, reason, COUNT(*) FROM sitting_out WHERE {ended} AND "
+                "(round_id, device_id) NOT IN (SELECT round_id, device_id FROM contributions) "
+                "GROUP BY round_id, reason ON CONFLICT (round_id, reason) DO UPDATE SET count = count + excluded.count"
+            )
+            db.execute(f"DELETE FROM sitting_out WHERE {ended}")
 
     def count_refusal(self, round_id: str, reason: str) -> None:
         """Count a refused contribution by its reason."""

@@ -96,9 +96,15 @@ _SCHEMA_10 = """
 CREATE TABLE maybe_opened (round_id TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
+_SCHEMA_11 = """
+CREATE TABLE sat_out (
+    round_id TEXT NOT NULL, reason TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (round_id, reason))
+    WITHOUT ROWID;
+"""
+
 SCHEMAS = (
     *(_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5),
-    *(_SCHEMA_6, _SCHEMA_7, _SCHEMA_8, _SCHEMA_9, _SCHEMA_10),
+    *(_SCHEMA_6, _SCHEMA_7, _SCHEMA_8, _SCHEMA_9, _SCHEMA_10, _SCHEMA_11),
 )
 """In order; the first makes an empty file a ledger of version 1."""
 

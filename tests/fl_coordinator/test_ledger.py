@@ -214,6 +214,7 @@ def test_a_ledger_of_the_first_schema_opens_and_gains_what_came_later(tmp_path: 
     raw.execute("DROP TABLE aborted_rounds")
     raw.execute("DROP TABLE sitting_out")
     raw.execute("DROP TABLE maybe_opened")
+    raw.execute("DROP TABLE sat_out")
     raw.execute("PRAGMA user_version = 1")
     raw.close()
     ledger = Ledger(path)
@@ -241,6 +242,7 @@ def test_a_ledger_from_before_devices_said_why_they_sit_out_keeps_what_it_had(tm
     raw = sqlite3.connect(path)
     raw.execute("DROP TABLE sitting_out")
     raw.execute("DROP TABLE maybe_opened")
+    raw.execute("DROP TABLE sat_out")
     raw.execute("PRAGMA user_version = 8")
     raw.close()
     ledger = Ledger(path)
@@ -267,6 +269,22 @@ def test_a_device_sits_a_round_out_for_one_reason_while_the_round_collects(tmp_p
     ledger.admit("r1", [AdmittedContribution("d", "d" * 64, 0, 9, 1.0)])
     assert ledger.sitting_out("r1") == {"a": "no data", "b": "training diverged", "c": "over privacy budget"}
     assert ledger.sitting_out("r2") == ledger.sitting_out("r3") == {}
+    ledger.close()
+
+
+def test_of_a_round_that_has_ended_the_counts_of_those_that_sat_it_out_stay(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for name in ("r1", "r2"):
+        ledger.save_round(round_id=name, model="fraud", state="COLLECTING", created=1.0, record=b"r")
+        ledger.sit_out([(name, "a", "no data"), (name, "b", "no data"), (name, "c", "training diverged")])
+    ledger.admit("r1", [AdmittedContribution("b", "b" * 64, 0, 9, 1.0)])
+    ledger.save_round(round_id="r1", model="fraud", state="FAILED", created=1.0, record=b"r")
+    for _ in range(2):
+        ledger.count_sat_out()
+        assert ledger.sat_out("r1") == {"no data": 1, "training diverged": 1}
+        assert ledger.sitting_out("r1") == {}
+        assert ledger.sat_out("r2") == {"no data": 2, "training diverged": 1}
+        assert set(ledger.sitting_out("r2")) == {"a", "b", "c"}
     ledger.close()
 
 
