@@ -1,7 +1,7 @@
 """How much learning is left under attack: every task, split, attack and rule, worst cases with standard errors.
 
 `python -m benchmarks.robustness [--json]` is the short form that `make bench` runs (two splits; two seeds under attack,
-34 without attackers; about three minutes on two cores). `python -m benchmarks.robustness --full --results runs.jsonl`
+34 without attackers; about two minutes on two cores). `python -m benchmarks.robustness --full --results runs.jsonl`
 runs everything and writes the tables in `docs/robustness.md` and the plots beside it; runs already in the file are not
 repeated, so it can be stopped and continued. The protocol (what was tuned, on which seeds and task) stands in that
 document.
