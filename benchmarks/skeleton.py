@@ -84,7 +84,7 @@ def _median_s(command: Sequence[str]) -> float:
 def tests() -> list[Claim]:
     """The whole test suite, as `make test` runs it, without set-up."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    command = [sys.executable, "-m", "pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     return [at_most("test.seconds", time.perf_counter() - started, "s", 360)]
 
