@@ -15,8 +15,9 @@ import msgspec
 from benchmarks.claims import ROOT, Claim, table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-NOT_SUBJECTS = {"__init__", "all", "attacks", "claims", "cost", "encoder", "fraud_rounds", "models", "patching"}
-NOT_SUBJECTS |= {"robustness_report", "tasks"}
+FOLDER = Path(__file__).parent
+NOT_SUBJECTS = {"all", "cost", "keys", "trust_checkin"}
+"""Programs that are no subjects of their own: `deltas` measures with the last three."""
 PICTURES = {
     "secure_aggregation": (
         "growth.svg",
@@ -25,33 +26,41 @@ PICTURES = {
         "quadratic in n (most of what n = 512 takes at d = 10,000).",
     ),
 }
-NOT_SUBJECTS |= {"keys", "trust_checkin"}  # `deltas` measures them too
 
 
 def main(*subjects: str) -> int:
-    """Returns 1 when a benchmark failed; the page is written from those that ran."""
+    """Returns 1 when a benchmark failed, the page being written from those that ran; 2 for a subject that is none."""
     sections = _kept(PAGE.read_text(), subjects) if subjects and PAGE.exists() else []
     failed = []
-    for script in sorted(Path(__file__).parent.glob("*.py")):
-        if script.stem in NOT_SUBJECTS or (subjects and script.stem not in subjects):
-            continue
-        print(f"benchmarks.{script.stem} ...", file=sys.stderr, flush=True)
+    known = every_subject()
+    unknown = sorted(set(subjects) - set(known))
+    if unknown:
+        print(f"benchmarks: expected subjects among {', '.join(known)}, found {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    for subject in subjects or known:
+        print(f"benchmarks.{subject} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{script.stem}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", f"benchmarks.{subject}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         if done.returncode != 0:
-            failed.append(script.stem)
+            failed.append(subject)
             continue
         result = json.loads(done.stdout)
         claims = msgspec.convert(result["claims"], list[Claim])
         machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
         sections.append(
-            f"## {script.stem}\n\n`python -m benchmarks.{script.stem}` at commit {result['commit']}; {machine}.\n\n"
-            f"{table(claims)}\n{_picture(script.stem)}"
+            f"## {subject}\n\n`python -m benchmarks.{subject}` at commit {result['commit']}; {machine}.\n\n"
+            f"{table(claims)}\n{_picture(subject)}"
         )
     PAGE.write_text("# Benchmarks\n\nDrawn by `make bench`; do not edit.\n\n" + "\n".join(sorted(sections)))
     print(f"wrote {PAGE.relative_to(ROOT)}" + (f"; failed: {', '.join(failed)}" if failed else ""), file=sys.stderr)
     return 1 if failed else 0
+
+
+def every_subject() -> list[str]:
+    """The scripts that print claims, by name."""
+    programs = (path for path in sorted(FOLDER.glob("*.py")) if '__name__ == "__main__"' in path.read_text())
+    return [path.stem for path in programs if path.stem not in NOT_SUBJECTS]
 
 
 def _picture(subject: str) -> str:
