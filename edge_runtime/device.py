@@ -199,6 +199,7 @@ class Device:
                 data=data,
                 train=train,
                 contribute=contribute,
+                sign=identity.sign,
                 run_graph=run_graph,
                 trust=lambda: self.installation.record.trust,
                 keep_trust=self.installation.keep_trust,

@@ -43,6 +43,7 @@ from model_delta.encoding import pack, unpack
 from model_delta.errors import AtollError, Expired, Malformed, SignatureInvalid, StorageFailed, StorageFull, Unavailable
 from model_delta.task import RoundTask, SatOut
 from model_delta.topics import ContributionReceipt, down, up
+from model_delta.trust.sitting_out import sitting_out_message
 from model_delta.trust.updater import TrustState, accept_task
 from monitoring.telemetry import SittingOut
 
@@ -100,6 +101,7 @@ class Participation:
         data: Callable[[], Data],
         train: Train,
         contribute: Contribute,
+        sign: Callable[[bytes], bytes],
         run_graph: RunGraph,
         trust: Callable[[], TrustState],
         keep_trust: Callable[[TrustState], None],
@@ -109,7 +111,7 @@ class Participation:
         self._device_id, self._model, self._path = device_id, model, path
         self._link, self._fetcher, self._running, self._base_file = link, fetcher, running, base_file
         self._vouching, self._clock, self._rng, self._data = vouching, clock, rng, data
-        self._train, self._contribute, self._run_graph = train, contribute, run_graph
+        self._train, self._contribute, self._sign, self._run_graph = train, contribute, sign, run_graph
         self._trust, self._keep_trust = trust, keep_trust
         self._told, self._receipt_deadline_s = told, receipt_deadline_s
         self._jitter = random.Random(int(rng.integers(1 << 62)))
@@ -123,6 +125,7 @@ class Participation:
         self._last_base: dict[str, bytes] = {}
         self._doing = SatOut.OTHER
         self._passing = ("", SatOut.OTHER)
+        self._said: SittingOut | None = None
         self._left_out: ContributionReceipt | None = None
         self._disk_failed = False
         self.refused = 0
@@ -188,15 +191,22 @@ class Participation:
 
     @property
     def sitting_out(self) -> SittingOut | None:
-        """The open round that this device takes no part in, at the moment or for good, and why; None when there is
-        none."""
+        """The open round that this device takes no part in, at the moment or for good, and why, signed; None when there
+        is none."""
         task, record = self._task, self.record
         if task is None or not task.open or self._clock() >= task.deadline:
             return None
         if record.round_id == task.round_id:
-            return SittingOut(task.round_id, record.sat_out) if record.sat_out else None
-        round_id, reason = self._passing
-        return SittingOut(task.round_id, reason) if round_id == task.round_id else None
+            reason = record.sat_out
+        else:
+            reason = self._passing[1].value if self._passing[0] == task.round_id else ""
+        if not reason:
+            return None
+        said = self._said
+        if said is None or (said.round_id, said.reason) != (task.round_id, reason):  # every report tells it anew
+            signature = self._sign(sitting_out_message(task, self._device_id, reason))
+            self._said = said = SittingOut(task.round_id, reason, signature)
+        return said
 
     async def run(self) -> None:
         """Take part in every announced round, until cancelled."""

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 import msgspec
 
 OVER_QUOTA, OVER_BUDGET = "over quota", "over privacy budget"
-LEFT_OUT = (OVER_QUOTA, OVER_BUDGET)
-"""What the coordinator may know of a device before it sends anything."""
 REASONS = (
     "bad signature",
     "unknown certificate",

@@ -1,6 +1,6 @@
 """What devices say, but for contributions: reports, greetings and requests for keys.
 
-    reports       -> fold (one transaction for many) -> acknowledge
+    reports       -> fold (one transaction for many), hear who sits a round out -> acknowledge
     greetings     -> what the device runs, what file stands there, and that it is awake; a device that is many releases
                      behind gets a direct patch made
     key requests  -> verify the device's signature -> seal the artifact key to the device
@@ -17,8 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-import msgspec
-
+from fl_coordinator.absences import Absences
 from fl_coordinator.inbox import Inbox
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.ports import Clock, Link, Note
@@ -31,7 +30,6 @@ from model_delta.keys.certificates import device_keys_of
 from model_delta.keys.encryption import seal_to
 from model_delta.keys.keyring import Keyring
 from model_delta.plan import RolloutPlan, assign
-from model_delta.task import SatOut
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
 from model_delta.version import private_branch, show
@@ -81,6 +79,7 @@ class Reception:
         self._clock, self._note = clock, note
         self._late: asyncio.Queue[tuple[str, str]] = asyncio.Queue(LATE_MAX)
         self._asked_late: set[tuple[str, str]] = set()
+        self._absences = Absences(ledger=ledger, keyring=keyring, metrics=metrics)
         self._count_files = metrics.counter(
             "hello_files", "Greetings, by the file that stands on the device.", ("file",)
         )
@@ -145,22 +144,14 @@ class Reception:
             if report.device_id not in known:
                 _log.warning("report of %s: not enrolled here, or revoked; not folded", report.device_id)
         folded = self._ledger.fold(enrolled, now, newest)
-        self._hear_who_sits_out(enrolled)
+        self._absences.hear(enrolled, known, now)
         return [(report, fold.kind, sequence) for report, fold, sequence in folded]
 
-    def _hear_who_sits_out(self, reports: Sequence[Report]) -> None:
-        sitting = [
-            (report.sitting_out.round_id, report.device_id, _known_reason(report.sitting_out.reason))
-            for report in reports
-            if report.sitting_out is not msgspec.UNSET
-        ]
-        if sitting:
-            self._ledger.sit_out(sitting)
-
-    def _valid_devices(self) -> set[str]:
-        """Everybody enrolled whose certificate is not revoked."""
+    def _valid_devices(self) -> dict[str, DeviceRecord]:
+        """Everybody enrolled whose certificate is not revoked, by name."""
         revoked = {str(serial) for serial in self._keyring.revoked()}
-        return {record.device_id for record in self._ledger.devices() if record.certificate_serial not in revoked}
+        found = self._ledger.devices()
+        return {record.device_id: record for record in found if record.certificate_serial not in revoked}
 
     async def answer_request(self) -> None:
         """Hear one greeting, or answer one key request; waits for it."""
@@ -266,11 +257,3 @@ class Reception:
         except AtollError as error:
             _log.warning("key request of %s refused: %s", device_id, error)
             return topics.KeyResponse(number, error=str(error)[:500])
-
-
-def _known_reason(reason: str) -> SatOut:
-    """One of the reasons, whatever a newer device or a hostile one says."""
-    try:
-        return SatOut(reason)
-    except ValueError:
-        return SatOut.OTHER

@@ -98,10 +98,13 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SittingOut(msgspec.Struct, frozen=True):
-    """The open round that a device takes no part in, and one of the reasons of `model_delta.task.SatOut`."""
+    """The open round that a device takes no part in, one of the reasons of `model_delta.task.SatOut`, and the ECDSA
+    P-256 SHA-256 `signature` (DER) of `model_delta.trust.sitting_out` by the key of its certificate. Older devices did
+    not sign; what is not signed counts for nothing."""
 
     round_id: str
     reason: str
+    signature: bytes = b""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

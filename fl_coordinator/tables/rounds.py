@@ -6,12 +6,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable
 
-from fl_coordinator.admission import LEFT_OUT
 from fl_coordinator.privacy import Spend
 from fl_coordinator.tables.file import LedgerFile
 from fl_coordinator.tables.records import AdmittedContribution, MemoryRecord
 from fl_coordinator.tables.versions import require_kept
 from model_delta.errors import Malformed, NotFound
+from model_delta.task import PASSING
 
 _OPENED = "SELECT round_id FROM round_results WHERE length(mean) > 0 UNION SELECT round_id FROM maybe_opened"
 
@@ -182,14 +182,14 @@ class Rounds(LedgerFile):
         return int(self._rows(query, (device_id, since, other_than))[0][0])
 
     def sit_out(self, sitting: Iterable[tuple[str, str, str]]) -> None:
-        """Write down (round, device, reason) of devices that take no part, one reason for each: the newest that is
-        told, unless the coordinator left the device out. Of rounds that no longer collect, or are none, nothing."""
+        """Write down (round, device, reason) of devices that take no part, one reason for each: the newest until one
+        that lasts, and that one then. Of rounds that no longer collect, or are none, nothing."""
         with self._write() as db:
             db.executemany(
                 "INSERT INTO sitting_out SELECT round_id, ?2, ?3 FROM rounds WHERE round_id = ?1 AND "
                 "state IN ('ANNOUNCED', 'COLLECTING') ON CONFLICT (round_id, device_id) DO UPDATE SET "
-                "reason = excluded.reason WHERE reason NOT IN (excluded.reason, ?4, ?5)",
-                [(*one, *LEFT_OUT) for one in sitting],
+                f"reason = excluded.reason WHERE reason IN ({', '.join('?' * len(PASSING))})",
+                [(*one, *PASSING) for one in sitting],
             )
 
     def sitting_out(self, round_id: str) -> dict[str, str]:

@@ -88,6 +88,7 @@ class World:
         self.receipts = True
         self.serial = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self.task: RoundTask | None = None
 
     def start(self) -> None:
         """Connect the servers (needs a running loop)."""
@@ -291,6 +292,7 @@ class World:
                 **options,
             }
         )
+        self.task = task
         self._retain(round_topic(TENANT, MODEL), self.keyring.sign("round", TASK_TYPE, pack(task)))
         return task
 

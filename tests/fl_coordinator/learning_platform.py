@@ -29,6 +29,8 @@ from model_delta.encoding import pack, unpack, unpack_plain
 from model_delta.errors import AtollError, Unavailable
 from model_delta.keys.encryption import seal_to
 from model_delta.trust.signing import pre_authentication_encoding
+from model_delta.trust.sitting_out import sitting_out_message
+from monitoring.telemetry import SittingOut
 from tests.fl_coordinator.platform_in_memory import FEATURES, Device, Platform, adopt_first, fleet, until
 
 LENGTH = FEATURES * 4 + 4 + 4 + 1
@@ -189,6 +191,13 @@ def inconsistent(device: Device) -> bytes:
     first, _, third = unpack(parse(device.contribution(honest(0))).claim, Claim).sealed
     other = seal_to(device.task.aggregators[1].sealing, bytes(64), sealing_info(device.task, device.device_id, 1))
     return signed(device, sealed=(first, other, third))
+
+
+def sitting_out(device: Device, round_id: str, reason: str) -> SittingOut:
+    """What a device says of a round that it sits out."""
+    assert device.task is not None
+    message = sitting_out_message(msgspec.structs.replace(device.task, round_id=round_id), device.device_id, reason)
+    return SittingOut(round_id, reason, device.key.sign(message, ec.ECDSA(hashes.SHA256())))
 
 
 async def contribute_all(devices: list[Device], round_id: str, *, hostile: int = 0) -> None:

@@ -262,9 +262,9 @@ def test_a_device_sits_a_round_out_for_one_reason_while_the_round_collects(tmp_p
     ledger.save_round(round_id="r1", model="fraud", state="COLLECTING", created=1.0, record=b"r")
     ledger.save_round(round_id="r2", model="digits", state="FROZEN", created=1.0, record=b"r")
     ledger.sit_out(
-        [("r1", "a", "no data"), ("r1", "b", "no data"), ("r1", "c", "over privacy budget"), ("r1", "d", "no data")]
+        [("r1", "a", "no data"), ("r1", "b", "disk full"), ("r1", "c", "over privacy budget"), ("r1", "d", "no data")]
     )
-    ledger.sit_out([("r1", "a", "no data"), ("r1", "b", "training diverged"), ("r1", "c", "no data")])
+    ledger.sit_out([("r1", "a", "disk full"), ("r1", "b", "training diverged"), ("r1", "c", "no data")])
     ledger.sit_out([("r2", "a", "no data"), ("r3", "a", "no data")])
     ledger.admit("r1", [AdmittedContribution("d", "d" * 64, 0, 9, 1.0)])
     assert ledger.sitting_out("r1") == {"a": "no data", "b": "training diverged", "c": "over privacy budget"}

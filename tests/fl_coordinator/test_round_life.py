@@ -28,9 +28,17 @@ from model_delta.errors import Malformed
 from model_delta.manifest import Manifest
 from model_delta.task import RoundTask
 from model_delta.trust.signing import open_envelope, pre_authentication_encoding, seal_envelope, sign
-from monitoring.telemetry import SittingOut
 from tests.fl_coordinator.control_calls import calls
-from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, honest, inconsistent, learning
+from tests.fl_coordinator.learning_platform import (
+    SPEC,
+    Learning,
+    asked,
+    contribute_all,
+    honest,
+    inconsistent,
+    learning,
+    sitting_out,
+)
 from tests.fl_coordinator.platform_in_memory import CANARY, Device, Platform, fraud_model, on_a_loop, until
 
 PARTS = ("first", "second")
@@ -320,7 +328,7 @@ async def test_no_epsilon_is_told_of_a_model_that_was_opened_without_noise(tmp_p
 
 def sat_out(device: Device, round_id: str, reason: str) -> bytes:
     """A report of a device that takes no part."""
-    return pack(msgspec.structs.replace(device.next_report(1), sitting_out=SittingOut(round_id, reason)))
+    return pack(msgspec.structs.replace(device.next_report(1), sitting_out=sitting_out(device, round_id, reason)))
 
 
 @on_a_loop

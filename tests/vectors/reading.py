@@ -27,9 +27,10 @@ from model_delta.topics import Hello, KeyRequest
 from model_delta.trust.checkin import CheckIn, read_answer
 from model_delta.trust.signing import key_id, open_envelope
 from model_delta.trust.signing import verify as verify_envelope
+from model_delta.trust.sitting_out import require_own_word
 from model_delta.trust.updater import TrustAnchors, TrustState, accept_plan, accept_task, read_manifest, role_keys
-from monitoring.telemetry import Report
-from tests.vectors.directing import read_directing
+from monitoring.telemetry import Report, SittingOut
+from tests.vectors.directing import Keys, read_directing
 from tests.vectors.transcripts import read_transcript
 
 FOLDER = Path(__file__).parent
@@ -79,6 +80,12 @@ def read(kind: str, name: str, now: float, ca_pem: bytes) -> Mapping[str, Any]:
         device = device_keys_of(bytes_of("device_certificate.pem"), ca_pem, now)
         payload = verify_envelope(open_envelope(data), "key-request", {key_id(device.verifying): device.verifying})
         return plain(unpack(payload, KeyRequest))
+    if kind == "sitting out":
+        task, _ = accept_task(bytes_of("round.cbor"), MODEL, anchors(), SEEN, now)
+        said = unpack(data, Report).sitting_out
+        assert isinstance(said, SittingOut)
+        require_own_word(task, DEVICE, said.reason, said.signature, Keys().device.public_key())
+        return {"round_id": said.round_id, "reason": said.reason}
     if kind == "transcript":
         return read_transcript(data, anchors())
     if kind in ("version report", "device plan"):

@@ -54,10 +54,11 @@ from model_delta.trust.signing import (
     seal_envelope,
     sign,
 )
+from model_delta.trust.sitting_out import sitting_out_message
 from monitoring.telemetry import ModelSummary, Report, SittingOut, UpdateOutcome
 from tests.vectors.check_ins import check_ins
 from tests.vectors.dense_patches import dense_patches
-from tests.vectors.directing import directing
+from tests.vectors.directing import Keys, directing
 from tests.vectors.reading import BLOB_KEY, DEVICE, FOLDER, MODEL, NOW
 from tests.vectors.transcripts import transcripts
 
@@ -376,6 +377,13 @@ def _reports() -> Iterator[tuple[str, bytes]]:
     yield "report.cbor", pack(report)
     sitting_out = SittingOut("fraud-1799999000-0a1b2c", "training diverged")
     yield "report_sitting_a_round_out.cbor", pack(msgspec.structs.replace(report, sitting_out=sitting_out))
+    if not (FOLDER / "report_sitting_a_round_out_signed.cbor").exists():
+        task = unpack(open_envelope((FOLDER / "round.cbor").read_bytes()).payload, RoundTask)
+        message, key = sitting_out_message(task, DEVICE, "training diverged"), Keys().device
+        told = SittingOut(task.round_id, "training diverged", key.sign(message, ec.ECDSA(hashes.SHA256())))
+        changed = msgspec.structs.replace(told, reason="no data")
+        yield "report_sitting_a_round_out_signed.cbor", pack(msgspec.structs.replace(report, sitting_out=told))
+        yield "report_sitting_a_round_out_changed.cbor", pack(msgspec.structs.replace(report, sitting_out=changed))
     yield "report_with_a_field_of_the_future.cbor", _plus(report, battery=0.5)
     inferred = ModelSummary(manifest=TARGET, where="device", inferences=8, errors=2, latency={40: 6})
     yield "report_with_inferences.cbor", pack(msgspec.structs.replace(report, summaries=(inferred,)))
