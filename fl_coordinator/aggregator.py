@@ -187,14 +187,15 @@ class Aggregator:
     async def _run(self, command: RoundCommand) -> dict[str, Any]:
         try:
             async with asyncio.timeout(command.deadline_s or None):
-                return await self._attempt(command)
+                task, reply = await self._attempt(command)
         except TimeoutError:
             raise Unavailable(
                 f"round {command.round_id!r} attempt {command.attempt}: took longer than its {command.deadline_s:g} s; "
                 "run the round again as a new attempt"
             ) from None
+        return await in_thread(self._let_go, task, reply)  # outside of that time: what counts as opened is answered
 
-    async def _attempt(self, command: RoundCommand) -> dict[str, Any]:
+    async def _attempt(self, command: RoundCommand) -> tuple[RoundTask, dict[str, Any]]:
         task, index = accepted(command, self._anchors, self.key, self._clock())
         await in_thread(self._state.forget_old_rounds, self._clock())
         progress = await in_thread(self._state.begin, command, task)
@@ -205,7 +206,7 @@ class Aggregator:
                     f"round {command.round_id!r}: attempt {progress.attempt} was begun and did not finish; "
                     f"ask again as attempt {progress.attempt + 1}"
                 )
-            return reply
+            return task, reply
         conversation = Conversation(
             own=self._state.sealing,
             index=index,
@@ -234,9 +235,7 @@ class Aggregator:
         finally:
             conversation.end()
         await in_thread(self._keep_memory, task, begun, outcome)
-        if outcome.opened is not None:
-            await in_thread(self._spends.opened, task, holding.device_ids)
-        return await in_thread(self._sign, command, index, outcome)
+        return task, await in_thread(self._sign, command, index, outcome)
 
     async def _complete(self, command: RoundCommand, task: RoundTask, index: int) -> None:
         """Have a copy of each frozen contribution, and of no other one of the round. The log has a moment to bring what
@@ -372,6 +371,15 @@ class Aggregator:
             "second": second,
         }
         self._state.give(command.round_id, reply)
+        return reply
+
+    def _let_go(self, task: RoundTask, reply: dict[str, Any]) -> dict[str, Any]:
+        """The answer, whose shares count as opened from here on and not before: an aggregator that says that it failed
+        has let go of nothing, and the coordinator, which takes its word, must not keep another account."""
+        if reply["first"]:
+            opening = unpack(open_envelope(reply["opening"]).payload, Opening)
+            decision = unpack(opening.decision, Decision)
+            self._spends.opened(task, [device.device_id for device in decision.devices])
         return reply
 
 

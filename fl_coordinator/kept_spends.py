@@ -5,6 +5,10 @@ aggregator signs that account with its decision, and not blindly: the epsilons m
 within the announced budget, and no opening that this aggregator took part in may be missing. What it signs counts from
 then on, whether it opens or not: two rounds side by side could else leave out each other. It cannot know of openings
 without it; there are none with fewer than three aggregators. After it lost its disk it knows of none, the other two do.
+
+It never counts more than the coordinator does, which pays for noise before it asks, and takes a sum without noise for
+opened unless all who were asked say that they failed: such a sum is written down here when the answer is on disk and
+goes out, so that who has no room for either can say so truthfully.
 """
 
 from __future__ import annotations

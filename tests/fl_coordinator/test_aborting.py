@@ -6,8 +6,14 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fl_coordinator.kept_spends import KIND as SPENT
+from fl_coordinator.kept_spends import KeptSpends
 from fl_coordinator.privacy import Spend
 from fl_coordinator.rounds import State
+from model_delta.errors import StorageFull
+from model_delta.store import DirectoryStore
 from tests.fl_coordinator.learning_platform import SPEC, Learning, asked, contribute_all, learning
 from tests.fl_coordinator.platform_in_memory import adopt_first, on_a_loop, until
 
@@ -128,3 +134,49 @@ async def test_a_round_that_fails_after_some_let_go_of_their_shares_counts_as_op
         at.aggregators.down = {"a0", "a1", "a2"}
         assert (await at.learned(asked(name="nobody there"))).state == "FAILED"
         assert len(at.ledger.opened_without_noise("fraud")) == 1, "nobody was there to open anything"
+
+
+class FullDisk(DirectoryStore):
+    """An aggregator's store that has no room for some kinds of objects."""
+
+    full: frozenset[str] = frozenset()
+
+    def put(self, kind: str, name: str, data: bytes) -> None:
+        if kind in self.full:
+            raise StorageFull(f"no room for {len(data)} bytes of {kind}")
+        super().put(kind, name, data)
+
+
+@pytest.mark.parametrize("full", ["reply", SPENT])
+@on_a_loop
+async def test_an_opening_that_the_disks_have_no_room_for_is_none_by_any_account(tmp_path: Path, full: str) -> None:
+    """Had an aggregator counted what it then could not answer, it would refuse every later round with noise."""
+    async with learning(tmp_path, 6) as at:
+        disks = {name: FullDisk(tmp_path / name) for name in at.aggregators.members}
+        for name, member in at.aggregators.members.items():
+            disks[name].full = frozenset({full})
+            member._state.store, member._spends = disks[name], KeptSpends(disks[name])
+        ended = await at.learned(asked(name="no room"))
+        assert (ended.state, f"bytes of {full}" in ended.reason) == ("FAILED", True)
+        assert at.ledger.opened_without_noise("fraud") == []
+        assert [disk.names(SPENT) for disk in disks.values()] == [(), (), ()]
+        for disk in disks.values():
+            disk.full = frozenset()
+        assert (await at.learned(asked(name="room"))).state == "PUBLISHED"
+        assert len(at.ledger.opened_without_noise("fraud")) == 1
+        assert [len(disk.names(SPENT)) for disk in disks.values()] == [1, 1, 1]
+
+
+@on_a_loop
+async def test_an_aggregator_alone_that_has_no_room_counts_what_its_answer_let_go(tmp_path: Path) -> None:
+    async with learning(tmp_path, 6) as at:
+        disk = FullDisk(tmp_path / "a1")
+        disk.full = frozenset({SPENT})
+        at.aggregators.members["a1"]._spends = KeptSpends(disk)
+        opened = await at.coordinator.open_round(asked())
+        await contribute_all(at.devices, opened.round_id)
+        await until(lambda: at.coordinator.round(opened.round_id).failures)
+        assert at.ledger.opened_without_noise("fraud") == [opened.round_id], "the other two have let go"
+        disk.full = frozenset()
+        assert (await at.ended(opened.round_id)).state == "PUBLISHED"
+        assert disk.names(SPENT) == DirectoryStore(tmp_path / "a0").names(SPENT)
