@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,10 +80,33 @@ class FlowerRound(Platform):
         self.nodes[name]._handler = handle
         return taken
 
+    @contextlib.asynccontextmanager
+    async def keeps_its_answer(self, name: str) -> AsyncIterator[asyncio.Event]:
+        """An aggregator that decides and opens its part, and is heard at the end only; set when it has opened."""
+        node, loop, decided, go_on = self.nodes[name], asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        handler = node._handler
+
+        def handle(command: dict[str, Any]) -> Mapping[str, Any]:
+            answer = handler(command)
+            loop.call_soon_threadsafe(decided.set)
+            go_on.wait(30.0)
+            return answer
+
+        node._handler = handle
+        try:
+            yield decided
+        finally:
+            go_on.set()
+            node._handler = handler
+            for event in self.begun.values():
+                event.clear()
+
     def announced_everywhere(self, round_id: str) -> bool:
         """Whether the devices of both regions have heard, and the coordinator has heard that they have."""
         told = self.coordinator._relaying.record(self.coordinator.round(round_id)).values()
-        return all("announced_s" in one for one in told) and all(one.task is not None for one in self.devices.values())
+        tasks = [one.task for one in self.devices.values()]
+        heard = all(task is not None and task.round_id == round_id for task in tasks)
+        return heard and all("announced_s" in one for one in told)
 
     async def ready(self) -> list[Device]:
         """Four devices in each region, on their first version."""
