@@ -37,6 +37,9 @@ from model_delta.task import PASSING, RoundTask
 from model_delta.trust.signing import open_envelope
 from monitoring.metrics import Counter
 
+LEFT_OUT_FIRST_S = 2.0
+"""How long a round waits with its announcement for the devices that it leaves out to be told."""
+
 _log = logging.getLogger("atoll.coordinator")
 
 
@@ -77,6 +80,7 @@ class RoundDriver:
         self._opening_one = asyncio.Lock()
         self._stops: dict[str, asyncio.Event] = {}
         self._driving: set[str] = set()
+        self._telling: dict[str, asyncio.Task[None]] = {}
 
     def recall(self) -> list[str]:
         """The rounds that a coordinator which starts must go on with. Blocking."""
@@ -153,6 +157,9 @@ class RoundDriver:
                     _log.exception("round %s is left as it is", round_id)
                     return
         finally:
+            if (telling := self._telling.pop(round_id, None)) is not None:
+                telling.cancel()
+                await asyncio.gather(telling, return_exceptions=True)
             self._driving.discard(round_id)
             self._stops.pop(round_id, None)
 
@@ -243,7 +250,9 @@ class RoundDriver:
                 return msgspec.structs.replace(found, reason=f"{type(error).__name__}: {error}"), Event.BROKEN
 
     async def _announce(self, found: Round) -> tuple[Round, Event]:
-        """Wait until one relay has announced the round; the others are told meanwhile, and waited for by nobody."""
+        """Wait until one relay has announced the round; the others are told meanwhile, and waited for by nobody. Whom
+        the round leaves out hears so first: devices begin to train as soon as it is announced."""
+        await asyncio.wait({self._leaving_out(found)}, timeout=LEFT_OUT_FIRST_S)
         self._relaying.wake()
         while not await self._relaying.announced(found, self._tick_s):
             if self._stop_of(found.round_id).is_set():
@@ -256,14 +265,21 @@ class RoundDriver:
 
     async def _collect(self, found: Round) -> tuple[Round, Event]:
         """Wait until all that can come have come, or the deadline."""
-        telling = asyncio.create_task(self._intake.leave_out(found), name=f"round {found.round_id} leaves out")
+        self._leaving_out(found)  # it began before this coordinator did, if it was announced by the one before it
+        return await self._collected(found)
+
+    def _leaving_out(self, found: Round) -> asyncio.Task[None]:
+        """What tells the devices that the round leaves out, once a life of this process."""
+        if found.round_id not in self._telling:
+            telling = asyncio.create_task(self._leave_out(found), name=f"round {found.round_id} leaves out")
+            self._telling[found.round_id] = telling
+        return self._telling[found.round_id]
+
+    async def _leave_out(self, found: Round) -> None:
         try:
-            return await self._collected(found)
-        finally:
-            telling.cancel()
-            for error in await asyncio.gather(telling, return_exceptions=True):
-                if isinstance(error, Exception):  # whom it did not reach is refused at admission
-                    _log.warning("round %s: devices that it leaves out were not told: %s", found.round_id, error)
+            await self._intake.leave_out(found)
+        except Exception as error:  # whom it did not reach is refused at admission
+            _log.warning("round %s: devices that it leaves out were not told: %s", found.round_id, error)
 
     async def _collected(self, found: Round) -> tuple[Round, Event]:
         while True:

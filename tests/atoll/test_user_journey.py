@@ -19,6 +19,8 @@ from atoll.control_client import ControlClient
 from atoll.process_tree import process_table
 from device_sim.payments_csv import COLUMNS
 from edge_runtime.onnx_model import run_graph
+from edge_runtime.participation import RoundRecord
+from model_delta.encoding import unpack
 from tests.atoll.platform_process import (
     Platform,
     answer,
@@ -182,6 +184,7 @@ def test_any_process_may_die_while_a_device_decides_and_while_a_fleet_learns(
         status = json.loads(http(f"{running.endpoints['coordinator']}/v1/health")[1])
         assert status == {"status": "ok"}
         _learn_while_an_aggregator_dies(running, shards, tmp_path, on_kafka=bool(updates_log))
+        _leave_out_whom_a_round_took_before(data, tmp_path)
 
 
 ROUND = """
@@ -220,6 +223,21 @@ def _learn_while_an_aggregator_dies(
     assert (read["kept"], read["refused"], read["gaps"]) == (2, 0, 0)
     assert read["offset"] == 5 or not on_kafka
     assert told["figures"]["relays"]["eu-west"]["contributions"] == 5
+
+
+def _leave_out_whom_a_round_took_before(data: Path, folder: Path) -> None:
+    """A device over its quota is told before it trains: this training would take many minutes."""
+    endless = "quota: {per_device: 1}, training: {steps: 100000, batch_size: 100000}"
+    (folder / "again.yaml").write_text(ROUND.replace("training: {steps: 5}", endless).replace("one", "again"))
+    round_id = answer(data, "round", "run", "--file", str(folder / "again.yaml"), "--no-wait")["round_id"]
+    records = list((data / "devices").glob("*/round.record"))
+    until(lambda: [unpack(one.read_bytes(), RoundRecord).round_id for one in records] == [round_id] * 5, 20, "all know")
+    for one in records:
+        record = unpack(one.read_bytes(), RoundRecord)
+        assert (record.ended[:29], record.contribution) == ("refused: over quota: 1 rounds", b"")
+    answer(data, "round", "abort", round_id)
+    told = answer(data, "round", "status", round_id)
+    assert (told["sat_out"], told["refused"], told["admitted"]) == ({"over quota": 5}, {}, [])
 
 
 def _until_it_is_back(data: Path, words: str, before: int, port: int) -> None:
