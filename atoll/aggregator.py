@@ -29,6 +29,8 @@ from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.flower_node import FlowerNode
 from fl_coordinator.following import RESULTS, Following
 from fl_coordinator.mailbox import MAILBOX_BYTES_MAX
+from fl_coordinator.round_command import stands_s
+from fl_coordinator.standing_by import StoodDown
 from model_delta.errors import AtollError, Malformed, Unavailable
 from monitoring.metrics import Metrics
 
@@ -37,7 +39,8 @@ PEER_TIMEOUT_S = 10.0
 ARRIVING_BYTES_MAX = 4 * MAILBOX_BYTES_MAX
 STEP_TIMEOUT_S = 10.0
 COMMAND_DEADLINE_S = 3_660.0
-"""Longer than any attempt may take (`aggregation_s`), which ends by itself."""
+"""Longer than any attempt may take (`aggregation_s`), which ends by itself; of one that is stood by for, from the time
+when it was to come."""
 
 
 def run_aggregator(
@@ -77,15 +80,19 @@ async def _aggregator(data: DataFolder, name: str, place: UpdatesPlace, events: 
             fetch=coordinator.contribution,
             send=send,
             fetch_memory=coordinator.memory,
+            fetch_attempt=lambda round_id: coordinator.attempt(round_id, name),
             step_timeout_s=STEP_TIMEOUT_S,
         )
         loop = asyncio.get_running_loop()
 
         def handle(command: Mapping[str, Any]) -> dict[str, Any]:
             """Runs in the Flower node's thread."""
-            work = asyncio.run_coroutine_threadsafe(own.run_round(command), loop)
+            work = asyncio.run_coroutine_threadsafe(own.carry_out(command), loop)
             try:
-                reply = work.result(COMMAND_DEADLINE_S)
+                reply = work.result(COMMAND_DEADLINE_S + (stands_s(command) or 0.0))
+            except StoodDown:
+                rounds.add(1, "stood down")
+                raise
             except BaseException:
                 work.cancel()
                 rounds.add(1, "failed")
@@ -94,7 +101,10 @@ async def _aggregator(data: DataFolder, name: str, place: UpdatesPlace, events: 
             return reply
 
         superlink = superlink_place(data)
-        node = FlowerNode(name, superlink.address, superlink.ca, aggregator_key(data, name), handle)
+        node = FlowerNode(
+            *(name, superlink.address, superlink.ca, aggregator_key(data, name), handle),
+            rests=lambda command: stands_s(command) is not None,
+        )
         metrics.gauge("aggregator_flower_connected", "1 while the SuperLink answers.").read_from(
             lambda: float(node.connected)
         )

@@ -22,6 +22,9 @@ from model_delta.errors import Malformed, NotFound, Unavailable
 LOG_WAIT_S = 2.0
 """Short, because a coordinator that is told to stop finishes what it answers."""
 TOPIC_WAIT_S = 0.5
+ATTEMPT_WAIT_S = 2.0
+"""As short, and for the same reason."""
+ATTEMPT_BYTES_MAX = 32 * 2**20
 ANSWER_S = 10.0
 ANNOUNCEMENT_BYTES_MAX = 16 * 2**20
 MEMORY_BYTES_MAX = 128 * 2**20
@@ -41,6 +44,13 @@ class CoordinatorClient:
         return await self._get(
             f"/v1/rounds/{named}/announcement", f"announcement of round {named[:200]}", ANNOUNCEMENT_BYTES_MAX
         )
+
+    async def attempt(self, round_id: str, aggregator: str) -> bytes | None:
+        """The attempt for which `aggregator` stands by, None while there is none. Raises NotFound when it need not wait
+        any more, Unavailable, Malformed."""
+        path = f"/v1/rounds/{quote(round_id, safe='')}/attempt?aggregator={quote(aggregator, safe='')}"
+        what = f"attempt at round {round_id}"
+        return await self._get(f"{path}&wait={ATTEMPT_WAIT_S:g}", what, ATTEMPT_BYTES_MAX, ATTEMPT_WAIT_S) or None
 
     async def contribution(self, round_id: str, digest: str) -> bytes:
         """One frozen contribution. Raises NotFound, Unavailable, Malformed."""
@@ -67,7 +77,7 @@ class CoordinatorClient:
                         raise Malformed(f"{what}: expected at most {bytes_max} bytes from the coordinator, found more")
         except httpx.HTTPError as error:
             raise Unavailable(f"{what}: the coordinator did not answer: {type(error).__name__}") from None
-        if response.status_code == 200:
+        if response.status_code in (200, 204):
             return bytes(data)
         kind = {404: NotFound, 400: Malformed}.get(response.status_code, Unavailable)
         text = bytes(data[:200]).decode(errors="replace")

@@ -2,17 +2,21 @@
 
 `python -m benchmarks.flower_control [--rounds N] [--quick] [--json]`. A real SuperLink with TLS and node
 authentication, supervised as the product does it, and the product's ServerApp; all on this machine. A round is what
-one round sends: the signed announcement to two regional relays, and the command to three aggregators, which have
-nothing to compute. A round goes on as soon as one region knows of it (`round_driver.RoundDriver._announce`; the devices
-of the other have until the deadline), so the command leaves at the first relay's answer. The figure is the time from
-handing over the announcement to the last aggregator's answer; the text also says what a round would
-take that waited for all relays. Between rounds lies a pause of two seconds that is not counted.
+one round sends, one message to each node: the signed announcement to two regional relays, and with it the command to
+stand by to three aggregators (`fl_coordinator.standing`). A round goes on as soon as one region knows of it
+(`round_driver.RoundDriver._announce`; the devices of the other have until the deadline). No device trains here, so the
+list of 32 contributions is put up at the first relay's answer, where the aggregators ask for it over HTTP, and they
+answer when they have it: there is nothing to compute. The figure is the time from handing over the announcement to the
+last aggregator's answer. Had an aggregator not come for the list it would have been sent a second message; the text
+says how many messages there were. Between rounds lies a pause of two seconds that is not counted.
 
     fl.control         p50 with the product's nodes. Each relay checks the announcement and retains it on a real MQTT
-                       broker (the embedded one) before it answers. After 20 s without a command nodes ask the SuperLink
-                       twice a second instead of five times: the text says what a round then takes.
+                       broker (the embedded one) before it answers; each aggregator checks it before it stands by.
+                       After 20 s without a command nodes ask the SuperLink twice a second instead of five times: the
+                       text says what a round then takes.
     fl.control.stock   p50 with Flower's own: five `flower-supernode` processes, which start a ClientApp for each
-                       message that does nothing but answer
+                       message. That of a relay does nothing but answer, that of an aggregator asks for the list, and
+                       answers.
     fl.control.stock.exchange   p50 of one exchange, one message to each of those five at once and its answer
     fl.weights         bytes of model weights that the region's mirror handed to devices during a round, on a platform
                        started by `atoll up --learning` with devices that run the base version; the mirror is the only
@@ -26,6 +30,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -43,6 +48,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -51,6 +57,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from atoll.aggregator_reading import CoordinatorClient
 from atoll.http_server import serving
 from atoll.ports import held_ports
 from benchmarks.claims import Claim, at_most, run
@@ -61,12 +68,18 @@ from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.flower_node import BUSY_S, FlowerNode, Handler
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, superlink_environment
 from fl_coordinator.relaying import through
+from fl_coordinator.round_command import stands_s
+from fl_coordinator.shares.bounds import fitted
+from fl_coordinator.standing import Standing
+from fl_coordinator.standing_by import StandingBy
 from model_delta.digest import digest_of
 from model_delta.encoding import pack
+from model_delta.errors import NotFound
 from model_delta.graphs.mlp import mlp_model
 from model_delta.keys.certificates import make_request
 from model_delta.keys.keyring import EmbeddedKeyring
-from model_delta.task import TASK_TYPE, RoundTask
+from model_delta.merkle import root
+from model_delta.task import TASK_TYPE, AggregatorKey, RoundTask
 from model_delta.trust.signing import seal_envelope
 from regional_gateway.mqtt.access import FLEET_RULES, access
 from regional_gateway.mqtt.broker import MqttBroker
@@ -79,6 +92,7 @@ STOCK_APP = Path(__file__).resolve().parent / "flower_stock"
 PAUSE_S = 2.0
 READY_S = 180.0
 THIN_S_MAX, STOCK_S_MAX = 1.0, 7.0
+CONTRIBUTIONS = 32
 FLEET = 12
 SIZES = (len(FEATURES), 64, 32)
 ROLLOUT = """\
@@ -96,16 +110,28 @@ spec:
 
 
 class Taken(NamedTuple):
-    """Seconds: the announcement until the first relay's answer, until the last one's, and the aggregators' command."""
+    """Seconds: the announcement until the first relay's answer, until the last one's, and from the former to the last
+    aggregator's; and how many messages there were in all."""
 
     first_relay: float
     all_relays: float
-    command: float
+    attempt: float
+    messages: int
 
     @property
     def control(self) -> float:
         """What a round waits for."""
-        return self.first_relay + self.command
+        return self.first_relay + self.attempt
+
+
+class CountingBridge(FlowerBridge):
+    """Says how many messages it was asked to send."""
+
+    messages = 0
+
+    async def command(self, payload: Mapping[str, Any], nodes: Sequence[str], *options: Any, **named: Any) -> Any:
+        self.messages += len(nodes)
+        return await super().command(payload, nodes, *options, **named)
 
 
 class Stage:
@@ -130,7 +156,12 @@ class Stage:
         self.token.write_text(secrets.token_urlsafe(16))
         self.keys = {name: node_public_key(self.key(name)) for name in (*AGGREGATORS, *RELAYS)}
         self.superlink = SuperLink(self.place, dict(os.environ), app)
-        self.bridge = FlowerBridge()
+        self.bridge = CountingBridge()
+        self.standing = Standing(self.bridge)
+        self.aggregators = tuple(
+            AggregatorKey(name, secrets.token_bytes(32), secrets.token_bytes(32)) for name in AGGREGATORS
+        )
+        self.contributions = [digest_of(b"contribution %d" % number) for number in range(CONTRIBUTIONS)]
 
     def key(self, name: str) -> Path:
         return self.folder / f"{name}.key"
@@ -161,8 +192,8 @@ class Stage:
         async def commands(request: Request) -> Response:
             if not known(request):
                 return Response(status_code=401)
-            holds = request.query_params["holds"].split(",")
-            command = await self.bridge.next_command(float(request.query_params["wait"]), holds)
+            holds, rests = (request.query_params[name].split(",") for name in ("holds", "rests"))
+            command = await self.bridge.next_command(float(request.query_params["wait"]), holds, rests)
             return Response(status_code=204) if command is None else JSONResponse(command)
 
         async def replies(request: Request) -> Response:
@@ -170,7 +201,21 @@ class Stage:
                 JSONResponse(self.bridge.reply(await request.json())) if known(request) else Response(status_code=401)
             )
 
-        routes = [("/v1/flower/commands", commands, "GET"), ("/v1/flower/replies", replies, "POST")]
+        async def attempt(request: Request) -> Response:
+            if not known(request):
+                return Response(status_code=401)
+            name, wait = request.query_params["aggregator"], float(request.query_params["wait"])
+            try:
+                found = await self.standing.attempt_for(request.path_params["round_id"], name, wait)
+            except NotFound:
+                return Response(status_code=404)
+            return Response(status_code=204) if found is None else Response(found)
+
+        routes = [
+            ("/v1/flower/commands", commands, "GET"),
+            ("/v1/flower/replies", replies, "POST"),
+            ("/v1/rounds/{round_id}/attempt", attempt, "GET"),
+        ]
         return Starlette(routes=[Route(path, handle, methods=[method]) for path, handle, method in routes])
 
     def announcement(self, number: int) -> bytes:
@@ -183,14 +228,26 @@ class Stage:
             training_graph=digest_of(b"graph"),
             parameters=(),
             length=39_937,
+            contributions_max=CONTRIBUTIONS,
+            aggregators=self.aggregators,
             issued=int(time.time()) + number,
             deadline=int(time.time()) + 3600,
         )
-        return seal_envelope(self.keyring.sign("round", TASK_TYPE, pack(task)))
+        return seal_envelope(self.keyring.sign("round", TASK_TYPE, pack(fitted(task))))
 
     async def control(self, number: int) -> Taken:
-        """One round: its announcement to both relays and, when the first has answered, the aggregators' command."""
-        told = {"announcements": {"fraud": self.announcement(number)}}
+        """One round: its announcement to both relays, the aggregators told to stand by in the same moment and, when the
+        first relay has answered, the list put up for them."""
+        round_id, announcement, before = f"fraud-{number}", self.announcement(number), self.bridge.messages
+        told = {"announcements": {"fraud": announcement}}
+        command = {
+            "round_id": round_id,
+            "attempt": 1,
+            "task": announcement,
+            "contributions": self.contributions,
+            "root": root([bytes.fromhex(digest) for digest in self.contributions]),
+            "deadline_s": READY_S,
+        }
         started = time.perf_counter()
         ended: list[float] = []
 
@@ -199,12 +256,13 @@ class Stage:
             ended.append(time.perf_counter() - started)
 
         relays = [asyncio.ensure_future(tell(relay)) for relay in RELAYS]
+        self.standing.begin(round_id, announcement, AGGREGATORS, READY_S)
         await asyncio.wait(relays, return_when=asyncio.FIRST_COMPLETED)
-        commanded = time.perf_counter()
-        await self.bridge.command({"round_id": f"fraud-{number}"}, AGGREGATORS, READY_S)
-        answered = time.perf_counter() - commanded
+        frozen = time.perf_counter()
+        await self.standing.command(command, AGGREGATORS, READY_S)
+        answered = time.perf_counter() - frozen
         await asyncio.gather(*relays)
-        return Taken(ended[0], ended[-1], answered)
+        return Taken(ended[0], ended[-1], answered, self.bridge.messages - before)
 
     async def rounds(self, count: int) -> list[Taken]:
         """Of `count` rounds, after one that finds everything started."""
@@ -252,12 +310,12 @@ def _p50(rounds: Sequence[Taken]) -> float:
 
 
 def _text(rounds: Sequence[Taken]) -> str:
-    first, everyone, command = (statistics.median(part) for part in zip(*rounds, strict=True))
+    first, everyone, attempt, _ = (statistics.median(part) for part in zip(*rounds, strict=True))
     slowest = max(one.control for one in rounds)
-    waiting = statistics.median(one.all_relays + one.command for one in rounds)
+    messages = statistics.mean(one.messages for one in rounds)
     return (
-        f"{len(rounds)} rounds (first relay {first:.2f}, aggregators {command:.2f}, slowest {slowest:.2f}; "
-        f"both relays {everyone:.2f}, had it waited for all relays {waiting:.2f})"
+        f"{len(rounds)} rounds (first relay {first:.2f}, then all aggregators {attempt:.2f}, slowest {slowest:.2f}; "
+        f"both relays {everyone:.2f}; {messages:g} messages a round)"
     )
 
 
@@ -278,13 +336,31 @@ async def _thin(folder: Path, count: int, quiet: int) -> tuple[list[Taken], list
         return lambda command: asyncio.run_coroutine_threadsafe(done(command), loop).result(READY_S)
 
     def node(name: str, handler: Handler) -> FlowerNode:
-        return FlowerNode(name, stage.place.address, stage.place.ca, stage.key(name), handler)
+        return FlowerNode(
+            *(name, stage.place.address, stage.place.ca, stage.key(name), handler),
+            rests=lambda command: stands_s(command) is not None,
+        )
+
+    async def nothing(command: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
 
     async with contextlib.AsyncExitStack() as life:
         broker = await life.enter_async_context(
             MqttBroker(host="127.0.0.1", port=0, tls=None, folder=folder / "broker", acl=access(FLEET_RULES))
         )
-        nodes = [node(name, lambda command: {}) for name in AGGREGATORS]
+        headers = {"Authorization": f"Bearer {stage.token.read_text()}"}
+        client = await life.enter_async_context(httpx.AsyncClient(headers=headers, trust_env=False))
+        coordinator = CoordinatorClient(client, f"http://127.0.0.1:{stage.port}")
+        nodes = []
+        for key in stage.aggregators:
+            standing_by = StandingBy(
+                anchors=stage.keyring.anchors(),
+                key=key,
+                fetch=functools.partial(coordinator.attempt, aggregator=key.name),
+                run=nothing,
+                clock=time.time,
+            )
+            nodes.append(node(key.name, in_loop(standing_by.answer)))
         for region, name in zip(REGIONS, RELAYS, strict=True):
             link = MqttLink(host="127.0.0.1", port=broker.port, client_id=f"gateway-{region}")
             relay = Relay(
@@ -337,7 +413,7 @@ def _super_node(stage: Stage, name: str, port: int) -> subprocess.Popen[bytes]:
         node_key(stage.key(name)).private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     )
     words = ["--superlink", stage.place.address, "--root-certificates", str(stage.place.ca)]
-    words += ["--auth-supernode-private-key", str(key), "--port", str(port)]
+    words += ["--auth-supernode-private-key", str(key), "--port", str(port), "--node-config", f'name="{name}"']
     environment = superlink_environment(stage.place, os.environ)
     with (stage.folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(

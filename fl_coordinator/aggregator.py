@@ -5,17 +5,20 @@ Nobody can make it open more than the protocol allows: whoever commands it, the 
 was decided is on disk before it has any effect. After a kill -9 it answers the same command with the same bytes, or,
 if it had not got so far, asks for a new attempt.
 
-While rounds are open it follows the updates log (`follow`) and keeps its own copies of contributions, so that a command
-finds most of them there: what is frozen and missing is fetched one by one, what it holds and is not frozen is dropped.
+A command comes with a round's announcement, and stands (`standing_by`): the aggregator asks for the frozen list itself,
+and takes it as it takes a command that came without. While rounds are open it follows the updates log (`follow`) and
+keeps its own copies of contributions, so that a command finds most of them there: what is frozen and missing is fetched
+one by one, what it holds and is not frozen is dropped.
 
     aggregator_state    keys, decisions, answers
     following, copies   what it read of the log
     round_command       which commands it takes
+    standing_by         waits for the list of a round that was announced
     conversation        what it says to the other two
     shares.party        the protocol
 
-It knows no HTTP and no Flower: it is handed a log, a callable that fetches a contribution, and one that delivers bytes
-to a peer's `deliver`. Arithmetic and disk run in a thread.
+It knows no HTTP and no Flower: it is handed a log, callables that fetch contributions and attempts, and one that
+delivers bytes to a peer's `deliver`. Arithmetic and disk run in a thread.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from fl_coordinator.kept_memories import KeptMemories
 from fl_coordinator.kept_spends import KeptSpends
 from fl_coordinator.mailbox import Bell, Mailbox
 from fl_coordinator.memory_chain import after, proven
-from fl_coordinator.round_command import RoundCommand, accepted
+from fl_coordinator.round_command import RoundCommand, accepted, stands_s
 from fl_coordinator.rules.policy import remembers
 from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
 from fl_coordinator.shares.decision import Decision
@@ -49,6 +52,7 @@ from fl_coordinator.shares.freezing import FROZEN_TYPE
 from fl_coordinator.shares.party import AggregationParty, Committed, Keep, Outcome, Protocol, own_secret_of
 from fl_coordinator.shares.remembering import RoundMemory, empty_memory
 from fl_coordinator.shares.sharing import Exchange, to_bytes
+from fl_coordinator.standing_by import FetchAttempt, StandingBy
 from fl_coordinator.threads import in_thread
 from model_delta.digest import digest_of, require_match
 from model_delta.encoding import pack, unpack
@@ -60,6 +64,8 @@ from model_delta.trust.updater import TrustAnchors
 _READING_S = 0.3
 """So long the log may bring nothing that is missing before it is fetched elsewhere."""
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
+RUNS_MAX = 4
+"""Rounds that may run because they stood, and were frozen at about the same moment: each needs memory."""
 
 _log = logging.getLogger("atoll.aggregator")
 
@@ -88,6 +94,7 @@ class Aggregator:
         fetch: Fetch,
         send: Send,
         fetch_memory: FetchMemory | None = None,
+        fetch_attempt: FetchAttempt | None = None,
         clock: Callable[[], float] = time.time,
         rng: Rng = os.urandom,
         step_timeout_s: float = 30.0,
@@ -110,6 +117,9 @@ class Aggregator:
         self._kept = Bell()
         self._follows = False
         self._running: dict[str, tuple[RoundCommand, asyncio.Task[dict[str, Any]]]] = {}
+        self._standing_by = fetch_attempt and StandingBy(
+            anchors=anchors, key=self.key, fetch=fetch_attempt, run=self._run_stood, clock=clock
+        )
 
     @property
     def key(self) -> AggregatorKey:
@@ -152,6 +162,20 @@ class Aggregator:
         if (message.sender, message.receiver, message.step) != (sender, self.name, name):
             raise Malformed(f"mailbox of {self.name}: expected {name!r} from {sender!r}, found another message")
         self._mailbox.add(message)
+
+    async def carry_out(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer what came by Flower: a `RoundCommand` (`run_round`), or a `StandingCommand`, with what the attempt is
+        answered that it stands for (`StandingBy.answer`). Raises what these do."""
+        if stands_s(command) is None:
+            return await self.run_round(command)
+        if self._standing_by is None:
+            raise Unavailable(f"{self.name}: expected a command to run a round, found one to stand by")
+        return await self._standing_by.answer(command)
+
+    async def _run_stood(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        if len(self._running) >= RUNS_MAX and command["round_id"] not in self._running:
+            raise Unavailable(f"{self.name}: is still busy with {len(self._running)} rounds")
+        return await self.run_round(command)
 
     async def run_round(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out a `RoundCommand` (as a map); the answer holds `aggregator`, `round_id`, the signed `opening`

@@ -8,13 +8,14 @@
     POST /v1/rollouts?target=&file=   body: YAML  GET /v1/rollouts   /v1/rollouts/{name}   POST .../{name}/abort
     POST /v1/rounds   body: JSON RoundSpec        GET /v1/rounds     /v1/rounds/{id}       POST .../{id}/abort
     GET  /v1/rounds/{id}/announcement             signed, of a round that has not ended
+    GET  /v1/rounds/{id}/attempt?aggregator=&wait=   what an aggregator stands by for, long poll; see `standing`
     GET  /v1/rounds/{id}/contributions/{digest}   one of the frozen contributions
     GET  /v1/rounds/{id}/transcript               canonical CBOR; see `transcript`
     GET  /v1/log?from=&wait=                      the updates log from an offset on, long poll; see `updates_log`
     POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
     GET  /v1/revoked
     GET  /v1/store/{kind}/{name}   PUT /v1/store/artifact/{digest}   POST /v1/store/clean   body: JSON dry_run
-    GET  /v1/flower/commands?wait=&holds=         POST /v1/flower/replies
+    GET  /v1/flower/commands?wait=&holds=&rests=  POST /v1/flower/replies
 
 Every call carries `Authorization: Bearer TOKEN`, with a token per role; a role may call only what is listed beside the
 route. The page, its event stream, the metrics and the health check need none on the loopback interface (see
@@ -55,8 +56,11 @@ HOLDS_CHARS_MAX = 32_768
 class FlowerQueue(Protocol):
     """The half of `FlowerBridge` that the ServerApp talks to."""
 
-    async def next_command(self, wait_s: float, holds: Collection[str] = ()) -> dict[str, Any] | None:
-        """The oldest command without an answer that is none of `holds`, or None after `wait_s` seconds."""
+    async def next_command(
+        self, wait_s: float, holds: Collection[str] = (), rests: Collection[str] = ()
+    ) -> dict[str, Any] | None:
+        """The oldest command without an answer that is none of `holds`, or that is due though it is one of `rests`; or
+        None after `wait_s` seconds."""
 
     def reply(self, body: Any) -> dict[str, bool]:
         """Take an answer; whether it is still wanted."""
@@ -132,8 +136,8 @@ class _Happenings:
 
     async def _flower_command(self, request: Request) -> Response:
         wait = number_in(request.query_params.get("wait", "0"), "wait", 0.0, 3600.0)
-        holds = request.query_params.get("holds", "")[:HOLDS_CHARS_MAX].split(",")
-        command = await self._flower.next_command(min(wait, WAIT_SECONDS_MAX), holds)
+        holds, rests = (request.query_params.get(name, "")[:HOLDS_CHARS_MAX].split(",") for name in ("holds", "rests"))
+        command = await self._flower.next_command(min(wait, WAIT_SECONDS_MAX), holds, rests)
         return Response(status_code=204) if command is None else JSONResponse(command)
 
     async def _flower_reply(self, request: Request) -> Response:

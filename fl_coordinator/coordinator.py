@@ -11,6 +11,7 @@ published again, rounds go on in the state in which they were, devices repeat wh
     round_driver     each round through the table in `rounds`, a task per round
     rollout_driver   judges the rollouts every second
     relaying         has rounds announced in every region
+    standing         has the aggregators stand by meanwhile
     desired_state    publishes plans that are not published yet
     enrolment        identities, on request
     cleaning         removes from the store what nothing needs any more
@@ -36,7 +37,7 @@ from fl_coordinator.inbox import Inbox
 from fl_coordinator.intake import Intake
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.overview import Overview
-from fl_coordinator.ports import Bridge, Clock, Link, Tell, UpdatesLog
+from fl_coordinator.ports import Clock, Link, StandingBridge, Tell, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.reception import Reception
@@ -50,6 +51,7 @@ from fl_coordinator.round_candidate import Candidates
 from fl_coordinator.round_driver import RoundDriver
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Round, RoundSpec
+from fl_coordinator.standing import Standing
 from fl_coordinator.tables.records import AggregatorRecord, ReleaseRecord
 from fl_coordinator.trimming import whole_transcript
 from fl_coordinator.updates_log import LogPart
@@ -81,7 +83,7 @@ class Coordinator:
         link: Link,
         publisher: Publisher,
         evaluate: Evaluate | None,
-        bridge: Bridge,
+        bridge: StandingBridge,
         relays: Mapping[str, Tell],
         limits: Limits | None = None,
         terms: Terms | None = None,
@@ -144,12 +146,14 @@ class Coordinator:
             note=self.note,
             publish_soon=self._publish_soon,
         )
+        self._standing = Standing(bridge, tick_s)
         self._relaying = Relaying(ledger=ledger, relays=relays, clock=clock, tick_s=tick_s)
         self._rounds = RoundDriver(
             ledger=ledger,
             log=log,
             keyring=keyring,
             relaying=self._relaying,
+            standing=self._standing,
             intake=self._intake,
             announcing=Announcing(
                 tenant=tenant,
@@ -162,7 +166,13 @@ class Coordinator:
                 note=self.note,
             ),
             opening=Opening(
-                ledger=ledger, log=log, store=store, keyring=keyring, bridge=bridge, tick_s=tick_s, note=self.note
+                ledger=ledger,
+                log=log,
+                store=store,
+                keyring=keyring,
+                bridge=self._standing,
+                tick_s=tick_s,
+                note=self.note,
             ),
             candidates=Candidates(
                 ledger=ledger,
@@ -358,6 +368,10 @@ class Coordinator:
     def announcement(self, round_id: str) -> bytes:
         """The signed announcement of a round that has not ended; see `RoundDriver`. Blocking."""
         return self._rounds.announcement(round_id)
+
+    async def attempt_for(self, round_id: str, aggregator: str, wait_s: float) -> bytes | None:
+        """What an aggregator stands by for; see `Standing.attempt_for`."""
+        return await self._standing.attempt_for(round_id, aggregator, wait_s)
 
     def frozen_contribution(self, round_id: str, digest: str) -> bytes:
         """One contribution of a frozen round; see `RoundDriver`. Blocking."""

@@ -1,8 +1,9 @@
 """What runs inside Flower's ServerApp process: the loop that carries commands from the coordinator to the nodes.
 
 It fetches commands over HTTP, sends each to the nodes it names through Flower's Grid, and delivers what they answered;
-several at once, each with its own deadline. It runs as long as the platform does; there is no `flwr run` per round and
-no strategy.
+several at once, each with its own deadline. One that rests, since no answer is expected yet, is looked after whenever
+the coordinator was asked for news, every `SERVER_POLL_WAIT_S`: it may stand for hours. It runs as long as the platform
+does; there is no `flwr run` per round and no strategy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ SERVER_POLL_WAIT_S = 2.0
 AFTER_FAILURE_S = 3.0
 """How long the other nodes may still take when one has failed: long enough for their reasons to be heard."""
 CARRY_FAILURES_MAX = 3
+FAILURE_S = 60.0
+"""How long a failure counts: a ServerApp that holds a command for hours has some, which have nothing to do with each
+other."""
+AT_ONCE_MAX = 16
+"""Commands that are taken up before the first is sent, so that a round's messages leave together."""
 ANSWER_BYTES_MAX = 15 * 2**20
 """Of one node. The answers of three fit into what the coordinator takes at once (`routes.requests.REPLY_BYTES_MAX`)."""
 
@@ -73,11 +79,12 @@ class _Coordinator:
         except OSError as error:
             raise Unavailable(f"coordinator token {self._token}: {error.strerror}") from None
 
-    def next_command(self, holds: Collection[str]) -> Any:
-        """A command's wire form, or None. Waits for one only if it `holds` none. Raises Unavailable."""
+    def next_command(self, holds: Collection[str], rests: Collection[str], wait_s: float) -> Any:
+        """A command's wire form, or None: one that it does not hold, or that is due though it lets it rest. Raises
+        Unavailable."""
         with as_unavailable(f"coordinator at {self._url}: asking for a command"):
-            wait = {"wait": "0" if holds else str(SERVER_POLL_WAIT_S), "holds": ",".join(holds)}
-            response = self._client.get(f"{self._url}/v1/flower/commands", params=wait, headers=self._headers())
+            asked = {"wait": str(wait_s), "holds": ",".join(holds), "rests": ",".join(rests)}
+            response = self._client.get(f"{self._url}/v1/flower/commands", params=asked, headers=self._headers())
             response.raise_for_status()
             return None if response.status_code == 204 else response.json()
 
@@ -98,6 +105,7 @@ class _Carried:
     nodes: tuple[str, ...]
     payload: bytes
     left_s: float
+    rests: bool
     ends: float
     deadline: float
     sent: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -144,14 +152,12 @@ class CommandCarrier:
         What Flower raises is no reason to end at once, for a new ServerApp takes many seconds; what was held is then
         handed out again. After `CARRY_FAILURES_MAX` in a row the process ends, and its supervisor starts a new run.
         """
-        pause_s, failures, ask_at = 0.2, 0, 0.0
+        pause_s, failures, failed_at, ask_at = 0.2, 0, 0.0, 0.0
         while True:
             try:
                 if time.monotonic() >= ask_at:
-                    command = self._coordinator.next_command(list(self._held))
+                    self._take_up()
                     pause_s = 0.2
-                    if command is not None:
-                        self.begin(command)
             except (Unavailable, Malformed) as error:
                 print(f"ServerApp: {error}", flush=True)  # into the SuperLink's log
                 ask_at = time.monotonic() + pause_s
@@ -160,20 +166,41 @@ class CommandCarrier:
                 if self.step():
                     failures = 0
             except Exception as error:
-                failures += 1
+                failures = failures + 1 if time.monotonic() < failed_at + FAILURE_S else 1
+                failed_at = time.monotonic()
                 print(f"ServerApp: {type(error).__name__}: {error}", flush=True)
                 if failures >= CARRY_FAILURES_MAX:
                     raise
                 self._held.clear()
                 time.sleep(pause_s)
-            if self._held or time.monotonic() < ask_at:
+            if self._busy or time.monotonic() < ask_at:
                 time.sleep(self._poll_s)
 
+    @property
+    def _busy(self) -> bool:
+        return any(not one.rests for one in self._held.values())
+
+    def _take_up(self) -> None:
+        """Take up what the coordinator has; wait for it if there is nothing else to do. Raises Unavailable,
+        Malformed."""
+        wait_s = 0.0 if self._busy else SERVER_POLL_WAIT_S
+        for _ in range(AT_ONCE_MAX):
+            rests = [one.id for one in self._held.values() if one.rests]
+            command = self._coordinator.next_command(list(self._held), rests, wait_s)
+            if command is None:
+                return
+            self.begin(command)
+            wait_s = 0.0
+
     def begin(self, command: Any) -> None:
-        """Take up a command in its wire form. Raises Malformed."""
-        command_id, nodes, payload, left_s = read_command(command)
-        ends = time.monotonic() + left_s
-        self._held[command_id] = _Carried(command_id, nodes, payload, left_s, ends, ends - REPLY_MARGIN_S)
+        """Take up a command in its wire form, or hear that one which rested is due. Raises Malformed."""
+        read = read_command(command)
+        ends = time.monotonic() + read.left_s
+        held = self._held.get(read.id)
+        if held is not None and held.rests:
+            held.rests, held.ends, held.deadline = read.rests, ends, ends - REPLY_MARGIN_S
+            return
+        self._held[read.id] = _Carried(*read, ends, ends - REPLY_MARGIN_S)
 
     @property
     def holds(self) -> bool:
@@ -262,9 +289,10 @@ class CommandCarrier:
     def _deliver(self, one: _Carried) -> bool:
         """Hand over what came of a command; False when the coordinator is away and there is time to try again."""
         missing = {name: "did not answer in time" if name in one.sent else "is not online" for name in one.silent}
-        undone = one.undone | (set(one.nodes) - one.asked)
+        unasked = set(one.nodes) - one.asked
         try:
-            self._coordinator.reply(write_reply(one.id, one.replies, one.failures | missing, undone))
+            failures = one.failures | missing
+            self._coordinator.reply(write_reply(one.id, one.replies, failures, one.undone | unasked, unasked))
         except Unavailable as error:
             if time.monotonic() < one.ends:
                 return False

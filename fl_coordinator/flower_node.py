@@ -28,6 +28,9 @@ POLL_IDLE_S = 0.5
 """A node that had no command for `BUSY_S` seconds polls this often: each poll costs the SuperLink about 3 ms."""
 BUSY_S = 20.0
 WORKS_MAX = 4
+RESTS_MAX = 32
+"""Commands that stand and are no work yet: one for each model whose round collects."""
+FAILURES_KEPT_MAX = 2 * (WORKS_MAX + RESTS_MAX)
 NODE_LIFE_S = 10.0
 """Flower's shortest heartbeat interval; it counts a node as gone after twice this."""
 
@@ -39,9 +42,10 @@ class FlowerNode:
 
     The coordinator registers the node's public key under a name; until then, and whenever the SuperLink is away, the
     node tries again with backoff. Each command runs in a thread, so that one which hangs does not keep the next attempt
-    from being heard; at most `WORKS_MAX` run at a time, and the handler decides between attempts at the same round. The
-    answers to the last few commands are kept, so a command that arrives twice runs once. What `handler` raises travels
-    as its reason: the text of an AtollError, else only the exception's type.
+    from being heard; at most `WORKS_MAX` run at a time, and the handler decides between attempts at the same round.
+    Those of which `rests` says that they may wait for hours before they are work are counted by themselves, up to
+    `RESTS_MAX`. The answers to the last few commands are kept, so a command that arrives twice runs once. What
+    `handler` raises travels as its reason: the text of an AtollError, else only the exception's type.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class FlowerNode:
         handler: Handler,
         poll_s: float = POLL_S,
         poll_idle_s: float = POLL_IDLE_S,
+        rests: Callable[[dict[str, Any]], bool] = lambda command: False,
     ) -> None:
         self.name = name
         self._address = address
@@ -61,11 +66,12 @@ class FlowerNode:
         self._handler = handler
         self._poll_s = poll_s
         self._poll_idle_s = poll_idle_s
+        self._rests = rests
         self._busy_until = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._done: dict[str, dict[str, Any]] = {}
-        self._works: dict[str, threading.Thread] = {}
+        self._works: dict[str, bool] = {}  # command id: whether it rests
         self._answers = threading.Lock()
         self._finished = threading.Event()
         self._connected = threading.Event()
@@ -127,12 +133,12 @@ class FlowerNode:
                     self._finished.wait(self._poll_s)  # most commands are done before another could come
                 else:
                     self._push(session, message, refusal)
-            elif waiting:
-                self._finished.wait(self._poll_s)
-            else:
-                self._stop.wait(self._poll_s if time.monotonic() < self._busy_until else self._poll_idle_s)
+            else:  # a command that rests may take hours to finish: it is no reason to poll more often
+                pause_s = self._poll_s if time.monotonic() < self._busy_until else self._poll_idle_s
+                (self._finished if waiting else self._stop).wait(pause_s)
 
     def _push(self, session: _FleetSession, message: Any, answer: Mapping[str, Any]) -> None:
+        self._busy_until = time.monotonic() + BUSY_S
         try:
             session.push(message, answer)
         except Refused as error:  # its run was stopped; the next ServerApp asks again
@@ -150,11 +156,15 @@ class FlowerNode:
             return "", {"id": "", "error": f"does not understand the command: {error}"[:500]}
         if command_id in self._works or command_id in self._done:  # in this order: it goes from the one to the other
             return command_id, None
-        if len(self._works) >= WORKS_MAX:
-            return command_id, {"id": command_id, "error": f"is still busy with {len(self._works)} earlier commands"}
-        work = threading.Thread(target=self._work, args=(command_id, payload), name=f"{self.name}-command", daemon=True)
-        self._works[command_id] = work
-        work.start()
+        rests = self._rests(payload)
+        with self._answers:
+            beside = sum(one is rests for one in self._works.values())
+            if beside >= (RESTS_MAX if rests else WORKS_MAX):
+                return command_id, {"id": command_id, "error": f"is still busy with {beside} earlier commands"}
+            self._works[command_id] = rests
+        threading.Thread(
+            target=self._work, args=(command_id, payload), name=f"{self.name}-command", daemon=True
+        ).start()
         return command_id, None
 
     def _work(self, command_id: str, payload: dict[str, Any]) -> None:
@@ -165,9 +175,11 @@ class FlowerNode:
         except Exception as error:
             _log.exception("node %s: command %s", self.name, command_id)
             answer = {"id": command_id, "error": f"failed with {type(error).__name__}; see its log"}
-        with self._answers:
-            while len(self._done) >= 2 * WORKS_MAX:
-                del self._done[next(iter(self._done))]
+        failed = "error" in answer
+        with self._answers:  # short ones are counted by themselves: they must not push out answers that are under way
+            alike = [one for one, found in self._done.items() if ("error" in found) is failed]
+            for one in alike[: max(0, len(alike) + 1 - (FAILURES_KEPT_MAX if failed else 2 * WORKS_MAX))]:
+                del self._done[one]
             self._done[command_id] = answer
             del self._works[command_id]
         self._finished.set()

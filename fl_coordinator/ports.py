@@ -49,6 +49,21 @@ class Bridge(Protocol):
         nodes that did not answer."""
 
 
+class StandingBridge(Bridge, Protocol):
+    """A bridge for commands that stand, too; see `standing`."""
+
+    async def command(
+        self,
+        payload: Mapping[str, Any],
+        nodes: Sequence[str],
+        deadline_s: float,
+        fetched: asyncio.Event | None = None,
+        due: asyncio.Future[float] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """As that of a `Bridge`. With `due` no answer is expected before that future is done; its result says how many
+        seconds they may take then."""
+
+
 class UpdatesLog(Protocol):
     """See `updates_log`, which is embedded, and `kafka_log`."""
 

@@ -1,10 +1,16 @@
 """What the coordinator asks of an aggregator, and what an aggregator must find before it does anything about it.
 
+A round's `StandingCommand` comes with its announcement; what it announces, the frozen list, is then a `RoundCommand`
+that the aggregator asks for itself (`standing_by`). A `RoundCommand` may also come by itself.
+
 Whoever sends a command, the round must be signed by the role `round`, name this aggregator with its keys, be announced
 with numbers that cannot overflow, and be one that is still remembered.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -24,6 +30,20 @@ KEPT_S = 30 * 86_400
 """How long after its deadline a round is remembered; an older one is refused."""
 
 
+WAITS_MAX_S = 3_600.0
+"""How long after a round's deadline its frozen list is waited for at most, whatever the coordinator says: as long as an
+attempt may take."""
+
+
+class StandingCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """What the coordinator asks when it announces a round: to stand by for its frozen list. `task` is the packed signed
+    announcement, `stands_s` how long the list may take to come. The answer is that of the attempt."""
+
+    round_id: str
+    task: bytes
+    stands_s: float
+
+
 class RoundCommand(msgspec.Struct, frozen=True, kw_only=True):
     """What the coordinator asks: `task` is the packed signed announcement, `contributions` the frozen digests in order,
     `root` the Merkle root over the digests' 32 raw bytes, `attempt` counts from 1 and never repeats. `deadline_s` is
@@ -37,6 +57,12 @@ class RoundCommand(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     deadline_s: float = 0.0
     spent: Spent | None = None
+
+
+def stands_s(command: Mapping[str, Any]) -> float | None:
+    """How long a command asks to stand by, in seconds, at most as long as that of any round; None for another one."""
+    asked = command.get("stands_s")
+    return min(max(0.0, float(asked)), KEPT_S + WAITS_MAX_S) if isinstance(asked, int | float) else None
 
 
 def announced_round(

@@ -28,6 +28,7 @@ from fl_coordinator.round_candidate import Candidates
 from fl_coordinator.round_opening import Opening
 from fl_coordinator.rounds import Command, Event, Round, RoundSpec, State, step
 from fl_coordinator.shares.bounds import contributions_max
+from fl_coordinator.standing import Standing
 from fl_coordinator.threads import in_thread
 from model_delta import merkle
 from model_delta.encoding import unpack
@@ -53,6 +54,7 @@ class RoundDriver:
         log: UpdatesLog,
         keyring: Keyring,
         relaying: Relaying,
+        standing: Standing,
         intake: Intake,
         announcing: Announcing,
         opening: Opening,
@@ -68,6 +70,7 @@ class RoundDriver:
         self._log = log
         self._keyring = keyring
         self._relaying = relaying
+        self._standing = standing
         self._intake = intake
         self._announcing = announcing
         self._opening = opening
@@ -157,6 +160,7 @@ class RoundDriver:
                     _log.exception("round %s is left as it is", round_id)
                     return
         finally:
+            await self._standing.end(round_id)
             if (telling := self._telling.pop(round_id, None)) is not None:
                 telling.cancel()
                 await asyncio.gather(telling, return_exceptions=True)
@@ -185,6 +189,8 @@ class RoundDriver:
             if not found.live or state is State.FROZEN:
                 found = await asyncio.to_thread(self._closed, found)
             await asyncio.to_thread(save_round, self._ledger, found)
+            if not found.live:
+                await self._standing.end(round_id)
             if event is not Event.ATTEMPT_FAILED:
                 kind = "alert" if state in (State.FAILED, State.REFUSED) else "info"
                 told = f": {found.reason}" if found.reason and not found.live else ""
@@ -251,7 +257,9 @@ class RoundDriver:
 
     async def _announce(self, found: Round) -> tuple[Round, Event]:
         """Wait until one relay has announced the round; the others are told meanwhile, and waited for by nobody. Whom
-        the round leaves out hears so first: devices begin to train as soon as it is announced."""
+        the round leaves out hears so first: devices begin to train as soon as it is announced. The aggregators, which
+        begin later, are told at once, so that it costs no time then."""
+        self._stand(found)
         await asyncio.wait({self._leaving_out(found)}, timeout=LEFT_OUT_FIRST_S)
         self._relaying.wake()
         while not await self._relaying.announced(found, self._tick_s):
@@ -265,6 +273,7 @@ class RoundDriver:
 
     async def _collect(self, found: Round) -> tuple[Round, Event]:
         """Wait until all that can come have come, or the deadline."""
+        self._stand(found)
         self._leaving_out(found)  # it began before this coordinator did, if it was announced by the one before it
         return await self._collected(found)
 
@@ -280,6 +289,12 @@ class RoundDriver:
             await self._intake.leave_out(found)
         except Exception as error:  # whom it did not reach is refused at admission
             _log.warning("round %s: devices that it leaves out were not told: %s", found.round_id, error)
+
+    def _stand(self, found: Round) -> None:
+        """Have the aggregators stand by for the round's frozen list, unless they do."""
+        stands_s = max(0.0, found.task.deadline - self._clock()) + found.spec.aggregation_s
+        names = [key.name for key in found.task.aggregators]
+        self._standing.begin(found.round_id, found.announcement, names, stands_s)
 
     async def _collected(self, found: Round) -> tuple[Round, Event]:
         while True:

@@ -36,6 +36,7 @@ class RoundRoutes:
             Route("/v1/rounds/{round_id}", guard(self._round, "aggregator")),
             Route("/v1/rounds/{round_id}/abort", guard(self._abort_round), methods=["POST"]),
             Route("/v1/rounds/{round_id}/announcement", guard(self._announcement, "aggregator")),
+            Route("/v1/rounds/{round_id}/attempt", guard(self._attempt, "aggregator")),
             Route("/v1/rounds/{round_id}/contributions/{digest}", guard(self._contribution, "aggregator")),
             Route("/v1/rounds/{round_id}/memory", guard(self._memory, "aggregator")),
             Route("/v1/rounds/{round_id}/transcript", guard(self._transcript, "aggregator", "gateway")),
@@ -69,6 +70,14 @@ class RoundRoutes:
     async def _announcement(self, request: Request) -> Response:
         found = await asyncio.to_thread(self._coordinator.announcement, request.path_params["round_id"])
         return Response(found, media_type="application/cbor")
+
+    async def _attempt(self, request: Request) -> Response:
+        """What an aggregator stands by for. 204: not there yet; 404: nobody is to wait for it (any more)."""
+        aggregator = request.query_params.get("aggregator", "")
+        wait = number_in(request.query_params.get("wait", "0"), "wait", 0.0, 3600.0)
+        round_id = request.path_params["round_id"]
+        found = await self._coordinator.attempt_for(round_id, aggregator, min(wait, LOG_WAIT_S_MAX))
+        return Response(status_code=204) if found is None else Response(found, media_type="application/cbor")
 
     async def _contribution(self, request: Request) -> Response:
         round_id, digest = request.path_params["round_id"], request.path_params["digest"]

@@ -73,9 +73,12 @@ class FakeCoordinator:
     wanted: bool = True
     bodies: list[Mapping[str, Any]] = field(default_factory=list)
     held: list[tuple[str, ...]] = field(default_factory=list)
+    rested: list[tuple[tuple[str, ...], bool]] = field(default_factory=list)
+    """What the asker let rest, and whether it would have waited."""
 
-    def next_command(self, holds: Collection[str]) -> Any:
+    def next_command(self, holds: Collection[str], rests: Collection[str], wait_s: float) -> Any:
         self.held.append(tuple(holds))
+        self.rested.append((tuple(rests), wait_s > 0))
         command = self.commands.pop(0) if self.commands else None
         if isinstance(command, BaseException):
             raise command

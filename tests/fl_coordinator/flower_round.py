@@ -53,7 +53,7 @@ class FlowerRound(Platform):
         self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self.running())
         for name, member in self.aggregators.members.items():
-            self._start(name, member.run_round)
+            self._start(name, member.carry_out)
         for region in REGIONS:
             self.start_relay(region)
         return self

@@ -16,17 +16,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.aggregator import Aggregator
 from fl_coordinator.coordinator import Coordinator
-from fl_coordinator.flower_bridge import read_command, write_reply
+from fl_coordinator.flower_bridge import WireCommand, read_command, write_reply
 from fl_coordinator.following import Following
 from fl_coordinator.ledger import Ledger
 from fl_coordinator.replay import Replay, replay
+from fl_coordinator.round_command import stands_s
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.shares.contribution import CONTRIBUTION_TYPE, Claim, Contribution, parse, sealing_info
 from fl_coordinator.shares.fixed_point import Rng
+from fl_coordinator.standing_by import FetchAttempt
 from fl_coordinator.tables.records import AggregatorRecord
 from fl_coordinator.updates_log import LogPart
 from model_delta.encoding import pack, unpack, unpack_plain
-from model_delta.errors import AtollError, Unavailable
+from model_delta.errors import AtollError, NotFound, Unavailable
 from model_delta.keys.encryption import seal_to
 from model_delta.trust.signing import pre_authentication_encoding
 from model_delta.trust.sitting_out import sitting_out_message
@@ -64,12 +66,17 @@ class CoordinatorsLog:
 
 
 class Aggregators:
-    """Three aggregators in this process, and the ServerApp that fetches commands for them."""
+    """Three aggregators in this process, and the ServerApp that fetches commands for them. `commands` are the attempts
+    that any of them heard of, from wherever; `messages` is all that came by the bridge."""
 
     def __init__(self, platform: Platform, rngs: Mapping[str, Rng] | None = None) -> None:
         self.platform = platform
         self.down: set[str] = set()
         self.commands: list[dict[str, Any]] = []
+        self._attempts: dict[str, FetchAttempt] = {}
+        self.messages: list[dict[str, Any]] = []
+        self.deaf: set[str] = set()
+        """Who does not get at what it stands by for."""
         self.answered = 0
         self.memories_asked = 0
         self.fetched = 0
@@ -92,6 +99,7 @@ class Aggregators:
             fetch=self._fetch,
             send=self._sender(name),
             fetch_memory=self._fetch_memory,
+            fetch_attempt=self._attempts_for(name),
             clock=self.platform.clock,
             step_timeout_s=1.0,
             rng=self._rngs.get(name, os.urandom),
@@ -111,6 +119,27 @@ class Aggregators:
     async def _fetch(self, round_id: str, digest: str) -> bytes:
         self.fetched += 1
         return await asyncio.to_thread(self.platform.coordinator.frozen_contribution, round_id, digest)
+
+    def _attempts_for(self, name: str) -> FetchAttempt:
+        """For the newest start of an aggregator: one that was killed before asks for nothing any more."""
+
+        async def fetch(round_id: str) -> bytes | None:
+            if self._attempts[name] is not fetch:
+                raise NotFound(f"{name} was killed")
+            if name in self.down | self.deaf:
+                raise Unavailable(f"{name} is cut off")
+            found = await self.platform.coordinator.attempt_for(round_id, name, 0.5)
+            if found is not None:
+                self._heard(unpack_plain(found))
+            return found
+
+        self._attempts[name] = fetch
+        return fetch
+
+    def _heard(self, command: dict[str, Any]) -> None:
+        key = command["round_id"], command["attempt"]
+        if key not in {(one["round_id"], one["attempt"]) for one in self.commands}:
+            self.commands.append(command)
 
     async def _fetch_memory(self, round_id: str) -> bytes:
         self.memories_asked += 1
@@ -146,29 +175,39 @@ class Aggregators:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _serve(self) -> None:
-        while True:
-            wire = await self.platform.bridge.next_command(1.0)
-            if wire is None:
-                continue
-            command_id, nodes, payload, _ = read_command(wire)
-            command = unpack_plain(payload)
-            self.commands.append(command)
-            replies, failures = {}, {}
-            for name, answer in zip(
-                nodes, await asyncio.gather(*(self._run(name, command) for name in nodes)), strict=True
-            ):
-                if isinstance(answer, str):
-                    failures[name] = answer
-                else:
-                    replies[name] = pack(answer)
-            self.platform.bridge.reply(write_reply(command_id, replies, failures, failures.keys()))
-            self.answered += 1
+        carried: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                carried = {name: work for name, work in carried.items() if not work.done()}
+                wire = await self.platform.bridge.next_command(1.0, carried)
+                if wire is not None:
+                    command = read_command(wire)
+                    carried[command.id] = asyncio.create_task(self._carry(command))
+        finally:
+            for work in carried.values():
+                work.cancel()
+            await asyncio.gather(*carried.values(), return_exceptions=True)
+
+    async def _carry(self, wire: WireCommand) -> None:
+        command = unpack_plain(wire.payload)
+        self.messages.append(command)
+        if stands_s(command) is None:
+            self._heard(command)
+        replies, failures = {}, {}
+        answers = await asyncio.gather(*(self._run(name, command) for name in wire.nodes))
+        for name, answer in zip(wire.nodes, answers, strict=True):
+            if isinstance(answer, str):
+                failures[name] = answer
+            else:
+                replies[name] = pack(answer)
+        self.platform.bridge.reply(write_reply(wire.id, replies, failures, failures.keys()))
+        self.answered += 1
 
     async def _run(self, name: str, command: dict[str, Any]) -> dict[str, Any] | str:
         if name in self.down:
             return "is down"
         try:
-            return await self.members[name].run_round(command)
+            return await self.members[name].carry_out(command)
         except AtollError as error:
             return str(error)
 

@@ -18,8 +18,8 @@ NODES = ("aggregator-1", "aggregator-2")
 async def fetch(bridge: FlowerBridge) -> tuple[str, tuple[str, ...], Any, float]:
     command = await bridge.next_command(1.0)
     assert command is not None
-    command_id, nodes, payload, left_s = read_command(command)
-    return command_id, nodes, unpack_plain(payload), left_s
+    read = read_command(command)
+    return read.id, read.nodes, unpack_plain(read.payload), read.left_s
 
 
 def test_a_command_reaches_its_nodes_and_their_answers_come_back() -> None:

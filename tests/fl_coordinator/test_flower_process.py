@@ -194,7 +194,8 @@ def endpoints(bridge: FlowerBridge) -> Starlette:
         if refused(request):
             return Response(status_code=401)
         holds = request.query_params["holds"].split(",")
-        command = await bridge.next_command(float(request.query_params["wait"]), holds)
+        rests = request.query_params["rests"].split(",")
+        command = await bridge.next_command(float(request.query_params["wait"]), holds, rests)
         return Response(status_code=204) if command is None else JSONResponse(command)
 
     async def replies(request: Request) -> Response:

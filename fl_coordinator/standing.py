@@ -1,0 +1,234 @@
+"""One Flower message to each aggregator a round: it stands by from the announcement on, and fetches the list itself.
+
+Flower by its stock nodes takes seconds from a command to its answer, so a round that told its aggregators only when its
+list is frozen would wait for that a second time. Instead they get a standing command together with the announcement.
+From then on each asks the coordinator over HTTP for the attempt (`attempt_for`, a long poll); the answers to the
+standing command are those of the attempt.
+
+To whoever has attempts carried out this is a bridge like the other (`ports.Bridge`), which it falls back on: where no
+command stands, or one of the three does not ask, or does not come for the attempt, the same attempt goes out as a
+command of its own, to all three. An aggregator that has it from both sides carries it out once
+(`Aggregator.run_round`). A command stands for one attempt: the next ones are sent. Nothing here survives a restart. A
+coordinator that starts while a round collects has the three stand by again; one that starts later sends.
+
+What is said about nodes that surely did nothing (`CommandFailed.undone`, `fetched`) counts whoever has fetched the
+attempt from here as one that may have carried it out, whether the bytes arrived or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fl_coordinator.flower_bridge import CommandFailed
+from fl_coordinator.mailbox import Bell
+from fl_coordinator.ports import StandingBridge
+from fl_coordinator.round_command import StandingCommand
+from model_delta.encoding import pack
+from model_delta.errors import AtollError, NotFound, Unavailable
+
+GRACE_TICKS, TRAVEL_TICKS = 2, 8
+"""How long an aggregator that has asked before may take to ask again, and then to come for the attempt; and how long
+after the announcement one that has not asked yet may still be on its way (see `fl.control.stock.exchange`)."""
+
+_log = logging.getLogger("atoll.coordinator")
+
+
+class _Place:
+    """Where the aggregators of one round ask for its attempt."""
+
+    def __init__(self, names: Sequence[str], clock: Callable[[], float]) -> None:
+        self.names = frozenset(names)
+        self.clock = clock
+        self.began = clock()
+        self.news = Bell()
+        self.due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.taken: set[str] = set()
+        self._attempt: tuple[bytes, asyncio.Event] | None = None
+        self._asking: Counter[str] = Counter()
+        self._answers: asyncio.Task[dict[str, dict[str, Any]]] | None = None
+        self._over = False
+
+    @property
+    def stands(self) -> bool:
+        """Whether anybody waits for the answers."""
+        return not self._over and self._answers is not None and not self._answers.done()
+
+    @property
+    def all_ask(self) -> bool:
+        """Whether each aggregator asks at this moment."""
+        return all(self._asking[name] > 0 for name in self.names)
+
+    @property
+    def all_took(self) -> bool:
+        """Whether each aggregator was given the attempt."""
+        return self.taken >= self.names
+
+    def stand(self, answers: asyncio.Task[dict[str, dict[str, Any]]]) -> None:
+        """These are the answers, when they have come."""
+        self._answers = answers
+        answers.add_done_callback(lambda _: self.news.ring())
+
+    async def asked(self, name: str, wait_s: float) -> bytes | None:
+        """See `Standing.attempt_for`."""
+        self._asking[name] += 1
+        self.news.ring()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    while self._attempt is None and self.stands:
+                        await self.news.rung()
+        finally:
+            self._asking[name] -= 1
+        if self._attempt is None or not self.stands:
+            return None
+        attempt, fetched = self._attempt  # nothing is awaited from here on: whoever gets it is counted
+        fetched.set()
+        self.taken.add(name)
+        self.news.ring()
+        return attempt
+
+    def put_up(self, attempt: bytes, deadline_s: float, fetched: asyncio.Event) -> None:
+        """From now on whoever asks gets this; the answers may take `deadline_s`."""
+        self._attempt = attempt, fetched
+        self.due.set_result(deadline_s)
+        self.news.ring()
+
+    async def until(self, holds: Callable[[], bool], seconds: float) -> bool:
+        """Whether it holds within so many seconds, while the answers are waited for or after they have come."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not holds() and self.stands:
+                    await self.news.rung()
+        return holds()
+
+    def patience_s(self, grace_s: float, travel_s: float) -> float:
+        """How long it is worth waiting for those who do not ask at this moment."""
+        if all(name in self._asking for name in self.names):
+            return grace_s
+        return max(grace_s, self.began + travel_s - self.clock())
+
+    async def answered(self) -> dict[str, dict[str, Any]]:
+        """What the aggregators answer. Raises CommandFailed, Unavailable."""
+        assert self._answers is not None
+        return await asyncio.shield(self._answers)
+
+    async def end(self) -> None:
+        """Whoever asks from now on hears that it is over."""
+        self._over = True
+        self.news.ring()
+        if self._answers is not None:
+            self._answers.cancel()
+            await asyncio.gather(self._answers, return_exceptions=True)
+
+
+class Standing:
+    """The standing commands of one coordinator, on its `bridge`. For one event loop."""
+
+    def __init__(self, bridge: StandingBridge, tick_s: float = 1.0) -> None:
+        self._bridge = bridge
+        self._grace_s, self._travel_s = GRACE_TICKS * tick_s, TRAVEL_TICKS * tick_s
+        self._places: dict[str, _Place] = {}
+
+    def begin(self, round_id: str, announcement: bytes, aggregators: Sequence[str], stands_s: float) -> None:
+        """Have the three stand by for the attempt at a round, for so many seconds; unless they do. It is not waited
+        for, and nothing depends on it."""
+        if round_id in self._places:
+            return
+        place = self._places[round_id] = _Place(aggregators, asyncio.get_running_loop().time)
+        command = {"round_id": round_id, "task": announcement, "stands_s": stands_s}
+        assert command.keys() == set(StandingCommand.__struct_fields__)
+        answers = asyncio.create_task(
+            self._bridge.command(command, aggregators, stands_s, due=place.due), name=f"standing command of {round_id}"
+        )
+        place.stand(answers)
+        answers.add_done_callback(lambda ended: _say_why(round_id, place, ended))
+
+    async def end(self, round_id: str) -> None:
+        """The round needs no attempt any more, or not by this way."""
+        place = self._places.pop(round_id, None)
+        if place is not None:
+            await place.end()
+
+    async def attempt_for(self, round_id: str, aggregator: str, wait_s: float) -> bytes | None:
+        """The packed `RoundCommand` of the round's attempt for one who stands by for it; None when it is not there
+        after `wait_s` seconds. Raises NotFound when nobody is to wait for it (any more)."""
+        place = self._places.get(round_id)
+        if place is None or aggregator not in place.names or not place.stands:
+            raise NotFound(f"round {round_id[:200]}: no command stands for {aggregator[:64]!r}")
+        found = await place.asked(aggregator, wait_s)
+        if found is None and not place.stands:
+            raise NotFound(f"round {round_id[:200]}: its standing command is over")
+        return found
+
+    async def command(
+        self,
+        payload: Mapping[str, Any],
+        nodes: Sequence[str],
+        deadline_s: float,
+        fetched: asyncio.Event | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Have the attempt that `payload` describes (a `RoundCommand`) carried out; see `ports.Bridge`."""
+        fetched = fetched or asyncio.Event()
+        end = asyncio.get_running_loop().time() + deadline_s
+        round_id = str(payload["round_id"])
+        place = self._places.get(round_id)
+        if place is not None:
+            try:
+                if await self._taken_up(place, payload, deadline_s, fetched):
+                    return await self._answers(place)
+            finally:
+                await self.end(round_id)
+        taken = frozenset() if place is None else frozenset(place.taken)
+        if place is not None:
+            _log.warning("round %s: its standing command was not taken up by all; asking anew", round_id)
+        try:
+            left_s = end - asyncio.get_running_loop().time()
+            return await self._bridge.command(payload, nodes, left_s, fetched)
+        except CommandFailed as error:
+            # Who fetched the attempt may carry it out from there, whatever became of the second message.
+            raise _but(error, taken) from None
+        except Unavailable as error:
+            failures = dict.fromkeys(nodes, str(error))
+            raise CommandFailed(str(error), {}, failures, failures.keys() - taken, failures.keys() - taken) from None
+
+    async def _taken_up(
+        self, place: _Place, payload: Mapping[str, Any], deadline_s: float, fetched: asyncio.Event
+    ) -> bool:
+        """Whether all three have the attempt. It is put up only once all three ask for it: who begins early waits for
+        the others, and its patience is shorter than Flower's way may be."""
+        most_s = deadline_s / 4
+        patience_s = min(most_s, place.patience_s(self._grace_s, self._travel_s))
+        if not await place.until(lambda: place.all_ask, patience_s) or not place.stands:
+            return False
+        place.put_up(pack(dict(payload)), deadline_s, fetched)
+        return await place.until(lambda: place.all_took, min(most_s, self._grace_s))
+
+    async def _answers(self, place: _Place) -> dict[str, dict[str, Any]]:
+        try:
+            return await place.answered()
+        except CommandFailed as error:
+            # A node that this ServerApp never reached stood by since an earlier one: it was not asked, and has it.
+            raise _but(error, error.unasked) from None
+
+
+def _but(error: CommandFailed, names: frozenset[str]) -> CommandFailed:
+    """The same, without saying of these that they surely did nothing."""
+    return CommandFailed(str(error), error.replies, error.failures, error.undone - names, error.unasked - names)
+
+
+def _say_why(round_id: str, place: _Place, ended: asyncio.Task[Any]) -> None:
+    """Log why a command stands no more; whoever has an attempt carried out hears the reason of that itself."""
+    if ended.cancelled():
+        return
+    error = ended.exception()
+    if place.due.done() and isinstance(error, AtollError):
+        return
+    if isinstance(error, AtollError):
+        _log.warning("round %s: its standing command: %s", round_id, error)
+    elif error is not None:
+        _log.error("round %s: its standing command", round_id, exc_info=error)
