@@ -36,7 +36,7 @@ def parameters_of(manifest: Manifest) -> tuple[Parameter, ...]:
         if tensors[name].dtype not in ("int8", "float32") or (scale and scale not in tensors):
             raise Malformed(
                 f"tensor {name!r} of {manifest.model}: expected float32, or int8 with {name}_scale, "
-                f"found {tensors[name].dtype}; publish a model written by mlp_model"
+                f"found {tensors[name].dtype}; publish it with such weights"
             )
         parameters.append(Parameter(name, tensors[name].shape, scale))
     return tuple(parameters)
@@ -107,7 +107,8 @@ def _names(tensors: dict[str, StoredTensor], what: str) -> list[str]:
     if not names or missing:
         raise Malformed(
             f"{what}: a federated round needs tensors layer0.weight, layer0.bias, ..., input.mean, input.scale; found "
-            f"{', '.join(sorted(tensors)[:6]) or 'none'}; publish a model written by mlp_model"
+            f"{', '.join(sorted(tensors)[:6]) or 'none'}; name a training graph of its own in the round's file "
+            "(`training: {graph: ...}`, made by `atoll model training-graph`), or publish a model of that layout"
         )
     return names
 

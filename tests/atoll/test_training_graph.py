@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from atoll import cli
 from model_delta.digest import digest_of
 from model_delta.graphs.training import step_of
+from model_delta.segments import stored_tensors
 
 Run = Callable[..., tuple[int, str, str]]
 PRESENT = importlib.util.find_spec("torch") is not None
@@ -90,3 +92,17 @@ def test_a_torch_model_becomes_a_graph(run: Run, tmp_path: Path) -> None:
     assert told["digest"] == digest_of(out.read_bytes())
     assert [one["tensor"] for one in told["tensors"]] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert step_of(out.read_bytes(), "step").length == told["parameters"] == 4 * 8 + 8 + 8 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not PRESENT, reason="torch is not installed (the extra atoll[train])")
+def test_the_documented_model_trains_the_tensors_that_it_is_published_with(run: Run, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    (tmp_path / "model.py").write_text(text.split("```python\n# model.py", 1)[1].partition("```")[0].partition("\n")[2])
+    subprocess.run([sys.executable, "model.py"], cwd=tmp_path, check=True, capture_output=True)
+    code, told, _ = run(f"{tmp_path / 'model.py'}:make", tmp_path / "step.onnx", "--features", 30, "--json")
+    assert code == 0
+    published = {tensor.name: tensor for tensor in stored_tensors((tmp_path / "own.onnx").read_bytes())}
+    for one in json.loads(told)["tensors"]:
+        assert published[one["tensor"]].shape == tuple(one["shape"])
