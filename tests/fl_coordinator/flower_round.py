@@ -15,6 +15,7 @@ from fl_coordinator.flower_node import FlowerNode, Handler
 from fl_coordinator.local_round import LocalAggregators
 from fl_coordinator.ports import Tell
 from fl_coordinator.relaying import through
+from fl_coordinator.round_command import stands_s
 from fl_coordinator.shares.fixed_point import Rng
 from model_delta.digest import digest_of
 from tests.fl_coordinator.learning_platform import Aggregators, asked, honest
@@ -39,11 +40,15 @@ class FlowerRound(Platform):
         self.make_node = make_node
         self.nodes: dict[str, FlowerNode] = {}
         self.begun: dict[str, threading.Event] = {}
-        """Set when the node of that name has taken up its first command."""
+        """Set when the node of that name has taken up its first command; an aggregator, when it has an attempt."""
         super().__init__(folder, bridge=bridge)
         rngs = {name: drawing(number) for number, name in enumerate(AGGREGATORS)}
         self.local = LocalAggregators(tuple(rngs.values()), AGGREGATORS)
         self.aggregators = Aggregators(self, rngs)
+        self.aggregators.on_attempt = lambda name: self.begun[name].set()
+        self.stood: list[str] = []
+        self.sent: list[str] = []
+        """Whom a command to stand by has reached, and whom an attempt, by Flower."""
         assert self.local.keys == tuple(member.key for member in self.aggregators.members.values())
 
     def relays(self) -> Mapping[str, Tell]:
@@ -62,6 +67,12 @@ class FlowerRound(Platform):
         for node in self.nodes.values():
             await asyncio.to_thread(node.stop)
         await self._life.aclose()
+
+    async def restart_aggregator(self, name: str) -> None:
+        """As after a kill: whatever it was about to do is forgotten, and Flower sees it come again."""
+        await asyncio.to_thread(self.nodes[name].stop)
+        self.aggregators.start(name)
+        self._start(name, self.aggregators.members[name].carry_out)
 
     def start_relay(self, region: str) -> None:
         """As a gateway that starts does."""
@@ -132,7 +143,11 @@ class FlowerRound(Platform):
         begun = self.begun[name] = threading.Event()
 
         def handle(command: dict[str, Any]) -> Mapping[str, Any]:
-            begun.set()
+            if stands_s(command) is None:
+                begun.set()
+                self.sent.append(name)
+            else:
+                self.stood.append(name)
             return asyncio.run_coroutine_threadsafe(done(command), loop).result(60.0)
 
         self.nodes[name] = self.make_node(name, handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Aggregators:
         self.platform = platform
         self.down: set[str] = set()
         self.commands: list[dict[str, Any]] = []
+        self.on_attempt: Callable[[str], None] = lambda name: None
+        """Told who has come for the attempt that it stood by for."""
         self._attempts: dict[str, FetchAttempt] = {}
         self.messages: list[dict[str, Any]] = []
         self.deaf: set[str] = set()
@@ -131,6 +133,7 @@ class Aggregators:
             found = await self.platform.coordinator.attempt_for(round_id, name, 0.5)
             if found is not None:
                 self._heard(unpack_plain(found))
+                self.on_attempt(name)
             return found
 
         self._attempts[name] = fetch

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_coordinator.control import control_app
 from fl_coordinator.routes.access import STATUS
 from model_delta.digest import digest_of
-from model_delta.encoding import unpack
+from model_delta.encoding import unpack, unpack_plain
 from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request, serial_of
 from model_delta.trust.updater import TrustAnchors
@@ -58,6 +59,7 @@ async def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> No
         ("GET", "/v1/releases"): {"admin", "gateway"},
         ("GET", "/v1/rounds/r/announcement"): {"admin", "aggregator"},
         ("GET", "/v1/rounds/r/contributions/" + "0" * 64): {"admin", "aggregator"},
+        ("GET", "/v1/rounds/r/attempt?aggregator=a0"): {"admin", "aggregator"},
         ("GET", "/v1/log?from=0"): {"admin", "aggregator"},
         ("GET", "/v1/store/blob/" + "0" * 64): {"admin", "gateway"},
         ("POST", "/v1/enroll"): {"admin", "gateway", "join"},
@@ -304,6 +306,31 @@ async def test_flower_fetches_commands_and_delivers_answers(tmp_path: Path) -> N
         reply = {"id": wire["id"], "replies": {"a0": wire["payload"]}, "failures": {}}
         assert (await call("POST", "/v1/flower/replies", "flower", json=reply)).json() == {"wanted": True}
         assert await pending == {"a0": {"x": 1}}
+
+
+@on_a_loop
+async def test_an_aggregator_asks_for_the_attempt_that_it_stands_by_for(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    async with calling(platform) as call:
+        standing, path = platform.coordinator._standing, "/v1/rounds/r-1/attempt?aggregator="
+
+        async def ask(name: str, wait: str = "0") -> httpx.Response:
+            return await call("GET", f"{path}{name}&wait={wait}", "aggregator")
+
+        assert (await ask("a0")).status_code == 404
+        standing.begin("r-1", b"announcement", ("a0", "a1", "a2"), 60.0)
+        assert (await ask("a0")).status_code == 204
+        assert [(await ask(name)).status_code for name in ("a3", "")] == [404, 404]
+        assert [(await ask("a0", wait)).status_code for wait in ("nan", "-1", "never")] == [400] * 3
+        asking = [asyncio.create_task(ask(name, "20")) for name in ("a0", "a1", "a2")]
+        command = {"round_id": "r-1", "attempt": 1}
+        attempt = asyncio.create_task(standing.command(command, ("a0", "a1", "a2"), 20.0))
+        for answer in await asyncio.gather(*asking):
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "application/cbor")
+            assert unpack_plain(answer.content) == command
+        attempt.cancel()
+        await asyncio.gather(attempt, return_exceptions=True)
+        assert (await ask("a0", "20")).status_code == 404
 
 
 @on_a_loop

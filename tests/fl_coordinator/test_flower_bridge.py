@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from fl_coordinator.flower_bridge import PENDING_MAX, CommandFailed, FlowerBridge, read_command, write_reply
+from fl_coordinator.flower_bridge import (
+    PENDING_MAX,
+    STANDING_MAX,
+    CommandFailed,
+    FlowerBridge,
+    read_command,
+    write_reply,
+)
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Malformed, Unavailable
 
@@ -219,5 +226,71 @@ def test_a_caller_that_gives_up_just_as_its_answer_comes_ends(steps: int) -> Non
         if asking.cancel():
             await asyncio.wait([asking])
             assert asking.cancelled()
+
+    asyncio.run(scenario())
+
+
+def test_a_command_that_stands_rests_until_it_is_due_and_is_told_to_who_lets_it_rest() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(bridge.command({"n": 1}, NODES, 3600.0, due=due))
+        first = await bridge.next_command(1.0)
+        assert first is not None
+        assert (first["rests"], first["deadline_s"] > 3000) == (True, True)
+        held = [first["id"]]
+        poll = asyncio.create_task(bridge.next_command(30.0, held, held))
+        await asyncio.sleep(0)
+        due.set_result(20.0)
+        told = await poll
+        assert told is not None
+        assert (told["id"], told["rests"], told["deadline_s"] <= 20.0) == (first["id"], False, True)
+        again = await bridge.next_command(0.0, held, held)
+        assert again is not None, "what was lost on the way is told again"
+        assert await bridge.next_command(0.0, held) is None, "who works on it already knows"
+        failures = {"aggregator-2": "is not online"}
+        bridge.reply(write_reply(first["id"], {NODES[0]: pack({})}, failures, failures, failures))
+        with pytest.raises(CommandFailed) as failed:
+            await task
+        assert failed.value.undone == failed.value.unasked == {"aggregator-2"}, "it was handed out once"
+
+    asyncio.run(scenario())
+
+
+def test_a_command_that_stands_ends_by_its_own_deadline_and_by_the_one_it_gets() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        with pytest.raises(CommandFailed, match=r"within 0\.05 s") as failed:
+            await bridge.command({"n": 1}, NODES, 0.05, due=due)
+        assert failed.value.unasked == set(NODES)
+        due.set_result(0.05)
+        with pytest.raises(CommandFailed, match=r"within 0\.05 s"):
+            await bridge.command({"n": 2}, NODES, 3600.0, due=due)
+        early = asyncio.create_task(
+            bridge.command({"n": 3}, NODES, 5.0, due=asyncio.get_running_loop().create_future())
+        )
+        command_id = (await fetch(bridge))[0]
+        bridge.reply(write_reply(command_id, {node: pack({}) for node in NODES}, {}))
+        assert await early == {node: {} for node in NODES}, "an answer that comes early is one"
+
+    asyncio.run(scenario())
+
+
+def test_commands_that_stand_do_not_fill_the_queue() -> None:
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0, due=due)) for n in range(STANDING_MAX)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match=f"{STANDING_MAX} commands stand already"):
+            await bridge.command({"n": -1}, NODES, 5.0, due=due)
+        direct = asyncio.create_task(bridge.command({"n": -2}, NODES, 5.0))
+        await asyncio.sleep(0)
+        assert not direct.done()
+        for task in (*tasks, direct):
+            task.cancel()
+        await asyncio.gather(*tasks, direct, return_exceptions=True)
+        assert bridge._pending == {}
 
     asyncio.run(scenario())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fl_coordinator import flower_carrier
 from fl_coordinator.flower_carrier import ANSWER_BYTES_MAX, CARRY_FAILURES_MAX, CommandCarrier
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Unavailable
@@ -25,9 +26,11 @@ def _inside_a_server_app() -> None:
     identity.run_id, identity.node_id, identity.task_id = 1, 1, 1
 
 
-def command(nodes: list[str], deadline_s: float = 5.0, command_id: str = "c-1") -> dict[str, Any]:
+def command(
+    nodes: list[str], deadline_s: float = 5.0, command_id: str = "c-1", *, rests: bool = False
+) -> dict[str, Any]:
     payload = base64.b64encode(PAYLOAD).decode("ascii")
-    return {"id": command_id, "nodes": nodes, "payload": payload, "deadline_s": deadline_s}
+    return {"id": command_id, "nodes": nodes, "payload": payload, "deadline_s": deadline_s, "rests": rests}
 
 
 def answering(node: str, node_id: int) -> FakeNode:
@@ -217,3 +220,48 @@ def test_an_answer_that_flower_cannot_put_together_fails_its_node_alone() -> Non
     told = {body["id"]: body for body in coordinator.bodies if "replies" in body}
     assert answers_in(told["c-1"]) == {"a": {"from": "a"}}
     assert "cannot be put together (ValueError)" in told["c-2"]["failures"]["lying"]
+
+
+def test_a_command_that_rests_is_waited_with_and_one_that_is_due_is_not() -> None:
+    """Hours may pass: the ServerApp then asks as rarely as with nothing in its hands."""
+    answers: dict[str, dict[str, Any]] = {}
+    silent = FakeNode("a", 1, lambda command_id, payload: answers.get(command_id))
+    standing, due = command(["a"], 3600.0, rests=True), command(["a"], 0.7)
+    coordinator = FakeCoordinator([standing, None, None, command(["b"], 30.0, "c-2"), None, None, due, None])
+    coordinator.commands.append(SystemExit())
+    grid = FakeGrid([silent, answering("b", 2)])
+    one = carrier(grid, coordinator)
+    with pytest.raises(SystemExit):
+        one.run()
+    asked = [(rests, waits) for rests, waits in coordinator.rested]
+    assert asked[:5] == [((), True), (("c-1",), False), (("c-1",), True), (("c-1",), True), (("c-1",), False)]
+    assert asked[-2:] == [((), False), ((), False)], "once it is due it is worked on"
+    carry(one)
+    body = coordinator.bodies[-1]
+    assert (body["id"], body["failures"]) == ("c-1", {"a": "did not answer in time"}), "by its new deadline"
+    assert [name for name, _ in grid.delivered] == ["a", "b"], "it is not sent twice for that"
+
+
+def test_failures_that_lie_far_apart_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FailingGrid(FakeGrid):
+        failures = 2
+
+        def get_nodes(self) -> list[FakeNode]:
+            if self.failures:
+                self.failures -= 1
+                raise ConnectionError("SuperLink: reset")
+            return super().get_nodes()
+
+    monkeypatch.setattr(flower_carrier, "FAILURE_S", 0.0)
+    monkeypatch.setattr(flower_carrier, "CARRY_FAILURES_MAX", 2)
+    coordinator = FakeCoordinator([command(["a"]), None] * 3 + [SystemExit()])
+    with pytest.raises(SystemExit):
+        carrier(FailingGrid([answering("a", 1)]), coordinator).run()
+    assert answers_in(coordinator.bodies[-1]) == {"a": {"from": "a"}}
+
+
+def test_who_was_never_asked_is_told_from_who_refused() -> None:
+    refusing = FakeNode("a", 1, lambda command_id, payload: {"id": command_id, "error": "Untrusted: no"})
+    coordinator = FakeCoordinator()
+    carry(carrier(FakeGrid([refusing]), coordinator), command(["a", "b"], 0.7))
+    assert (coordinator.bodies[-1]["undone"], coordinator.bodies[-1]["unasked"]) == (["a", "b"], ["b"])

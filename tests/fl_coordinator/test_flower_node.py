@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fl_coordinator.flower_node import WORKS_MAX, FlowerNode
+from fl_coordinator import flower_node
+from fl_coordinator.flower_node import RESTS_MAX, WORKS_MAX, FlowerNode
 from model_delta.encoding import pack, unpack_plain
 from model_delta.errors import Unavailable
 
@@ -56,8 +57,11 @@ def message(command_id: str, **payload: Any) -> Message:
     return Message({"command": {"id": command_id, "payload": pack(payload)}})
 
 
-def node(handler: Callable[[dict[str, Any]], Mapping[str, Any]]) -> FlowerNode:
-    return FlowerNode("a0", "127.0.0.1:1", Path("ca.pem"), Path("key.pem"), handler, 0.01, 0.01)
+def node(handler: Callable[[dict[str, Any]], Mapping[str, Any]], poll_idle_s: float = 0.01) -> FlowerNode:
+    return FlowerNode(
+        *("a0", "127.0.0.1:1", Path("ca.pem"), Path("key.pem"), handler, 0.01, poll_idle_s),
+        rests=lambda command: "stands" in command,
+    )
 
 
 def serve(one: FlowerNode, session: Session, done: Callable[[], bool]) -> None:
@@ -132,3 +136,50 @@ def test_what_makes_no_sense_is_answered_and_a_lost_line_ends_the_session() -> N
     broken = Session(message("one"), Unavailable("SuperLink: away"))
     with pytest.raises(Unavailable, match="away"):
         node(lambda command: {})._serve(broken)  # type: ignore[arg-type]
+
+
+def test_commands_that_rest_keep_no_other_waiting_and_are_bounded_by_themselves() -> None:
+    release = threading.Event()
+
+    def handler(command: dict[str, Any]) -> dict[str, Any]:
+        if "stands" in command:
+            assert release.wait(10)
+            raise Unavailable("the round is over")
+        return {"attempt": 1}
+
+    resting = [message(f"s{number}", stands=1) for number in range(RESTS_MAX + 1)]
+    session = Session(*resting, message("direct"))
+    one = node(handler)
+    serve(one, session, lambda: len(session.pushed) == 2)
+    busy = f"is still busy with {RESTS_MAX} earlier commands"
+    assert answers(session) == {f"s{RESTS_MAX}": busy, "direct": {"attempt": 1}}
+    release.set()
+    again = Session(message("direct"))
+    one._stop.clear()
+    serve(one, again, lambda: not one._works and len(again.pushed) == 1)
+    assert answers(again) == {"direct": {"attempt": 1}}, "many short failures push no answer out"
+
+
+def test_a_command_that_rests_is_no_reason_to_ask_for_others_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_node, "BUSY_S", 0.0)
+    release = threading.Event()
+
+    def handler(command: dict[str, Any]) -> dict[str, Any]:
+        assert release.wait(10)
+        return {}
+
+    session = Session(message("one", stands=1))
+    one = node(handler, poll_idle_s=5.0)
+    serving = threading.Thread(target=one._serve, args=(session,))
+    serving.start()
+    time.sleep(0.15)
+    beats = session.beats
+    release.set()
+    end = time.monotonic() + 4.0
+    while not session.pushed:
+        assert time.monotonic() < end, "its answer goes out when it is there, not at the next look"
+        time.sleep(0.01)
+    one.stop()
+    one._finished.set()
+    serving.join(6)
+    assert beats <= 3

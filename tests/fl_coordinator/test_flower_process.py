@@ -33,6 +33,7 @@ from fl_coordinator import flower
 from fl_coordinator.flower_bridge import CommandFailed, FlowerBridge
 from fl_coordinator.flower_node import FlowerNode, Handler
 from fl_coordinator.flower_superlink import SuperLink, SuperLinkPlace, processes_of
+from fl_coordinator.round_command import stands_s
 from fl_coordinator.transcript import decision_in
 from model_delta.errors import Malformed, Unavailable, Untrusted
 from model_delta.keys.certificates import make_request
@@ -422,18 +423,22 @@ async def a_death_in_the_middle_of_an_answer_costs_seconds(platform: Platform, b
 
 async def a_whole_round_survives_and_is_the_same_in_one_process(platform: Platform, bridge: FlowerBridge) -> None:
     """A coordinator, three aggregators and two relays over this Flower. One relay dies with the announcement in its
-    hands, the SuperLink when the aggregators have begun; they are not asked for a second attempt, and the mean is, byte
-    for byte, what one process makes."""
+    hands, one aggregator while it stands by, the SuperLink when all have begun; they are sent nothing but the command
+    to stand by, the one that died once more, and the mean is, byte for byte, what one process makes."""
 
     def node(name: str, handler: Handler) -> FlowerNode:
         key = platform.folder / "round" / f"{name}.key"
         platform.keys[name] = flower.node_public_key(key)
-        return FlowerNode(name, platform.place.address, platform.place.ca, key, handler, 0.1, 0.2)
+        return FlowerNode(
+            *(name, platform.place.address, platform.place.ca, key, handler, 0.1, 0.2),
+            rests=lambda command: stands_s(command) is not None,
+        )
 
     async with FlowerRound(platform.folder / "round", bridge, node) as networked:
         devices = await networked.ready()
         await an_aborted_round_ends_at_once_and_its_answer_is_dropped(networked, devices)
         dying = networked.dies_with_its_first_command("ap-south")
+        networked.stood.clear()
         opened = await networked.coordinator.open_round(ROUND)
         async with asyncio.timeout(60.0):
             await dying.wait()
@@ -441,6 +446,11 @@ async def a_whole_round_survives_and_is_the_same_in_one_process(platform: Platfo
         networked.start_relay("ap-south")
         async with asyncio.timeout(60.0):
             while not networked.announced_everywhere(opened.round_id):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            while len(networked.stood) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            await networked.restart_aggregator("a1")
+            while len(networked.stood) < 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         contributions = await networked.contribute(devices)
         for name in AGGREGATORS:
@@ -450,6 +460,8 @@ async def a_whole_round_survives_and_is_the_same_in_one_process(platform: Platfo
             while (ended := networked.coordinator.round(opened.round_id)).live:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert (ended.state, ended.reason, ended.attempt) == ("PUBLISHED", "", 1)
+        assert sorted(networked.stood) == ["a0", "a1", "a1", "a2"]
+        assert not set(networked.sent) & set(AGGREGATORS), "one message each was enough"
         assert {region: told["contributions"] for region, told in ended.figures["relays"].items()} == {
             "eu-west": 4,
             "ap-south": 4,
