@@ -43,7 +43,7 @@ from edge_runtime.inferences import Inferences, Inferred
 from edge_runtime.installation import Installation
 from edge_runtime.link import Link
 from edge_runtime.outbox import Outbox, Record, fold
-from edge_runtime.participation import Contribute, Data, Participation, Train
+from edge_runtime.participation import Contribute, Data, Learning, Participation, Train
 from edge_runtime.probation import ProbationRules
 from edge_runtime.regions import AskRegion
 from edge_runtime.running import Running
@@ -183,29 +183,27 @@ class Device:
             cached_cost=cached_cost,
             direction=self.direction,
         )
-        self.participation: Participation | None = None
+        learning: Learning | None = None
         if data is not None and contribute is not None and run_graph is not None:
-            self.participation = Participation(
-                device_id=self.device_id,
-                model=model,
-                path=directory / "round.record",
-                link=link,
-                fetcher=self.fetcher,
-                running=self.running,
-                base_file=self.installation.file_to_train_from,
-                vouching=self.vouching,
-                clock=clock,
-                rng=np.random.default_rng(rng.getrandbits(64)),
-                data=data,
-                train=train,
-                contribute=contribute,
-                sign=identity.sign,
-                run_graph=run_graph,
-                trust=lambda: self.installation.record.trust,
-                keep_trust=self.installation.keep_trust,
-                told=self._report_now.set,
-                receipt_deadline_s=receipt_deadline_s,
-            )
+            learning = Learning(data, train, contribute, run_graph)
+        self.participation = Participation(
+            device_id=self.device_id,
+            model=model,
+            path=directory / "round.record",
+            link=link,
+            fetcher=self.fetcher,
+            running=self.running,
+            base_file=self.installation.file_to_train_from,
+            vouching=self.vouching,
+            clock=clock,
+            rng=np.random.default_rng(rng.getrandbits(64)),
+            learning=learning,
+            sign=identity.sign,
+            trust=lambda: self.installation.record.trust,
+            keep_trust=self.installation.keep_trust,
+            told=self._report_now.set,
+            receipt_deadline_s=receipt_deadline_s,
+        )
         self._answers = Answers(
             device_id=self.device_id,
             region=traits.region,
@@ -267,10 +265,9 @@ class Device:
         self.fetcher.start()
         self.direction.start()
         self._link.subscribe(down(self.device_id, "ack"), self._acknowledged)
-        if self.participation is not None:
-            self.participation.start()
-            for region in dict.fromkeys(("", self.traits.region)):
-                self._link.subscribe(round_topic(tenant, self.model, region), self.participation.announced)
+        self.participation.start()
+        for region in dict.fromkeys(("", self.traits.region)):
+            self._link.subscribe(round_topic(tenant, self.model, region), self.participation.announced)
         self._link.subscribe(plan_topic(tenant, self.model), self.installation.plans.offered)
         try:
             async with asyncio.TaskGroup() as group:
@@ -279,8 +276,7 @@ class Device:
                 group.create_task(self.direction.run(), name=f"{self.device_id} version reports")
                 group.create_task(self._greet(), name=f"{self.device_id} hello")
                 group.create_task(self._report(), name=f"{self.device_id} report")
-                if self.participation is not None:
-                    group.create_task(self.participation.run(), name=f"{self.device_id} participation")
+                group.create_task(self.participation.run(), name=f"{self.device_id} participation")
         finally:
             with contextlib.suppress(OSError):  # of a broken disk: no concern of whoever stops the device
                 self.outbox.close()
@@ -326,7 +322,7 @@ class Device:
         records: list[Record] = [record for _, record in self.outbox.read(first, last)]
         folded = fold(records)
         marks = self.outbox.marks
-        sitting_out = self.participation.sitting_out if self.participation is not None else None
+        sitting_out = self.participation.sitting_out
         return Report(
             device_id=self.device_id,
             epoch=marks.epoch,

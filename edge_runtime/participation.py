@@ -24,6 +24,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -81,8 +82,20 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     sat_out: str = ""
 
 
+@dataclass
+class Learning:
+    """What a device has that trains: its labelled rows, the training, what makes a contribution of an update, and what
+    runs a graph."""
+
+    data: Callable[[], Data]
+    train: Train
+    contribute: Contribute
+    run_graph: RunGraph
+
+
 class Participation:
-    """Follows round announcements for one device and model. `told` is called when `sitting_out` has something to say
+    """Follows round announcements for one device and model. Without `learning` it only says that it sits them out, so
+    that no round waits for it. `told` is called when `sitting_out` has something to say
     that will not change any more."""
 
     def __init__(
@@ -98,11 +111,8 @@ class Participation:
         vouching: Vouching,
         clock: Callable[[], float],
         rng: np.random.Generator,
-        data: Callable[[], Data],
-        train: Train,
-        contribute: Contribute,
+        learning: Learning | None,
         sign: Callable[[bytes], bytes],
-        run_graph: RunGraph,
         trust: Callable[[], TrustState],
         keep_trust: Callable[[TrustState], None],
         told: Callable[[], None] = lambda: None,
@@ -110,8 +120,8 @@ class Participation:
     ) -> None:
         self._device_id, self._model, self._path = device_id, model, path
         self._link, self._fetcher, self._running, self._base_file = link, fetcher, running, base_file
-        self._vouching, self._clock, self._rng, self._data = vouching, clock, rng, data
-        self._train, self._contribute, self._sign, self._run_graph = train, contribute, sign, run_graph
+        self._vouching, self._clock, self._rng = vouching, clock, rng
+        self._learning, self._sign = learning, sign
         self._trust, self._keep_trust = trust, keep_trust
         self._told, self._receipt_deadline_s = told, receipt_deadline_s
         self._jitter = random.Random(int(rng.integers(1 << 62)))
@@ -231,6 +241,9 @@ class Participation:
 
     async def _take_part(self, task: RoundTask) -> float | None:
         """One attempt; seconds until the next is due, or None when there is nothing left to do."""
+        if self._learning is None:  # the next report says so; a fleet that tells it at once would be a herd
+            self._passing = (task.round_id, SatOut.NO_TRAINING)
+            return None
         self._doing = SatOut.FORGOTTEN
         if self._forgot:
             raise Malformed(f"{self._path}: {self._forgot}; what was sent to this round is not known any more")
@@ -240,14 +253,14 @@ class Participation:
             if self._running.blocked(self._clock()):
                 self._passing = (task.round_id, SatOut.NO_VERSION)
                 return 1.0  # a version may still be adopted before the round closes
-            await self._prepare(task)
+            await self._prepare(task, self._learning)
         if self.record.ended:
             return None
         self._doing = SatOut.TOO_LARGE
         await self._link.publish(up(self._device_id, "contribution"), self.record.contribution)
         return self._receipt_deadline_s * (0.75 + self._jitter.random() / 2)
 
-    async def _prepare(self, task: RoundTask) -> None:
+    async def _prepare(self, task: RoundTask, learning: Learning) -> None:
         """Train, share and store the one contribution to this round."""
         if self._disk_failed:  # it is asked first, before training in vain again
             self._doing = SatOut.CONTRIBUTION
@@ -265,16 +278,16 @@ class Participation:
         file = await self._base_file(task.base, self._last_base)
         self._last_base = {task.base: file}
         self._doing = SatOut.NO_DATA
-        features, labels = self._data()
+        features, labels = learning.data()
         rng = np.random.default_rng(self._rng.integers(1 << 62))
         layout = _layout(task)
         velocity = np.frombuffer(self.record.velocity if self.record.layout == layout else b"", "<f4")
 
         def compute() -> tuple[bytes, LocalUpdate]:
             self._doing = SatOut.TRAINING
-            local = self._train(file, task, graph, features, labels, velocity, rng, self._run_graph)
+            local = learning.train(file, task, graph, features, labels, velocity, rng, learning.run_graph)
             self._doing = SatOut.CONTRIBUTION
-            return self._contribute(local.update, task), local
+            return learning.contribute(local.update, task), local
 
         contribution, local = await asyncio.to_thread(compute)
         if self._is_left_out(task):

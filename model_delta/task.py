@@ -39,6 +39,7 @@ class SatOut(enum.StrEnum):
     """Why a device takes no part in a round, as it tells the coordinator; nothing else is told with it. New reasons may
     join these; a reader takes one that it does not know for `OTHER`."""
 
+    NO_TRAINING = "does not train"
     NO_VERSION = "no version may answer"
     TERMS = "terms refused"
     UNREACHABLE = "base or training graph not reachable"

@@ -262,13 +262,13 @@ def test_a_device_does_not_train_again_and_again_for_a_disk_that_takes_nothing(t
         device = world.device("pos-0001", folder, **SOON)
         part, trained = participation(device), []
         part._jitter = NoWait()
-        train = part._train
+        train = part._learning.train
 
         def counted(*arguments: Any) -> Any:
             trained.append(1)
             return train(*arguments)
 
-        part._train = counted
+        part._learning.train = counted
         async with Life(device):
             await eventually(lambda: device.running.digest == first.digest)
             disk.refuse_writes_of("round.record")

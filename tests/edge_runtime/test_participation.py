@@ -39,7 +39,6 @@ async def on_first_version(world: World, folder: Path) -> Release:
 
 
 def participation(device: Device) -> Any:
-    assert device.participation is not None
     return device.participation
 
 
@@ -104,7 +103,7 @@ def test_a_device_that_is_left_out_of_a_round_sends_nothing(tmp_path: Path, hear
             asyncio.run_coroutine_threadsafe(told, loop).result(5)
             return train(*arguments)
 
-        participation(device)._train = watched
+        participation(device)._learning.train = watched
         async with Life(device):
             await eventually(lambda: device.running.digest == first.digest)
             if heard == "before the announcement":
@@ -198,6 +197,7 @@ def no_data() -> tuple[np.ndarray, np.ndarray]:
         ({"steps": 100_001}, {}, "terms refused"),
         ({"training_graph": "0" * 64}, {}, "base or training graph not reachable"),
         ({}, {"data": no_data}, "no data"),
+        ({}, {"data": None}, "does not train"),
         ({}, {"contribute": lambda update, task: bytes(6_000_000)}, "contribution too large"),
     ],
 )
@@ -335,7 +335,7 @@ def test_the_velocity_is_on_disk_with_the_contribution_and_goes_into_the_next_ro
 
         def life() -> Life:
             device = world.device("pos-0001", tmp_path / "device")
-            participation(device)._train = watched
+            participation(device)._learning.train = watched
             return Life(device)
 
         task = world.round(first, momentum=0.9)
@@ -421,17 +421,17 @@ def test_whatever_goes_wrong_in_a_round_the_device_goes_on_answering(tmp_path: P
             record.write_bytes(b"\xff torn")
         device = world.device("pos-0001", folder)
         part = participation(device)
-        whole = part._train
+        whole = part._learning.train
 
         def broken(*_: Any) -> Any:
             raise MemoryError
 
         if fault == "step":
-            part._train = broken
+            part._learning.train = broken
         elif fault == "data":
-            data, part._data = part._data, broken
+            data, part._learning.data = part._learning.data, broken
         elif fault == "disk":
-            part._train = broken
+            part._learning.train = broken
             (folder / "state" / "round.record.new").mkdir()  # nothing can be written there
         parameters = world.round(first).parameters
         if fault in ("steps", "twice", "scales"):
@@ -446,9 +446,9 @@ def test_whatever_goes_wrong_in_a_round_the_device_goes_on_answering(tmp_path: P
             await eventually(lambda: part.record.ended.startswith("sat out: "))
             decision = await device.decide(dict.fromkeys(("amount", "hour", "ratio", "count"), 0.0))
             assert decision.manifest == first.digest
-            part._train = whole
+            part._learning.train = whole
             if fault == "data":
-                part._data = data
+                part._learning.data = data
             elif fault == "disk":
                 (folder / "state" / "round.record.new").rmdir()
             world.now += 1
