@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hmac
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ async def _aggregator(data: DataFolder, name: str, place: UpdatesPlace, events: 
             except StoodDown:
                 rounds.add(1, "stood down")
                 raise
+            except CancelledError:  # nobody hears of it any more; Flower sends it again
+                raise Unavailable(f"{name}: is told to stop") from None
             except BaseException:
                 work.cancel()
                 rounds.add(1, "failed")

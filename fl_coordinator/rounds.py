@@ -32,7 +32,8 @@ ATTEMPTS_MAX = 3
 """An attempt ends after `aggregation_s` at the latest, and a pause of as many seconds as its number follows: a round is
 aggregated or failed within 3 * aggregation_s + 6 s (186 s by default), whoever dies. One aggregator's death is noticed
 earlier: by its peers within a step's patience (10 s) and two farewells (4 s), by the ServerApp 3 s later, so that the
-next attempt begins after 18 s at most."""
+next attempt begins after 18 s at most; after 20 s if it died while it stood by, or 26 s where the round was hardly
+announced by then (`standing`)."""
 
 
 class State(enum.Enum):

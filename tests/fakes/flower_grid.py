@@ -41,6 +41,8 @@ class FakeGrid:
 
     nodes: list[FakeNode]
     delivered: list[tuple[str, bytes]] = field(default_factory=list)
+    lives_s: list[float] = field(default_factory=list)
+    """How long each message is kept by Flower."""
     _replies: dict[str, FakeReply] = field(default_factory=dict)
 
     def get_nodes(self) -> list[FakeNode]:
@@ -53,6 +55,7 @@ class FakeGrid:
             record = message.content["command"]
             message_id = f"m-{len(self.delivered)}"
             self.delivered.append((node.name, record["payload"]))
+            self.lives_s.append(message.metadata.ttl)
             answer = node.answer(record["id"], record["payload"])
             if answer is not None:
                 lost = isinstance(answer, str)

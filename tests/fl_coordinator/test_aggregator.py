@@ -14,7 +14,7 @@ import pytest
 
 from device_sim.faults import plain_average
 from fl_coordinator.aggregation import OPENING_TYPE, Opening, combine_openings
-from fl_coordinator.aggregator import Aggregator
+from fl_coordinator.aggregator import RUNS_MAX, Aggregator
 from fl_coordinator.aggregator_state import RoundProgress
 from fl_coordinator.channel import Channel, ChannelMessage
 from fl_coordinator.privacy import Spend, Spent, epsilon
@@ -45,6 +45,7 @@ class Platform:
         self.trace: list[tuple[str, str, str, bytes]] = []
         self.data: list[bytes] = []
         self.spent: Spent | None = None
+        self.put_up: dict[str, Any] | None = None
         self.deliveries: dict[str, list[bytes]] = {}
         self.fetched: list[tuple[str, int]] = []
         self.aggregators: dict[str, Aggregator] = {}
@@ -62,6 +63,9 @@ class Platform:
             place = [digest_of(data) for data in self.data].index(digest)
             self.fetched.append((name, place))
             return self.deliveries.get(name, self.data)[place]
+
+        async def fetch_attempt(round_id: str) -> bytes | None:
+            return pack(self.put_up) if self.put_up is not None else None
 
         async def send(peer: str, step: str, data: bytes) -> None:
             if (name, step) == self.last_step and name not in self.dead:
@@ -84,9 +88,15 @@ class Platform:
             revoked=lambda: frozenset(),
             fetch=fetch,
             send=send,
+            fetch_attempt=fetch_attempt,
             clock=lambda: self.now,
             step_timeout_s=self.step_timeout_s,
         )
+
+    def stand_by(self) -> dict[str, Any]:
+        """The command that comes with the announcement."""
+        task = self.world.task
+        return {"round_id": task.round_id, "task": self.world.announcement(), "stands_s": 30.0}
 
     def contribute(self, updates: Sequence[np.ndarray]) -> None:
         self.data = [self.world.contribution(f"pos-{i:04d}", update) for i, update in enumerate(updates)]
@@ -182,6 +192,47 @@ def test_two_askers_of_one_attempt_share_one_run(tmp_path: Path) -> None:
     answers = platform.run(names=NAMES * 2)
     assert answers[:3] == answers[3:]
     assert combine_openings(answers[:3], platform.world.task).mean is not None
+
+
+def test_an_attempt_that_is_fetched_and_sent_as_well_is_one_run_whatever_comes_first(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    command = platform.command()
+
+    async def story() -> list[Any]:
+        own = [platform.aggregators[name] for name in NAMES]
+        standing = [asyncio.create_task(one.carry_out(platform.stand_by())) for one in own]
+        await asyncio.sleep(0.01)
+        sent = [asyncio.create_task(own[0].carry_out(command))]  # one has it by Flower before it can come for it
+        await asyncio.sleep(0.01)
+        platform.put_up = command
+        await asyncio.sleep(0.1)
+        sent += [asyncio.create_task(one.carry_out(command)) for one in own[1:]]
+        answers: list[Any] = await asyncio.gather(*standing, *sent, return_exceptions=True)
+        return answers
+
+    answers = asyncio.run(story())
+    assert answers[:3] == answers[3:]
+    assert combine_openings(answers[:3], platform.world.task).mean is not None
+    assert len([1 for _, _, step, _ in platform.trace if step == "hello"]) == 6, "each greets the other two once"
+    assert asyncio.run(platform.aggregators["north"].carry_out(platform.stand_by())) in answers, "also when it is over"
+
+
+def test_rounds_that_stood_and_come_at_once_are_bounded_and_nothing_of_them_is_begun(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.contribute(updates())
+    platform.put_up = platform.command()
+    own = platform.aggregators["north"]
+
+    async def story() -> None:
+        running = {f"other-{n}": (None, asyncio.create_task(asyncio.sleep(5))) for n in range(RUNS_MAX)}
+        own._running.update(running)  # type: ignore[arg-type]
+        with pytest.raises(Unavailable, match=f"is still busy with {RUNS_MAX} rounds"):
+            await own.carry_out(platform.stand_by())
+
+    asyncio.run(story())
+    assert platform.trace == []
+    assert not list(tmp_path.glob("*/round/*"))
 
 
 def test_a_missing_aggregator_fails_the_round_by_name_and_a_new_attempt_succeeds(tmp_path: Path) -> None:

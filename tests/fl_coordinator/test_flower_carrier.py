@@ -240,6 +240,7 @@ def test_a_command_that_rests_is_waited_with_and_one_that_is_due_is_not() -> Non
     body = coordinator.bodies[-1]
     assert (body["id"], body["failures"]) == ("c-1", {"a": "did not answer in time"}), "by its new deadline"
     assert [name for name, _ in grid.delivered] == ["a", "b"], "it is not sent twice for that"
+    assert grid.lives_s[0] > 3600, "Flower keeps a message for as long as its answer may take"
 
 
 def test_failures_that_lie_far_apart_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

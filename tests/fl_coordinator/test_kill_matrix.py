@@ -4,7 +4,7 @@ the round ends as if nothing had happened.
 Other rows of the matrix: an aggregator in each step of the protocol (`test_aggregator`), and while it follows the log
 (`test_aggregator_killed`; in a whole platform on Kafka, `tests/atoll/test_user_journey`); the embedded log and Kafka in
 admission (`test_admission_killed`, `test_log_contract`); SuperLink, ServerApp and SuperExec at each step of a command
-(`test_flower_process`).
+(`test_flower_process`); all of them while the aggregators stand by for a list (`test_standing`, `test_flower_process`).
 """
 
 from __future__ import annotations
