@@ -25,12 +25,17 @@ from model_delta.trust.sitting_out import require_own_word
 from monitoring.metrics import Metrics
 from monitoring.telemetry import Report
 
+CHECKS_MAX = 64
+"""Signatures that are checked for one batch of reports, one of a device: reports must not wait for a fleet that sits
+out. Who is put off says it again in the next report."""
+
 
 class Absences:
     """What devices' reports say of rounds that they sit out. Blocking."""
 
-    def __init__(self, *, ledger: Ledger, keyring: Keyring, metrics: Metrics) -> None:
+    def __init__(self, *, ledger: Ledger, keyring: Keyring, metrics: Metrics, checks_max: int = CHECKS_MAX) -> None:
         self._ledger = ledger
+        self._checks_max = checks_max
         self._keyring = keyring
         self._count = metrics.counter(
             "sitting_out", "What devices said of rounds that they sit out, by verdict.", ("verdict",)
@@ -39,15 +44,16 @@ class Absences:
     def hear(self, reports: Sequence[Report], devices: Mapping[str, DeviceRecord], now: float) -> None:
         """Write down who sits out, of those among the authors of `reports` that can be believed. `devices` are the
         enrolled by name, `now` is Unix seconds. Raises StorageFull."""
-        told = [(one.device_id, one.sitting_out) for one in reports if one.sitting_out is not msgspec.UNSET]
+        told = {one.device_id: one.sitting_out for one in reports if one.sitting_out is not msgspec.UNSET}
         if not told:
             return
-        names = {said.round_id for _, said in told}
+        names = {said.round_id for said in told.values()}
         rounds = {name: self._collecting(name) for name in names}
         known = {name: self._ledger.sitting_out(name) for name in names}
         ca_pem, revoked = self._keyring.ca_pem(), self._keyring.revoked()
-        believed = []
-        for device_id, said in told:
+        believed: list[tuple[str, str, str]] = []
+        checks = 0
+        for device_id, said in told.items():
             found = rounds[said.round_id]
             reason, before = _known_reason(said.reason), known[said.round_id].get(device_id)
             if found is None:
@@ -56,7 +62,10 @@ class Absences:
                 verdict = "no news"
             elif not said.signature:
                 verdict = "unsigned"
+            elif checks == self._checks_max:
+                verdict = "put off"
             else:
+                checks += 1
                 try:
                     keys = device_keys_of(devices[device_id].certificate, ca_pem, now, revoked)
                     require_own_word(found.task, device_id, said.reason, said.signature, keys.verifying)

@@ -103,3 +103,15 @@ def test_a_certificate_that_ran_out_speaks_for_nobody(at: Coordinator) -> None:
     said = sitting_out(at.first, "fraud-1", "no data")
     at.platform.clock.now += 500 * 86_400
     assert at.hears(at.first, said) == "not believed"
+
+
+def test_a_fleet_that_sits_out_is_heard_bit_by_bit(at: Coordinator) -> None:
+    few = Absences(ledger=at.ledger, keyring=at.platform.keyring, metrics=Metrics(), checks_max=1)
+    reports = [
+        msgspec.structs.replace(device.next_report(), sitting_out=sitting_out(device, "fraud-1", "does not train"))
+        for device in (at.first, at.second)
+    ]
+    records = {record.device_id: record for record in at.ledger.devices()}
+    for heard in (["pos-0001"], ["pos-0001", "pos-0002"]):
+        few.hear(reports, records, at.platform.clock())
+        assert list(at.ledger.sitting_out("fraud-1")) == heard
