@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from benchmarks.claims import Claim, at_most, at_most_share, run
 from fl_coordinator.copies import Copies
-from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.bounds import bounds_of, fitted
 from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.measuring import Coefficients
@@ -92,12 +92,14 @@ def _aggregation(count: int, length: int, seed: int) -> list[Claim]:
 
 
 def _world(count: int, length: int, hostile: int, announced: int = 0) -> SecureRound:
-    return SecureRound(
+    world = SecureRound(
         length=length,
         hostile_max=hostile,
         selected_min=max(8, hostile + 2),
         contributions_max=announced or count,
     )
+    world.task = fitted(world.task)
+    return world
 
 
 def _updates(count: int, length: int, hostile: int, seed: int) -> Iterator[Floats]:

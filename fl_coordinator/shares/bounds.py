@@ -31,9 +31,9 @@ EXPONENT_MAX = 24
 FRACTION_BITS_MAX = 24
 LENGTH_MAX = 1 << 26
 NOISE_MAX = 10_000
-_SKETCH_BITS, _SUM_BITS = 29, 31
-"""Of a sum in the sketch, and of one in the opened sum, without the sign. An inner product of sketches, of which twice
-is opened modulo 2^64, is then below COPIES * 2^58 = 2^59 and needs no bound of its own."""
+_SKETCH_BITS, _SUM_BITS = 27, 31
+"""Of a copy in a sketch, its l2 norm and so each word, and of one in the opened sum, without the sign. An inner product
+of sketches, of which twice is opened modulo 2^64, is then below COPIES * 2^54 and needs no bound of its own."""
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,46 @@
-"""The inner products of shared rows: each party's share of them, the exact product in float64, and their opening."""
+"""The inner products of shared rows: each party's share of them, the exact product in float64, and their opening.
+
+What is opened is checked before anything is decided from it (after Freivalds, 1977, on shares). G be the matrix as
+opened, X the rows. A random A that nobody knows (w x 40) is multiplied by X first; only then a coin gives bits
+R (n x 40), X^T R + A is opened, which A hides, and X (X^T R + A) - X A - G R has to be zero. A row of G that is off by
+anything adds it times R to that, of which a liar can take back only what it put into X A before there was an R: of the
+two values that one bit of a column gives, one at most. So a wrong G passes with probability at most 2^-40. What was
+opened up to then is G alone, off by numbers of the liar's choice, which tell it nothing that G does not.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.shares.sharing import Exchange, Pair, Session, Steps, to_bytes
-from fl_coordinator.shares.streams import Words64
+from fl_coordinator.shares.sharing import (
+    Exchange,
+    Pair,
+    Session,
+    Steps,
+    are_zero,
+    missing_share,
+    plus_public,
+    reshare,
+    to_bytes,
+    toss,
+)
+from fl_coordinator.shares.streams import Words64, expand_bytes
 from model_delta.errors import Untrusted
 
 _LIMB_BITS = 22
 _GRAM_BLOCK = 512
+_CHECKS = 40
 
 
 def open_gram(session: Session, lifted: Pair) -> Steps[NDArray[np.int64]]:
     """The inner products of all rows of shared `lifted` uint64[n, w], opened to all three: int64[n, n].
 
-    Raises Untrusted for a peer's message of another length, by name, and for what no three honest shares add up to.
+    Raises Untrusted for a peer's message of another length, by name, and for what is not the rows' products.
     """
-    share = gram_share(lifted.first, lifted.second)
-    count = len(share)
+    count, width = lifted.first.shape
+    hidden = session.random("gram-hidden", np.zeros((_CHECKS, width), dtype=np.uint64))
+    share, own = _products(lifted, hidden)
     upper = np.triu_indices(count)
     masked = share[upper] + session.zero_sum("gram", share[upper])
     data = to_bytes(masked)
@@ -33,7 +54,37 @@ def open_gram(session: Session, lifted: Pair) -> Steps[NDArray[np.int64]]:
     gram[upper] = doubled.view(np.int64) >> 1
     gram = gram + np.triu(gram, 1).T
     _require_possible(gram)
+    taken = yield from reshare(session, "gram-taken", own)
+    yield from _require_product(session, lifted, gram, hidden, taken)
     return gram
+
+
+def _require_product(session: Session, rows: Pair, gram: NDArray[np.int64], hidden: Pair, taken: Pair) -> Steps[None]:
+    """Raise Untrusted unless `gram` has the products of the rows. `taken` are those of rows and `hidden`."""
+    coin, chosen_bits = (yield from toss(session, "gram-coin")), len(gram) * _CHECKS
+    octets = np.frombuffer(expand_bytes(coin, -(-chosen_bits // 8)), dtype=np.uint8)
+    chosen = np.unpackbits(octets, count=chosen_bits).astype(np.float64).reshape(-1, _CHECKS)
+    summed = Pair(
+        multiply_by_small(rows.first.T, chosen).T + hidden.first,
+        multiply_by_small(rows.second.T, chosen).T + hidden.second,
+    )
+    told = summed.first + summed.second + (yield from missing_share(session, "gram-sums", summed))
+    left = Pair(
+        multiply_transposed(rows.first, told) - taken.first,
+        multiply_transposed(rows.second, told) - taken.second,
+    )
+    due = multiply_by_small(gram.view(np.uint64), chosen)
+    if not (yield from are_zero(session, "gram-zero", plus_public(session, left, -due))):
+        raise Untrusted("step 'gram': what was opened are not the products of the sketches; an aggregator has deviated")
+
+
+def _products(rows: Pair, hidden: Pair) -> tuple[Words64, Words64]:
+    """This party's additive shares, not yet masked, of twice the rows' products with each other, uint64[n, n], and of
+    their products with `hidden`, uint64[n, 40]."""
+    both = np.concatenate([rows.first + (rows.second << np.uint64(1)), hidden.first + hidden.second])
+    products = multiply_transposed(rows.first, both)
+    own, count = products[:, : len(rows.first)], len(rows.first)
+    return own + own.T, products[:, count:] + multiply_transposed(rows.second, hidden.first)
 
 
 def gram_share(first: Words64, second: Words64) -> Words64:
@@ -63,6 +114,13 @@ def multiply_transposed(a: Words64, b: Words64) -> Words64:
             exact = (x @ y.T).astype(np.int64).view(np.uint64)
             total += exact << np.uint64(_LIMB_BITS * order)
     return total
+
+
+def multiply_by_small(a: Words64, b: NDArray[np.float64]) -> Words64:
+    """a b modulo 2^64, exactly: uint64[n, m] from uint64[n, d], d below 2^21, and -1, 0 or 1 in float64[d, m]."""
+    low = (a & np.uint64(0xFFFFFFFF)).astype(np.float64) @ b
+    high = (a >> np.uint64(32)).astype(np.float64) @ b
+    return low.astype(np.int64).view(np.uint64) + (high.astype(np.int64).view(np.uint64) << np.uint64(32))
 
 
 def _limbs(block: Words64) -> list[NDArray[np.float64]]:

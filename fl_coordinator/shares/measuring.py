@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fl_coordinator.shares.bounds import BUCKETS, PROJECTIONS, Bounds
-from fl_coordinator.shares.streams import COLUMNS, SEED_BYTES, KeyStream, Rows, Words, expand, expand_bytes
+from fl_coordinator.shares.streams import COLUMNS, SEED_BYTES, KeyStream, Streams, Words, expand, expand_bytes
 from model_delta.encoding import pack
 
 _OCTETS = PROJECTIONS // 4
@@ -71,7 +71,7 @@ class Coefficients:
         """All coefficients of the projections, -1, 0 or 1, float64[d, 64]; for small d."""
         return _coefficients(expand_bytes(self._seed, _OCTETS * self._length))
 
-    def measure(self, *wanted: tuple[Rows, Sequence[int]]) -> list[Measured]:
+    def measure(self, *wanted: tuple[Streams, Sequence[int]]) -> list[Measured]:
         """Projections and sketches, modulo 2^32, of the chosen ones of some rows, in one pass over all of them."""
         streams = [rows.blocks(chosen) for rows, chosen in wanted]
         ends = np.cumsum([0, *(len(chosen) for _, chosen in wanted)]).tolist()

@@ -9,8 +9,8 @@ Three parties run this over the same frozen, ordered list of contributions, one 
     coin       the coin's opening, the same in every attempt (what the others committed to is on disk before), and a
                hash of all that was public so far: everybody must have seen the same
     measured   64 projections and a sketch (see `measuring`) of the first share, sent to the other holder of it
-    split ...  range check of the projections (see `range_check`), one bit per device opened
-    lift ...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
+    range-...  range check of the projections (see `range_check`), one bit per device opened
+    lift-...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
     gram       shares of the sketches' Gram matrix, opened to all three; or only one bit a pair, or the chosen set, in a
                round that reveals less (see `revealing`)
     agree      hash of the decision; sent only after the decision was written down
@@ -24,9 +24,10 @@ away their difference).
 
 Nothing is multiplied or opened for a contribution that was refused. A deviating aggregator is noticed where something
 arrives twice or must be the same for all (hashes, opened bits, the decision, and the shares of the sum, which
-`aggregation.combine_openings` compares). What a peer says it measured is computed again for some devices that it
-cannot foresee: all of them when the round is small, one in sixteen at least. For its messages in the steps after that
-an aggregator is trusted to compute correctly.
+`aggregation.combine_openings` compares). What a peer says it measured is checked by random sums that it cannot foresee
+(see `combining`), products of bits and the lifted sketches before anything is opened (`verifying`, `lifting`), the Gram
+matrix before anything is decided from it (`gram`). What is compared in a round that reveals less is not: for its
+messages there an aggregator is trusted to compute correctly.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from numpy.typing import NDArray
 from fl_coordinator.privacy import Spent, noise
 from fl_coordinator.rules import reveals, selection
 from fl_coordinator.shares.bounds import PROJECTIONS, bounds_of, contributions_max, noise_std, require_announceable
+from fl_coordinator.shares.combining import RandomSums
 from fl_coordinator.shares.contribution import Holding
 from fl_coordinator.shares.decision import (
     OUT_OF_RANGE,
@@ -88,9 +90,6 @@ from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from model_delta.task import RoundTask
-
-_PROBED_SHARE, _PROBED_WORDS = 16, 1 << 22
-"""A peer's measurements are computed again for one device in sixteen, and for as many as have four million words."""
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -136,6 +135,15 @@ class _Coined:
     coin: bytes
     frozen: tuple[bytes, ...]
     parts: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """The sums of both shares of some rows, uint32[d]."""
+
+    rows: list[int]
+    first: Words
+    second: Words
 
 
 class _Coin(msgspec.Struct, frozen=True):
@@ -198,7 +206,7 @@ class AggregationParty:
         self._remembered = remembered
         self._final = final
         self._committed = committed
-        self._summed: tuple[Words, list[int]] | None = None
+        self._summed: _Summed | None = None
         self._names = (task.aggregators[0].name, task.aggregators[1].name, task.aggregators[2].name)
 
     def steps(self) -> Protocol:
@@ -232,15 +240,21 @@ class AggregationParty:
             return Outcome(decision, None)
         self._require_still_held(chosen)
         weights = [taken.devices[index].weight for index in chosen]
-        if self._summed is None:
-            first = weighted_sum(self._holding.first, chosen, weights)
-        else:
-            total, summed = self._summed
-            first = weighted_sum_from(total, summed, self._holding.first, dict(zip(chosen, weights, strict=True)))
-        second = weighted_sum(self._holding.second, chosen, weights)
+        first, second = self._weighted(dict(zip(chosen, weights, strict=True)))
         if self._task.noise_multiplier > 0:
             first, second = yield from self._noisy(decision, first, second)
         return Outcome(decision, Pair(first, second))
+
+    def _weighted(self, weights: Mapping[int, int]) -> tuple[Words, Words]:
+        """Both shares of the weighted sum, from what was summed while measuring if this attempt did."""
+        held, summed = (self._holding.first, self._holding.second), self._summed
+        if summed is None:
+            rows, factors = list(weights), list(weights.values())
+            first, second = (weighted_sum(share, rows, factors) for share in held)
+        else:
+            totals = zip((summed.first, summed.second), held, strict=True)
+            first, second = (weighted_sum_from(total, summed.rows, share, weights) for total, share in totals)
+        return first, second
 
     def _require_still_held(self, chosen: Sequence[int]) -> None:
         """Between two attempts a certificate may expire or be revoked: then there is no share to open any more."""
@@ -312,27 +326,20 @@ class AggregationParty:
     def _measured(self, session: Session, coin: bytes, usable: list[int]) -> Steps[tuple[Pair, Pair]]:
         """Shares of all projections and sketches: of the first share by own computing, of the second by the peer's."""
         coefficients = Coefficients(coin, self._task.length, bounds_of(self._task))
-        probed = self._probed(len(usable))
-        chosen = [usable[place] for place in probed]
         first = SummedRows(self._holding.first)
-        measured, again = coefficients.measure((first, usable), (self._holding.second, chosen))
-        self._summed = first.total, usable
+        second = RandomSums(self._holding.second, self._task.length, usable, self._rng)
+        measured, again = coefficients.measure((first, usable), (second, range(second.count)))
+        self._summed = _Summed(usable, first.total, second.total)
         own = measured.joined
         received = yield Exchange("measured", {session.preceding: to_bytes(own)}, frozenset({session.following}))
         other = session.read_words(received, session.following, "measured", own)
-        if not np.array_equal(other[probed], again.joined):
+        if not np.array_equal(second.of(other), again.joined):
             raise Untrusted(
                 f"{session.names[session.following]}: step 'measured': what it says it measured of a share is not what "
                 "the share gives; nothing was opened"
             )
         both = Pair(own, other)
         return both.columns(0, PROJECTIONS), both.columns(PROJECTIONS, own.shape[1])
-
-    def _probed(self, count: int) -> list[int]:
-        """Which of `count` devices to measure again: a choice that the peer cannot foresee."""
-        wanted = min(count, max(-(-count // _PROBED_SHARE), _PROBED_WORDS // self._task.length))
-        draws = np.frombuffer(self._rng(8 * count), dtype="<u8")
-        return sorted(np.argsort(draws, kind="stable")[:wanted].tolist())
 
     def _record(
         self,

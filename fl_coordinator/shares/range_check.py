@@ -12,8 +12,8 @@ without such an entry but with norm >= 5 B spreads its sums so widely over Z_q, 
 with probability < 1/2 (an Esseen-type inequality: Fejer's kernel against a characteristic function that is nowhere
 negative).
 
-The comparison itself turns sums into bits as ABY3 does (Mohassel, Rindal, CCS 2018, section 5.3): y0 + y1, known to one
-party, and y2, known to the two others, are two binary-shared inputs of a Kogge-Stone adder.
+The comparison itself turns sums into bits (`binary`), and its products are checked (`verifying`) before the bits are
+opened.
 """
 
 from __future__ import annotations
@@ -21,71 +21,35 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.shares.sharing import Exchange, Pair, Ring, Session, Steps, conjunction, open_bits, to_bytes
+from fl_coordinator.shares.binary import binary
+from fl_coordinator.shares.sharing import Pair, Ring, Session, Steps, open_bits, plus_public
+from fl_coordinator.shares.verifying import Conjunctions
 
 
 def range_check(session: Session, sums: Pair, exponent: int) -> Steps[NDArray[np.bool_]]:
     """One bit per row, opened: whether all its sums lie in [-2^exponent, 2^exponent). bool[n] from shared [n, 64].
 
-    The number of columns must be a power of two. Raises Untrusted when the peers disagree over the opened bits.
+    The number of columns must be a power of two. Raises Untrusted when the peers disagree over the opened bits, or
+    somebody has lied on the way to them.
     """
     word = sums.first.dtype.type
-    left, right = yield from _as_bits(session, sums, word(1 << exponent))
-    shifted = yield from _add(session, left, right)
+    made = Conjunctions(session, "range")
+    shifted = yield from binary(session, made, plus_public(session, sums, word(1 << exponent)))
     inside = _negated_above(session, shifted, exponent + 1)
     width = sums.first.shape[1]
     while width > 1:
         width //= 2
-        inside = yield from conjunction(
-            session, f"every-sum-{width}", inside.columns(0, width), inside.columns(width, 2 * width)
-        )
-    places = _bits(sums.first) // 2
+        inside = yield from made.of(f"sum-{width}", inside.columns(0, width), inside.columns(width, 2 * width))
+    places = 4 * sums.first.itemsize
     while places:
-        inside = yield from conjunction(session, f"every-bit-{places}", inside, inside >> places)
+        inside = yield from made.of(f"bit-{places}", inside, inside >> places)
         places //= 2
+    yield from made.check()
     # Bits above the lowest hold partial results about single devices: they must not be opened.
     lowest = Pair(inside.first & word(1), inside.second & word(1))
     opened = yield from open_bits(session, "range", lowest)
     passed: NDArray[np.bool_] = opened[:, 0] == 1
     return passed
-
-
-def _as_bits(session: Session, sums: Pair, bound: np.unsignedinteger) -> Steps[tuple[Pair, Pair]]:
-    """Binary sharings of y0 + y1 + bound (known to party 0) and of y2 (known to parties 1 and 2)."""
-    zeros = np.zeros_like(sums.first)
-    if session.index == 0:
-        pad = session.mask(2, "split", zeros)
-        masked = (sums.first + sums.second + bound) ^ pad
-        yield Exchange("split", {1: to_bytes(masked)})
-        return Pair(pad, masked), Pair(zeros, zeros)
-    if session.index == 1:
-        received = yield Exchange("split", {}, frozenset({0}))
-        return Pair(session.read_words(received, 0, "split", zeros), zeros), Pair(zeros, sums.second)
-    yield Exchange("split", {})
-    return Pair(zeros, session.mask(0, "split", zeros)), Pair(sums.first, zeros)
-
-
-def _add(session: Session, a: Pair, b: Pair) -> Steps[Pair]:
-    """Binary shares of a + b in their ring: Kogge-Stone, log2(bits) levels and one message more.
-
-    Generate and propagate (as a ^ b) of a span exclude each other, so that their OR is an exclusive or, which is free.
-    """
-    difference = a ^ b
-    generate = yield from conjunction(session, "carry-start", a, b)
-    propagate, reach = difference, 1
-    while reach < _bits(a.first):
-        step = f"carry-{reach}"
-        if 2 * reach == _bits(a.first):
-            generate ^= yield from conjunction(session, step, propagate, generate << reach)
-        else:
-            both = yield from conjunction(
-                session, step, _stack(propagate, propagate), _stack(generate << reach, propagate << reach)
-            )
-            rows = a.first.shape[0]
-            generate ^= Pair(both.first[:rows], both.second[:rows])
-            propagate = Pair(both.first[rows:], both.second[rows:])
-        reach *= 2
-    return difference ^ (generate << 1)
 
 
 def _negated_above(session: Session, value: Pair, free_bits: int) -> Pair:
@@ -97,11 +61,3 @@ def _negated_above(session: Session, value: Pair, free_bits: int) -> Pair:
         return (share & above) ^ ones if number == 0 else share & above
 
     return Pair(masked(value.first, session.index), masked(value.second, session.following))
-
-
-def _stack(a: Pair, b: Pair) -> Pair:
-    return Pair(np.concatenate([a.first, b.first]), np.concatenate([a.second, b.second]))
-
-
-def _bits(words: Ring) -> int:
-    return 8 * words.itemsize

@@ -12,6 +12,8 @@ answer in the same step) and is resumed with the answers. No sockets, no clock: 
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -67,8 +69,8 @@ class Pair:
         """Some rows of a shared array."""
         return Pair(self.first[chosen], self.second[chosen])
 
-    def columns(self, start: int, stop: int) -> Pair:
-        """Columns [start, stop) of a two-dimensional shared array."""
+    def columns(self, start: int, stop: int | None) -> Pair:
+        """Columns [start, stop) of a two-dimensional shared array, or all from `start` on."""
         return Pair(self.first[:, start:stop], self.second[:, start:stop])
 
 
@@ -77,12 +79,14 @@ class Session:
     """One party's place in one attempt: its index, the parties' names, and a fresh secret with each peer.
 
     `secrets` maps peer index to 32 bytes that only this party and that peer know. Each step draws its own stream from
-    them, so that no mask is ever used twice.
+    them; one that draws it again, which would use a mask twice or toss a known coin, is a mistake and raises
+    RuntimeError.
     """
 
     index: int
     names: tuple[str, str, str]
     secrets: Mapping[int, bytes]
+    _drawn: set[tuple[int, str]] = field(default_factory=set, init=False, repr=False)
 
     @property
     def following(self) -> int:
@@ -105,6 +109,9 @@ class Session:
 
     def mask(self, peer: int, step: str, like: Ring) -> Ring:
         """Pseudo-random words for `step`, shaped as `like`, the same at `peer` and unknown to the third party."""
+        if (peer, step) in self._drawn:
+            raise RuntimeError(f"the mask of step {step!r} with party {peer} was drawn before")
+        self._drawn.add((peer, step))
         words: Ring = np.frombuffer(expand_bytes(self.key(peer, step), like.nbytes), _little(like)).reshape(like.shape)
         return words
 
@@ -115,6 +122,11 @@ class Session:
     def zero_sum(self, step: str, like: Ring) -> Ring:
         """This party's share of 0 under addition in the ring of `like`."""
         return self.mask(self.following, step, like) - self.mask(self.preceding, step, like)
+
+    def random(self, step: str, like: Ring) -> Pair:
+        """Shares of random words that nobody knows, shaped as `like`; no message. Each share follows from the secret of
+        its two holders (Cramer, Damgard, Ishai, TCC 2005)."""
+        return Pair(self.mask(self.preceding, step, like), self.mask(self.following, step, like))
 
     def read_words(self, received: Mapping[int, bytes], peer: int, step: str, like: Ring) -> Ring:
         """A peer's message as words shaped as `like`. Raises Untrusted, naming the peer, for another length."""
@@ -157,6 +169,69 @@ def open_bits(session: Session, step: str, shared: Pair) -> Steps[Ring]:
         names = " and ".join(sorted(session.names[peer] for peer in session.peers))
         raise Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
     return shared.first ^ shared.second ^ missing
+
+
+def missing_share(session: Session, step: str, shared: Pair) -> Steps[Ring]:
+    """The share that this party lacks, so that all three can reveal an array: from the preceding party as it is, from
+    the following one its digest. For what is too long to be sent twice.
+
+    Raises Untrusted, naming the two peers, when they disagree.
+    """
+    outgoing = {session.following: to_bytes(shared.first), session.preceding: _digest(step, to_bytes(shared.second))}
+    received = yield Exchange(step, outgoing, session.peers)
+    missing = session.read_words(received, session.preceding, step, shared.first)
+    if _digest(step, received[session.preceding]) != received[session.following]:
+        names = " and ".join(sorted(session.names[peer] for peer in session.peers))
+        raise Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
+    return missing
+
+
+def are_zero_bits(session: Session, step: str, shared: Pair) -> Steps[bool]:
+    """Whether all words of an exclusive-or shared array are zero. None is opened: zero means that the share which a
+    party lacks is what its two are together, and the peers have the digest of that."""
+    return (yield from _is_lacking(session, step, shared, shared.first ^ shared.second))
+
+
+def are_zero(session: Session, step: str, shared: Pair) -> Steps[bool]:
+    """The same of an additively shared array."""
+    return (yield from _is_lacking(session, step, shared, -(shared.first + shared.second)))
+
+
+def _is_lacking(session: Session, step: str, shared: Pair, lacking: Ring) -> Steps[bool]:
+    expected = _digest(step, to_bytes(lacking))
+    outgoing = {
+        session.following: _digest(step, to_bytes(shared.first)),
+        session.preceding: _digest(step, to_bytes(shared.second)),
+    }
+    received = yield Exchange(step, outgoing, session.peers)
+    return all(hmac.compare_digest(received[peer], expected) for peer in session.peers)
+
+
+def toss(session: Session, step: str) -> Steps[bytes]:
+    """32 random bytes that nobody could know before an honest party has come to this step. No commitments: the shares
+    of them lay ready since the attempt began, each at two parties, and what is opened is compared."""
+    shared = session.random(step, np.zeros(SEED_BYTES // 8, dtype=np.uint64))
+    return to_bytes((yield from open_bits(session, step, shared)))
+
+
+def plus_public(session: Session, shared: Pair, public: Any) -> Pair:
+    """Additive shares of the same with public words added: share 0 carries them."""
+    return Pair(
+        shared.first + public if session.index == 0 else shared.first,
+        shared.second + public if session.following == 0 else shared.second,
+    )
+
+
+def plus_public_bits(session: Session, shared: Pair, public: Ring) -> Pair:
+    """Exclusive-or shares of the same with public bits added: share 0 carries them."""
+    return Pair(
+        shared.first ^ public if session.index == 0 else shared.first,
+        shared.second ^ public if session.following == 0 else shared.second,
+    )
+
+
+def _digest(step: str, data: bytes) -> bytes:
+    return hashlib.sha256(pack(["atoll share", step]) + data).digest()
 
 
 def _little(words: Ring) -> str:

@@ -40,8 +40,16 @@ class Stored(Protocol):
 Octets = bytes | memoryview | Stored
 
 
-class Rows(Protocol):
-    """Many vectors of one length, uint32. Where a row was refused nothing may be read."""
+class Streams(Protocol):
+    """Many vectors of one length, uint32, read side by side."""
+
+    def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
+        """(first column, uint32[len(rows), COLUMNS], the last one narrower) from left to right. Valid until the next
+        one is asked for; the receiver may change it."""
+
+
+class Rows(Streams, Protocol):
+    """Updates, or shares of them. Where a row was refused nothing may be read."""
 
     @property
     def length(self) -> int:
@@ -49,10 +57,6 @@ class Rows(Protocol):
 
     def origin(self, row: int) -> bytes:
         """What the row follows from: rows are equal where their origins are."""
-
-    def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
-        """(first column, uint32[len(rows), COLUMNS], the last one narrower) from left to right. Valid until the next
-        one is asked for; the receiver may change it."""
 
 
 class SecretRows:
@@ -80,7 +84,7 @@ class SecretRows:
         return self._secrets[row] + (self._labels[row].encode() if self._masked is not None else b"")
 
     def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
-        """See `Rows.blocks`."""
+        """See `Streams.blocks`."""
         ciphers = [_stream(self._secrets[row]) for row in rows]
         room = np.empty((len(rows), COLUMNS + _SPARE_WORDS), dtype=np.uint32)
         octets = [words.view(np.uint8).data for words in room]
@@ -147,17 +151,8 @@ class SummedRows:
         self._rows = rows
         self.total = np.zeros(rows.length, dtype=np.uint32)
 
-    @property
-    def length(self) -> int:
-        """Words in a row."""
-        return self._rows.length
-
-    def origin(self, row: int) -> bytes:
-        """See `Rows.origin`."""
-        return self._rows.origin(row)
-
     def blocks(self, rows: Sequence[int]) -> Iterator[tuple[int, Words]]:
-        """See `Rows.blocks`."""
+        """See `Streams.blocks`."""
         for start, block in self._rows.blocks(rows):
             np.add.reduce(block, axis=0, out=self.total[start : start + block.shape[1]])
             yield start, block

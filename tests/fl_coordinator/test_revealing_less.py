@@ -31,9 +31,9 @@ from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
 from model_delta.trust.signing import seal_envelope, sign
 from tests.fakes.secure_round import SecureRound, measure_words, random_sharing
+from tests.fakes.three_parties import together
 from tests.fl_coordinator.test_lying_aggregators import flipped, run
 from tests.fl_coordinator.test_secure_round import simulate
-from tests.fl_coordinator.test_shares import together
 
 # --- comparisons ----------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ from fl_coordinator.shares.lifting import SMALL_BITS, lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
 from fl_coordinator.shares.sharing import (
-    Exchange,
     Pair,
     Session,
     conjunction,
@@ -46,40 +45,10 @@ from fl_coordinator.shares.streams import (
 from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
 from model_delta.errors import Malformed, Untrusted
-from tests.fakes.secure_round import NAMES, NOW, ArrayRows, SecureRound, measure_words, random_sharing, whole
+from tests.fakes.secure_round import NOW, ArrayRows, SecureRound, measure_words, random_sharing, whole
+from tests.fakes.three_parties import sessions, together, xor_sharing
 
 WORDS = st.integers(0, 2**64 - 1)
-
-
-def sessions() -> list[Session]:
-    secrets = {frozenset(pair): os.urandom(32) for pair in ((0, 1), (1, 2), (2, 0))}
-    return [
-        Session(i, NAMES, {j: secrets[frozenset((i, j))] for j in range(3) if j != i})  # type: ignore[arg-type]
-        for i in range(3)
-    ]
-
-
-def together(make: Callable[[Session, int], object]) -> list[object]:
-    """Run one generator per party in lock-step; their results."""
-    steps = [make(session, session.index) for session in sessions()]
-    results: list[object] = [None] * 3
-    inputs: list[dict[int, bytes] | None] = [None] * 3
-    while True:
-        wanted: dict[int, Exchange] = {}
-        for index, generator in enumerate(steps):
-            try:
-                wanted[index] = generator.send(inputs[index])  # type: ignore[attr-defined]
-            except StopIteration as done:
-                results[index] = done.value
-        if not wanted:
-            return results
-        inputs = [{peer: wanted[peer].outgoing[index] for peer in wanted[index].expected} for index in range(3)]
-
-
-def xor_sharing(value: np.ndarray) -> list[Pair]:
-    a, b = (np.frombuffer(os.urandom(value.nbytes), dtype="<u8").reshape(value.shape) for _ in range(2))
-    parts = [a, b, value ^ a ^ b]
-    return [Pair(parts[i], parts[(i + 1) % 3]) for i in range(3)]
 
 
 # --- fixed point ----------------------------------------------------------------------------------------------------
@@ -210,8 +179,9 @@ def test_sketched_products_are_unbiased_and_as_sharp_as_stated() -> None:
 @settings(max_examples=20, deadline=None)
 def test_lifting_keeps_the_integers(seed: int, n: int, width: int) -> None:
     rng, top = np.random.default_rng(seed), 1 << SMALL_BITS
-    small = rng.integers(-top + 1, top, size=(n, width), dtype=np.int32)
-    small.reshape(-1)[0] = rng.choice([-top + 1, top - 1, 0, -1, 1])
+    small = rng.integers(-top // width + 1, top // width, size=(n, width), dtype=np.int32)
+    small[0] = 0
+    small[0, 0] = rng.choice([-top + 1, top - 1, 0, -1, 1])
     shares = random_sharing(small.view(np.uint32), seed)
     lifted: list[Pair] = together(lambda session, index: lift(session, shares[index]))  # type: ignore[assignment]
     for index in range(3):
@@ -271,11 +241,13 @@ def test_the_range_check_accepts_exactly_the_range(seed: int, exponent: int, wor
 def test_masks_of_the_three_parties_cancel() -> None:
     parties = sessions()
     for like in (np.zeros(9, dtype=np.uint32), np.zeros((3, 3), dtype=np.uint64)):
-        sums = [session.zero_sum("x", like) for session in parties]
+        sums = [session.zero_sum(f"sums {like.ndim}", like) for session in parties]
         assert not (sums[0] + sums[1] + sums[2]).any()
-        bits = [session.zero_bits("x", like) for session in parties]
+        bits = [session.zero_bits(f"bits {like.ndim}", like) for session in parties]
         assert not (bits[0] ^ bits[1] ^ bits[2]).any()
-        assert not np.array_equal(sums[0], parties[0].zero_sum("y", like))
+        assert not np.array_equal(sums[0], parties[0].zero_sum(f"other {like.ndim}", like))
+    with pytest.raises(RuntimeError, match="mask of step 'sums 1' with party 1 was drawn before"):
+        parties[0].zero_bits("sums 1", like)
 
 
 # --- the bound ------------------------------------------------------------------------------------------------------
