@@ -133,7 +133,7 @@ def test_a_crash_in_the_protocol_prints_no_update() -> None:
     updates = [exact(np.random.default_rng(seed).normal(0, 0.05, 40), 16) for seed in range(6)]
     contributions = [world.contribution(f"pos-{place}", update) for place, update in enumerate(updates)]
     _, views = world.run(contributions)
-    steps = ("coin", "measured", "carry-4", "every-sum-1", "range", "lift", "gram", "agree")
+    steps = ("coin", "measured", "range-carry-4", "range-check", "range", "lift", "gram", "gram-sums", "agree")
     assert set(steps) <= {step for step, _ in views[0].received}
     for step in steps:
 
