@@ -23,7 +23,7 @@ from model_delta.trust.updater import RECORD_FORMAT
 CONTRIBUTIONS_MAX = 1_024
 """The most that one round takes."""
 
-PROJECTIONS = 64
+PROJECTIONS = 48
 COPIES, BUCKETS = 2, 1_024
 """A sketch: that many independent copies of that many sums. Its products are off by sqrt(2 / 2048) = 3.1 %."""
 

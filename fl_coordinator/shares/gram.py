@@ -1,11 +1,13 @@
 """The inner products of shared rows: each party's share of them, the exact product in float64, and their opening.
 
 What is opened is checked before anything is decided from it (after Freivalds, 1977, on shares). G be the matrix as
-opened, X the rows. A random A that nobody knows (w x 40) is multiplied by X first; only then a coin gives bits
-R (n x 40), X^T R + A is opened, which A hides, and X (X^T R + A) - X A - G R has to be zero. A row of G that is off by
-anything adds it times R to that, of which a liar can take back only what it put into X A before there was an R: of the
-two values that one bit of a column gives, one at most. So a wrong G passes with probability at most 2^-40. What was
-opened up to then is G alone, off by numbers of the liar's choice, which tell it nothing that G does not.
+opened, X the rows. A random A that nobody knows (w x 5) is multiplied by X first; only then a coin gives weights
+R (n x 5) in [0, 256), X^T R + A is opened, which A hides, and X (X^T R + A) - X A - G R has to be zero. A row of G that
+is off by E adds E R to that, of which a liar can take back only what it put into X A before there was an R. All inner
+products are below 2^55, and a G that says anything else is refused: so some entry of E is not divisible by 2^56, its
+multiples by two different weights differ modulo 2^64, and one of the 256 weights at most lets a column pass. A wrong G
+passes with probability at most 2^-40. What was opened up to then is G alone, off by numbers of the liar's choice, which
+tell it nothing that G does not.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from model_delta.errors import Untrusted
 
 _LIMB_BITS = 22
 _GRAM_BLOCK = 512
-_CHECKS = 40
+_CHECKS = 5
+_PRODUCT_BITS = 55
+"""Of an inner product of what `bounds` lets through, without the sign."""
 
 
 def open_gram(session: Session, lifted: Pair) -> Steps[NDArray[np.int64]]:
@@ -61,26 +65,26 @@ def open_gram(session: Session, lifted: Pair) -> Steps[NDArray[np.int64]]:
 
 def _require_product(session: Session, rows: Pair, gram: NDArray[np.int64], hidden: Pair, taken: Pair) -> Steps[None]:
     """Raise Untrusted unless `gram` has the products of the rows. `taken` are those of rows and `hidden`."""
-    coin, chosen_bits = (yield from toss(session, "gram-coin")), len(gram) * _CHECKS
-    octets = np.frombuffer(expand_bytes(coin, -(-chosen_bits // 8)), dtype=np.uint8)
-    chosen = np.unpackbits(octets, count=chosen_bits).astype(np.float64).reshape(-1, _CHECKS)
+    coin = yield from toss(session, "gram-coin")
+    octets = np.frombuffer(expand_bytes(coin, len(gram) * _CHECKS), dtype=np.uint8)
+    weights = octets.astype(np.float64).reshape(-1, _CHECKS)
     summed = Pair(
-        multiply_by_small(rows.first.T, chosen).T + hidden.first,
-        multiply_by_small(rows.second.T, chosen).T + hidden.second,
+        multiply_by_small(rows.first.T, weights).T + hidden.first,
+        multiply_by_small(rows.second.T, weights).T + hidden.second,
     )
     told = summed.first + summed.second + (yield from missing_share(session, "gram-sums", summed))
     left = Pair(
         multiply_transposed(rows.first, told) - taken.first,
         multiply_transposed(rows.second, told) - taken.second,
     )
-    due = multiply_by_small(gram.view(np.uint64), chosen)
+    due = multiply_by_small(gram.view(np.uint64), weights)
     if not (yield from are_zero(session, "gram-zero", plus_public(session, left, -due))):
         raise Untrusted("step 'gram': what was opened are not the products of the sketches; an aggregator has deviated")
 
 
 def _products(rows: Pair, hidden: Pair) -> tuple[Words64, Words64]:
     """This party's additive shares, not yet masked, of twice the rows' products with each other, uint64[n, n], and of
-    their products with `hidden`, uint64[n, 40]."""
+    their products with `hidden`, uint64[n, 5]."""
     both = np.concatenate([rows.first + (rows.second << np.uint64(1)), hidden.first + hidden.second])
     products = multiply_transposed(rows.first, both)
     own, count = products[:, : len(rows.first)], len(rows.first)
@@ -117,7 +121,8 @@ def multiply_transposed(a: Words64, b: Words64) -> Words64:
 
 
 def multiply_by_small(a: Words64, b: NDArray[np.float64]) -> Words64:
-    """a b modulo 2^64, exactly: uint64[n, m] from uint64[n, d], d below 2^21, and -1, 0 or 1 in float64[d, m]."""
+    """a b modulo 2^64, exactly: uint64[n, m] from uint64[n, d] and float64[d, m], whole numbers whose sum over a column
+    is below 2^21 in magnitude."""
     low = (a & np.uint64(0xFFFFFFFF)).astype(np.float64) @ b
     high = (a >> np.uint64(32)).astype(np.float64) @ b
     return low.astype(np.int64).view(np.uint64) + (high.astype(np.int64).view(np.uint64) << np.uint64(32))
@@ -138,5 +143,9 @@ def _require_possible(gram: NDArray[np.int64]) -> None:
     """Inner products obey Cauchy-Schwarz; random numbers in their place do not. In float64 with 1e-9 to spare."""
     real = gram.astype(np.float64)
     norms = np.diagonal(real)
-    if (norms < 0).any() or (real * real > np.outer(norms, norms) * (1 + 1e-9)).any():
+    if (
+        (np.abs(real) >= 2.0**_PRODUCT_BITS).any()
+        or (norms < 0).any()
+        or (real * real > np.outer(norms, norms) * (1 + 1e-9)).any()
+    ):
         raise Untrusted("step 'gram': the opened numbers are no inner products; an aggregator has deviated")

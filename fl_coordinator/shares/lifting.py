@@ -16,7 +16,7 @@ afterwards. If any word is off by a multiple of 2^32 that is not 0 modulo 2^64, 
 0 or not, gives a sum, at most one is in [-2^31, 2^31): wrong rows pass with probability at most 2^-40. Rows as they
 should be have two copies shorter than 2^27 each (`bounds`), 8 of them are shorter than 2^29, and a sum leaves that
 range with probability at most 2 exp(-16) (Hoeffding), were all updates as long as what passes the range check with
-probability 2^-64; if they are a fifth of that, and honest ones are a thirtieth, it is 2 exp(-400).
+probability 2^-48; if they are a fifth of that, and honest ones are a thirtieth, it is 2 exp(-400).
 """
 
 from __future__ import annotations

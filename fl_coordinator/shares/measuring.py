@@ -1,4 +1,4 @@
-"""What is computed of each update without the other parties: 64 projections for the check, a sketch for the distances.
+"""What is computed of each update without the other parties: 48 projections for the check, a sketch for the distances.
 
 Both are linear with coefficients from the joint coin, hence the same on shares as in clear, and both are made in one
 pass over the columns. The projections are dense: every coordinate counts in each with -1, 0, 0 or 1. The sketch is a
@@ -39,14 +39,14 @@ _TERNARY = _ternary_table()
 
 @dataclass(frozen=True)
 class Measured:
-    """`projections` uint32[n, 64]; `sketch` uint32[n, w], or the vectors themselves where distances are exact."""
+    """`projections` uint32[n, 48]; `sketch` uint32[n, w], or the vectors themselves where distances are exact."""
 
     projections: Words
     sketch: Words
 
     @property
     def joined(self) -> Words:
-        """Side by side, uint32[n, 64 + w]."""
+        """Side by side, uint32[n, 48 + w]."""
         return np.concatenate([self.projections, self.sketch], axis=1)
 
 

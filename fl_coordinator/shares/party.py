@@ -8,7 +8,7 @@ Three parties run this over the same frozen, ordered list of contributions, one 
                digest of the ciphertext), compared with its other holder
     coin       the coin's opening, the same in every attempt (what the others committed to is on disk before), and a
                hash of all that was public so far: everybody must have seen the same
-    measured   64 projections and a sketch (see `measuring`) of the first share, sent to the other holder of it
+    measured   48 projections and a sketch (see `measuring`) of the first share, sent to the other holder of it
     range-...  range check of the projections (see `range_check`), one bit per device opened
     lift-...   the sketches of the devices that are left, from Z_2^32 to Z_2^64 (see `lifting`)
     gram       shares of the sketches' Gram matrix, opened to all three; or only one bit a pair, or the chosen set, in a

@@ -1,11 +1,11 @@
 """Before anything is multiplied: does every update fit the ring?
 
 A Gram matrix modulo 2^32 or 2^64 is worthless against a device that picks its numbers: one entry of 2^32 squares to
-zero. So each frozen update is projected on 64 random directions r in {-1, 0, 0, 1}^d, from a coin tossed after the
-freeze, and on shares it is checked that each of the 64 sums lies in [-B, B). One bit per device is opened: all 64, or
+zero. So each frozen update is projected on 48 random directions r in {-1, 0, 0, 1}^d, from a coin tossed after the
+freeze, and on shares it is checked that each of the 48 sums lies in [-B, B). One bit per device is opened: all 48, or
 not.
 
-An honest update passes but for a chance of 3e-14, whatever it is. What passes, except with probability 2^-64, has l2
+An honest update passes but for a chance of 3e-14, whatever it is. What passes, except with probability 2^-48, has l2
 norm below 5 B over the integers. In short (docs/decisions/0002-sketched-distances.md has the steps): an entry of
 magnitude >= 2B makes each sum leave the range with probability >= 1/2, whatever the other entries are; and a vector
 without such an entry but with norm >= 5 B spreads its sums so widely over Z_q, q = 2^32, that each lies in the range
@@ -22,15 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.shares.binary import binary
-from fl_coordinator.shares.sharing import Pair, Ring, Session, Steps, open_bits, plus_public
+from fl_coordinator.shares.sharing import Pair, Ring, Session, Steps, beside, open_bits, plus_public
 from fl_coordinator.shares.verifying import Conjunctions
 
 
 def range_check(session: Session, sums: Pair, exponent: int) -> Steps[NDArray[np.bool_]]:
-    """One bit per row, opened: whether all its sums lie in [-2^exponent, 2^exponent). bool[n] from shared [n, 64].
+    """One bit per row, opened: whether all its sums lie in [-2^exponent, 2^exponent). bool[n] from shared [n, k].
 
-    The number of columns must be a power of two. Raises Untrusted when the peers disagree over the opened bits, or
-    somebody has lied on the way to them.
+    Raises Untrusted when the peers disagree over the opened bits, or somebody has lied on the way to them.
     """
     word = sums.first.dtype.type
     made = Conjunctions(session, "range")
@@ -38,8 +37,10 @@ def range_check(session: Session, sums: Pair, exponent: int) -> Steps[NDArray[np
     inside = _negated_above(session, shifted, exponent + 1)
     width = sums.first.shape[1]
     while width > 1:
-        width //= 2
-        inside = yield from made.of(f"sum-{width}", inside.columns(0, width), inside.columns(width, 2 * width))
+        half = width // 2
+        both = yield from made.of(f"sum-{width}", inside.columns(0, half), inside.columns(half, 2 * half))
+        inside = beside(both, inside.columns(2 * half, None))
+        width -= half
     places = 4 * sums.first.itemsize
     while places:
         inside = yield from made.of(f"bit-{places}", inside, inside >> places)

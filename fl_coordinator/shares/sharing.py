@@ -214,6 +214,11 @@ def toss(session: Session, step: str) -> Steps[bytes]:
     return to_bytes((yield from open_bits(session, step, shared)))
 
 
+def beside(a: Pair, b: Pair) -> Pair:
+    """Two shared arrays of as many rows, side by side."""
+    return Pair(np.concatenate([a.first, b.first], axis=1), np.concatenate([a.second, b.second], axis=1))
+
+
 def plus_public(session: Session, shared: Pair, public: Any) -> Pair:
     """Additive shares of the same with public words added: share 0 carries them."""
     return Pair(

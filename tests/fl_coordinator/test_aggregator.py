@@ -253,7 +253,10 @@ def test_a_missing_aggregator_fails_the_round_by_name_and_a_new_attempt_succeeds
     assert combine_openings(platform.run(attempt=2), platform.world.task).mean is not None
 
 
-@pytest.mark.parametrize("step", ["compare", "coin", "range-carry-8", "range-bit-1", "range-check", "range", "lift-small", "gram", "gram-zero"])
+@pytest.mark.parametrize(
+    "step",
+    ["compare", "coin", "range-carry-8", "range-bit-1", "range-check", "range", "lift-small", "gram", "gram-zero"],
+)
 def test_dying_in_any_step_opens_nothing(tmp_path: Path, step: str) -> None:
     platform = Platform(tmp_path)
     platform.contribute(updates(4))
