@@ -1,13 +1,13 @@
 """What a peer says it measured of many rows, checked by random sums of them.
 
 Measuring is linear: what it gives of a weighted sum of rows is the weighted sum of what it gives of each. So who holds
-the rows too need not measure all of them again. Each row goes into one of 32 groups at random, the groups are added up
+the rows too need not measure all of them again. Each row goes into one of 16 groups at random, the groups are added up
 with random weights in [-2^15, 2^15), four times over, and only these four sums are measured, beside the same sums of
 what the peer sent. Suppose any of that is wrong. Some row's error is not zero, and whatever the groups of the others
 are, it goes, but for one group at most, into one whose errors then add up to something else than zero: all groups add
-up to zero with probability at most 1/32 (0 where there are no more rows than groups). If a group does not, and 2^v is
+up to zero with probability at most 1/16 (0 where there are no more rows than groups). If a group does not, and 2^v is
 the largest power of two in one of its errors, each sum is right for one weight in 2^(32 - v), or in 2^16. So errors
-pass with probability at most 1/32 + 1/16 whatever they are, and 1/32 + 2^-16 if they move anything by less than 2^29,
+pass with probability at most 1/16 + 1/16 whatever they are, and 1/16 + 2^-16 if they move anything by less than 2^29,
 which is more than a sketch may have. The peer cannot foresee weights and groups, of which nobody is told.
 
 Up to four million words, or 4 rows, each row is measured again by itself.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.streams import COLUMNS, Streams, Words
 
-SUMS, GROUPS = 4, 32
+SUMS, GROUPS = 4, 16
 WORDS_MAX = 1 << 22
 
 
@@ -67,6 +67,6 @@ class RandomSums:
         """The sums, and `groups` filled with those of the groups."""
         for span, group in zip(self._spans, groups, strict=True):
             np.add.reduce(ordered[span], axis=0, out=group)
-        # Magnitudes: 2^31 times 2^15, 32 of them, is below 2^53, hence exact.
+        # Magnitudes: 2^31 times 2^15, 16 of them, is below 2^53, hence exact.
         exact: NDArray[np.float64] = self._weights @ groups.view(np.int32)
         return exact.astype(np.int64).astype(np.uint32)

@@ -132,7 +132,7 @@ def run_with_chance(world: SecureRound, rows: Words, like: Words, seed: int) -> 
 
 
 def test_an_update_made_for_a_known_coin_passes_and_for_one_drawn_later_fails() -> None:
-    """Why the coin comes after the freeze. Each of the 64 projections is blind to what was made for it."""
+    """Why the coin comes after the freeze. Each of the 48 projections is blind to what was made for it."""
     world = SecureRound(length=LENGTH, hostile_max=1, selected_min=5, contributions_max=16)
     rows = honest_rows(world, 9)
     known = run_with_chance(world, rows, rows, seed=1).coin

@@ -273,8 +273,8 @@ def test_the_constants_of_the_soundness_proof() -> None:
     assert (1 / terms + 2 * integral) / 0.8105 < 0.4962 < 0.5
     u = np.linspace(0, math.pi / 2, 10_001)
     assert (np.cos(u) ** 2 <= np.exp(-(u**2)) + 1e-15).all()
-    assert 64 * 2 * math.exp(-36) < 3e-14
-    assert 2 * COPIES * 4**_SKETCH_BITS < 2**63  # twice an entry of the Gram matrix, as soon as a bucket fits
+    assert 48 * 2 * math.exp(-36) < 3e-14
+    assert COPIES * 4**_SKETCH_BITS <= 2**_PRODUCT_BITS < 2**62  # twice an entry of the Gram matrix is opened
 
 
 @pytest.mark.parametrize("b", [3, 5])
