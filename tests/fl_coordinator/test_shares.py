@@ -24,7 +24,7 @@ from fl_coordinator.shares.bounds import (
 )
 from fl_coordinator.shares.contribution import Claim, open_secrets, parse, verify
 from fl_coordinator.shares.fixed_point import clip, decode, encode, encode_blocks, norm_max
-from fl_coordinator.shares.gram import gram_share, multiply_transposed
+from fl_coordinator.shares.gram import _PRODUCT_BITS, gram_share, multiply_transposed
 from fl_coordinator.shares.lifting import SMALL_BITS, lift
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.range_check import range_check
