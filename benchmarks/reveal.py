@@ -43,7 +43,7 @@ from fl_coordinator.rules import multikrum, unseen
 from fl_coordinator.rules.geometry import squared_distances
 from fl_coordinator.rules.history import Memory
 from fl_coordinator.rules.reveals import POLICIES
-from fl_coordinator.shares.bounds import bounds_of
+from fl_coordinator.shares.bounds import bounds_of, fitted
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.measuring import Coefficients
 from fl_coordinator.shares.party import Committed, Keep, Protocol
@@ -144,6 +144,7 @@ def _leaks(suffix: str, length: int, seed: int) -> list[Claim]:
     """One coin; a probe is one coordinate, of the largest length a device may send or of a part of it."""
     rng = np.random.default_rng(seed)
     world = SecureRound(length=length, hostile_max=PROBERS, selected_min=PROBERS + 2, contributions_max=COUNT)
+    world.task = fitted(world.task)
     coefficients = Coefficients(os.urandom(32), length, bounds_of(world.task))
     scale = np.float32(2 / length**0.5)
     rows = np.stack([world.encode(scale * rng.standard_normal(length, dtype=np.float32)) for _ in range(HONEST)])

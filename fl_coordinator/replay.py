@@ -220,7 +220,7 @@ def _announced(announcement: bytes, anchors: TrustAnchors) -> tuple[RoundTask, s
     task = unpack(payload, RoundTask)
     if task.tenant != anchors.tenant:
         raise Untrusted(f"announcement: expected tenant {anchors.tenant!r}, found {task.tenant!r}")
-    require_announceable(task)
+    require_announceable(task, once=True)
     return task, digest_of(payload)
 
 

@@ -34,6 +34,8 @@ NOISE_MAX = 10_000
 _SKETCH_BITS, _SUM_BITS = 27, 31
 """Of a copy in a sketch, its l2 norm and so each word, and of one in the opened sum, without the sign. An inner product
 of sketches, of which twice is opened modulo 2^64, is then below COPIES * 2^54 and needs no bound of its own."""
+_SKETCH_BITS_ONCE = 29
+"""Before lifted sketches were checked; rounds of that time can be replayed."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,11 @@ def bounds_of(task: RoundTask) -> Bounds:
     return Bounds(norm, exponent, COPIES, COPIES * BUCKETS, -(-task.length // BUCKETS))
 
 
-def require_announceable(task: RoundTask) -> None:
+def require_announceable(task: RoundTask, *, once: bool = False) -> None:
     """Raise Malformed, with the numbers, for a round in which a check could fail or an opening could say too much.
 
-    To be asked before a round is signed; devices and aggregators ask again.
+    To be asked before a round is signed; devices and aggregators ask again. `once`: whether it could be announced at
+    any time, for a round that is over.
     """
     what = f"round {task.round_id!r}"
     if task.format > RECORD_FORMAT:
@@ -102,7 +105,7 @@ def require_announceable(task: RoundTask) -> None:
         raise Malformed(f"{what}: policy: expected one that remembers rounds, found {task.policy!r} with a memory")
     if not 0 <= task.noise_multiplier <= NOISE_MAX:
         raise Malformed(f"{what}: noise_multiplier: expected 0 to {NOISE_MAX}, found {task.noise_multiplier}")
-    overflow = _overflow(task)
+    overflow = _overflow(task, _SKETCH_BITS_ONCE if once else _SKETCH_BITS)
     if overflow:
         fitting = fitted(task)
         advice = f"lower fraction_bits to {fitting.fraction_bits}" if not _overflow(fitting) else "lower the clip norm"
@@ -162,7 +165,7 @@ def fitted(task: RoundTask) -> RoundTask:
     return msgspec.structs.replace(task, fraction_bits=bits)
 
 
-def _overflow(task: RoundTask) -> str:
+def _overflow(task: RoundTask, sketch_bits: int = _SKETCH_BITS) -> str:
     """Which number leaves the ring, in words; "" when all stay in it."""
     found, count, bits = bounds_of(task), contributions_max(task), weight_bits(task.policy)
     largest = 5 << found.exponent
@@ -179,6 +182,6 @@ def _overflow(task: RoundTask) -> str:
         )
     if found.exponent > EXPONENT_MAX:
         return given + f"a projection can reach 2^{found.exponent}, at most 2^{EXPONENT_MAX} can be checked"
-    if found.piled * largest * largest >= 1 << 2 * _SKETCH_BITS:
-        return given + f"a sum of {found.piled} coordinates in the sketch can reach 2^{_SKETCH_BITS}"
+    if found.piled * largest * largest >= 1 << 2 * sketch_bits:
+        return given + f"a sum of {found.piled} coordinates in the sketch can reach 2^{sketch_bits}"
     return ""

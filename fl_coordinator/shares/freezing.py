@@ -29,8 +29,9 @@ from model_delta.task import RoundTask
 from model_delta.trust.signing import key_id, load_public_key, open_envelope, verify
 
 FROZEN_TYPE = "round-frozen"
-FORMAT = 2
-"""Before format 2 there was a coin for each attempt."""
+FORMAT = 3
+"""Before format 2 there was a coin for each attempt, before format 3 the parties did not check each other's products:
+those who sign different formats do not take the same steps."""
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True):

@@ -111,6 +111,7 @@ NAMED = [
     ("hello", {2}, of_freeze(task="0" * 64), "centre: step 'hello': signed announcement 0000"),
     ("hello", {2}, of_freeze(count=5), "centre: step 'hello': signed number of contributions 5, expected 6"),
     ("hello", {0}, of_freeze(attempt=2), "centre: step 'hello': signed attempt 2, expected 1"),
+    ("hello", {2}, of_freeze(format=2), "centre: step 'hello': signed format 2, expected 3"),
     ("hello", {0, 2}, of_freeze(commitment=bytes(32)), "centre: step 'coin': does not open its commitment"),
     ("hello", {0}, shorter, "centre: step 'hello'"),
     ("compare", {0}, of_compare(complaint), "step 'coin': .* saw other messages"),

@@ -296,6 +296,15 @@ def test_the_proof_bounds_what_a_small_ring_really_does(b: int) -> None:
         assert passing <= 0.5 + 1e-12, shape[:4]
 
 
+def test_a_round_of_before_lifting_was_checked_can_be_replayed_and_not_announced() -> None:
+    task = msgspec.structs.replace(SecureRound().task, length=1_000_000, contributions_max=128, fraction_bits=16)
+    with pytest.raises(Malformed, match="lower fraction_bits to 14"):
+        require_announceable(task)
+    require_announceable(task, once=True)
+    with pytest.raises(Malformed, match=r"coordinates in the sketch can reach 2\^29"):
+        require_announceable(msgspec.structs.replace(task, length=1 << 24), once=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
