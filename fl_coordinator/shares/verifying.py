@@ -35,12 +35,12 @@ from fl_coordinator.shares.sharing import (
     conjunction,
     missing_share,
     plus_public_bits,
+    to_bytes,
     toss,
 )
 from fl_coordinator.shares.streams import Words64
 from model_delta.errors import Untrusted
 
-_UNIT = np.uint64
 _MANY = 1 << 15
 
 
@@ -66,7 +66,7 @@ class Conjunctions:
         self._made = ([], [], [])
         count = a.first.size
         lanes, shown = _lanes(count)
-        like = np.zeros((lanes, count + shown), dtype=_UNIT)
+        like = np.zeros((lanes, count + shown), dtype=np.uint64)
         x, y = session.random(f"{what}-spare-a", like), session.random(f"{what}-spare-b", like)
         z = yield from conjunction(session, f"{what}-spare", x, y)
         coin = yield from toss(session, f"{what}-coin")
@@ -97,10 +97,9 @@ def _lanes(count: int) -> tuple[int, int]:
 
 
 def _units(pairs: list[Pair], side: str) -> Words64:
-    """Arrays of any type one after the other as words of 64 bits, zeros at the end."""
-    octets = [np.ascontiguousarray(getattr(pair, side)).reshape(-1).view(np.uint8) for pair in pairs]
-    padding = np.zeros(-sum(part.size for part in octets) % 8, dtype=np.uint8)
-    return np.concatenate([*octets, padding]).view(_UNIT)
+    """Arrays of any type one after the other, as on the wire, in words of 64 bits; zeros at the end."""
+    octets = b"".join(to_bytes(getattr(pair, side)) for pair in pairs)
+    return np.frombuffer(octets + bytes(-len(octets) % 8), dtype="<u8")
 
 
 def _turned(shared: Pair, turns: list[int]) -> Pair:
