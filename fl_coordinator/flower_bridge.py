@@ -47,13 +47,9 @@ REPLY_MARGIN_S = 0.5
 """How much earlier than the coordinator the ServerApp gives up on silent nodes, so that its answer names them."""
 
 
-_UNDONE = ("undone", "unasked")
-
-
 class CommandFailed(Unavailable):
     """A command that not every node answered. `replies` has what did arrive, `failures` a reason per missing node;
-    `undone` are those of the missing that surely did not carry it out: the others may have, and nobody heard of it.
-    `unasked` are those of the undone that were never sent the command."""
+    `undone` are those of the missing that surely did not carry it out: the others may have, and nobody heard of it."""
 
     def __init__(
         self,
@@ -61,13 +57,11 @@ class CommandFailed(Unavailable):
         replies: Mapping[str, dict[str, Any]],
         failures: Mapping[str, str],
         undone: Collection[str] = (),
-        unasked: Collection[str] = (),
     ) -> None:
         super().__init__(message)
         self.replies = dict(replies)
         self.failures = dict(failures)
         self.undone = frozenset(undone)
-        self.unasked = frozenset(unasked)
 
 
 class _Pending:
@@ -93,6 +87,16 @@ class _Pending:
     def rests(self) -> bool:
         """Whether no answer is expected yet."""
         return self.due is not None and not self.due.done()
+
+    def undone(self, body: Mapping[str, Any], missing: Collection[str]) -> Collection[str]:
+        """Those of the missing that surely did not carry it out, by the ServerApp's answer.
+
+        A ServerApp that had the command before, and died, may have asked whom this one did not. While a command rested
+        there was nothing to carry out: what counts of it is who said so."""
+        if self.handed_out != 1:
+            return ()
+        unasked = _names(body.get("unasked")) if self.due is not None else set()
+        return set(missing) & _names(body.get("undone")) - unasked
 
 
 class FlowerBridge:
@@ -144,21 +148,20 @@ class FlowerBridge:
                         deadline_s = due.result()
                         limit.reschedule(asyncio.get_running_loop().time() + deadline_s)
                         pending.deadline = self._clock() + deadline_s
+                        pending.handed_out = min(pending.handed_out, 1)
                         self._arrived.set()
                 body = await pending.answer
         except TimeoutError:
             why = "did not answer" if pending.handed_out else "was not asked: the ServerApp fetched no command"
             failures = dict.fromkeys(pending.nodes, f"{why} within {deadline_s:g} s")
-            unasked = () if pending.handed_out else pending.nodes
-            raise CommandFailed(_describe(failures, pending.nodes), {}, failures, unasked, unasked) from None
+            undone = () if pending.handed_out or due is not None else pending.nodes
+            raise CommandFailed(_describe(failures, pending.nodes), {}, failures, undone) from None
         finally:
             del self._pending[command_id]
         replies, failures = _read_reply(body, pending.nodes)
         if failures:
-            # A ServerApp that had the command before, and died, may have asked whom this one did not.
-            once = pending.handed_out == 1
-            known = [failures.keys() & _names(body.get(kind)) if once else set() for kind in _UNDONE]
-            raise CommandFailed(_describe(failures, pending.nodes), replies, failures, *known)
+            described = _describe(failures, pending.nodes)
+            raise CommandFailed(described, replies, failures, pending.undone(body, failures))
         return replies
 
     async def next_command(
@@ -236,8 +239,8 @@ def write_reply(
     undone: Collection[str] = (),
     unasked: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The wire form of an answer; `replies` are CBOR bytes by node name, `undone` and `unasked` as in
-    `CommandFailed`."""
+    """The wire form of an answer; `replies` are CBOR bytes by node name, `undone` as in `CommandFailed`, `unasked` are
+    those of them that were never sent the command."""
     return {
         "id": command_id,
         "replies": {node: _armour(reply) for node, reply in replies.items()},

@@ -180,7 +180,7 @@ class Standing:
         if place is not None:
             try:
                 if await self._taken_up(place, payload, deadline_s, fetched):
-                    return await self._answers(place)
+                    return await place.answered()
             finally:
                 await self.end(round_id)
         taken = frozenset() if place is None else frozenset(place.taken)
@@ -191,10 +191,10 @@ class Standing:
             return await self._bridge.command(payload, nodes, left_s, fetched)
         except CommandFailed as error:
             # Who fetched the attempt may carry it out from there, whatever became of the second message.
-            raise _but(error, taken) from None
+            raise CommandFailed(str(error), error.replies, error.failures, error.undone - taken) from None
         except Unavailable as error:
             failures = dict.fromkeys(nodes, str(error))
-            raise CommandFailed(str(error), {}, failures, failures.keys() - taken, failures.keys() - taken) from None
+            raise CommandFailed(str(error), {}, failures, failures.keys() - taken) from None
 
     async def _taken_up(
         self, place: _Place, payload: Mapping[str, Any], deadline_s: float, fetched: asyncio.Event
@@ -207,18 +207,6 @@ class Standing:
             return False
         place.put_up(pack(dict(payload)), deadline_s, fetched)
         return await place.until(lambda: place.all_took, min(most_s, self._grace_s))
-
-    async def _answers(self, place: _Place) -> dict[str, dict[str, Any]]:
-        try:
-            return await place.answered()
-        except CommandFailed as error:
-            # A node that this ServerApp never reached stood by since an earlier one: it was not asked, and has it.
-            raise _but(error, error.unasked) from None
-
-
-def _but(error: CommandFailed, names: frozenset[str]) -> CommandFailed:
-    """The same, without saying of these that they surely did nothing."""
-    return CommandFailed(str(error), error.replies, error.failures, error.undone - names, error.unasked - names)
 
 
 def _say_why(round_id: str, place: _Place, ended: asyncio.Task[Any]) -> None:

@@ -248,11 +248,9 @@ def test_a_command_that_stands_rests_until_it_is_due_and_is_told_to_who_lets_it_
         again = await bridge.next_command(0.0, held, held)
         assert again is not None, "what was lost on the way is told again"
         assert await bridge.next_command(0.0, held) is None, "who works on it already knows"
-        failures = {"aggregator-2": "is not online"}
-        bridge.reply(write_reply(first["id"], {NODES[0]: pack({})}, failures, failures, failures))
-        with pytest.raises(CommandFailed) as failed:
-            await task
-        assert failed.value.undone == failed.value.unasked == {"aggregator-2"}, "it was handed out once"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not bridge.reply({"id": first["id"], "progress": True})["wanted"]
 
     asyncio.run(scenario())
 
@@ -263,7 +261,7 @@ def test_a_command_that_stands_ends_by_its_own_deadline_and_by_the_one_it_gets()
         due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         with pytest.raises(CommandFailed, match=r"within 0\.05 s") as failed:
             await bridge.command({"n": 1}, NODES, 0.05, due=due)
-        assert failed.value.unasked == set(NODES)
+        assert failed.value.undone == set(), "who stood by since an earlier command was not asked by this one"
         due.set_result(0.05)
         with pytest.raises(CommandFailed, match=r"within 0\.05 s"):
             await bridge.command({"n": 2}, NODES, 3600.0, due=due)
@@ -292,5 +290,33 @@ def test_commands_that_stand_do_not_fill_the_queue() -> None:
             task.cancel()
         await asyncio.gather(*tasks, direct, return_exceptions=True)
         assert bridge._pending == {}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("dies", ["before it is due", "after"])
+def test_of_a_command_that_stood_those_surely_did_nothing_who_say_so(dies: str) -> None:
+    """A ServerApp that died while the command rested has asked nobody for anything; one that dies later may have."""
+
+    async def scenario() -> None:
+        bridge = FlowerBridge()
+        due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        nodes = (*NODES, "aggregator-3")
+        task = asyncio.create_task(bridge.command({"n": 1}, nodes, 60.0, due=due))
+        first = (await fetch(bridge))[0]
+        if dies == "after":
+            due.set_result(20.0)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert (await fetch(bridge))[0] == first, "a new ServerApp gets it again"
+        if not due.done():
+            due.set_result(20.0)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        failures = {"aggregator-2": "Unavailable: a peer gave up", "aggregator-3": "is not online"}
+        bridge.reply(write_reply(first, {NODES[0]: pack({})}, failures, failures, ["aggregator-3"]))
+        with pytest.raises(CommandFailed) as failed:
+            await task
+        assert failed.value.undone == ({"aggregator-2"} if dies == "before it is due" else set())
 
     asyncio.run(scenario())
