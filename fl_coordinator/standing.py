@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from fl_coordinator.flower_bridge import CommandFailed
 from fl_coordinator.mailbox import Bell
 from fl_coordinator.ports import StandingBridge
@@ -35,28 +37,32 @@ GRACE_TICKS, TRAVEL_TICKS = 2, 8
 """How long an aggregator that has asked before may take to ask again, and then to come for the attempt; and how long
 after the announcement one that has not asked yet may still be on its way (see `fl.control.stock.exchange`)."""
 
+Answers = dict[str, dict[str, Any]]
+"""What each node answers, by its name."""
+
 _log = logging.getLogger("atoll.coordinator")
 
 
 class _Place:
-    """Where the aggregators of one round ask for its attempt."""
+    """Where the aggregators of one round ask for its attempt. `answers` are on their way, and are expected once `due`
+    says within how many seconds."""
 
-    def __init__(self, names: Sequence[str], clock: Callable[[], float]) -> None:
+    def __init__(self, names: Sequence[str], due: asyncio.Future[float], answers: asyncio.Task[Answers]) -> None:
         self.names = frozenset(names)
-        self.clock = clock
-        self.began = clock()
-        self.news = Bell()
-        self.due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.taken: set[str] = set()
+        self._due = due
+        self._answers = answers
         self._attempt: tuple[bytes, asyncio.Event] | None = None
         self._asking: Counter[str] = Counter()
-        self._answers: asyncio.Task[dict[str, dict[str, Any]]] | None = None
+        self._news = Bell()
+        self._began = answers.get_loop().time()
         self._over = False
+        answers.add_done_callback(lambda _: self._news.ring())
 
     @property
     def stands(self) -> bool:
         """Whether anybody waits for the answers."""
-        return not self._over and self._answers is not None and not self._answers.done()
+        return not self._over and not self._answers.done()
 
     @property
     def all_ask(self) -> bool:
@@ -68,20 +74,15 @@ class _Place:
         """Whether each aggregator was given the attempt."""
         return self.taken >= self.names
 
-    def stand(self, answers: asyncio.Task[dict[str, dict[str, Any]]]) -> None:
-        """These are the answers, when they have come."""
-        self._answers = answers
-        answers.add_done_callback(lambda _: self.news.ring())
-
     async def asked(self, name: str, wait_s: float) -> bytes | None:
         """See `Standing.attempt_for`."""
         self._asking[name] += 1
-        self.news.ring()
+        self._news.ring()
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     while self._attempt is None and self.stands:
-                        await self.news.rung()
+                        await self._news.rung()
         finally:
             self._asking[name] -= 1
         if self._attempt is None or not self.stands:
@@ -89,41 +90,39 @@ class _Place:
         attempt, fetched = self._attempt  # nothing is awaited from here on: whoever gets it is counted
         fetched.set()
         self.taken.add(name)
-        self.news.ring()
+        self._news.ring()
         return attempt
 
     def put_up(self, attempt: bytes, deadline_s: float, fetched: asyncio.Event) -> None:
         """From now on whoever asks gets this; the answers may take `deadline_s`."""
         self._attempt = attempt, fetched
-        self.due.set_result(deadline_s)
-        self.news.ring()
+        self._due.set_result(deadline_s)
+        self._news.ring()
 
     async def until(self, holds: Callable[[], bool], seconds: float) -> bool:
         """Whether it holds within so many seconds, while the answers are waited for or after they have come."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not holds() and self.stands:
-                    await self.news.rung()
+                    await self._news.rung()
         return holds()
 
     def patience_s(self, grace_s: float, travel_s: float) -> float:
         """How long it is worth waiting for those who do not ask at this moment."""
         if all(name in self._asking for name in self.names):
             return grace_s
-        return max(grace_s, self.began + travel_s - self.clock())
+        return max(grace_s, self._began + travel_s - self._answers.get_loop().time())
 
-    async def answered(self) -> dict[str, dict[str, Any]]:
-        """What the aggregators answer. Raises CommandFailed, Unavailable."""
-        assert self._answers is not None
+    async def answered(self) -> Answers:
+        """What the aggregators answer. Raises CommandFailed."""
         return await asyncio.shield(self._answers)
 
     async def end(self) -> None:
         """Whoever asks from now on hears that it is over."""
         self._over = True
-        self.news.ring()
-        if self._answers is not None:
-            self._answers.cancel()
-            await asyncio.gather(self._answers, return_exceptions=True)
+        self._news.ring()
+        self._answers.cancel()
+        await asyncio.gather(self._answers, return_exceptions=True)
 
 
 class Standing:
@@ -139,14 +138,14 @@ class Standing:
         for, and nothing depends on it."""
         if round_id in self._places:
             return
-        place = self._places[round_id] = _Place(aggregators, asyncio.get_running_loop().time)
-        command = {"round_id": round_id, "task": announcement, "stands_s": stands_s}
-        assert command.keys() == set(StandingCommand.__struct_fields__)
+        command = StandingCommand(round_id=round_id, task=announcement, stands_s=stands_s)
+        due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         answers = asyncio.create_task(
-            self._bridge.command(command, aggregators, stands_s, due=place.due), name=f"standing command of {round_id}"
+            self._bridge.command(msgspec.structs.asdict(command), aggregators, stands_s, due=due),
+            name=f"standing command of {round_id}",
         )
-        place.stand(answers)
-        answers.add_done_callback(lambda ended: _say_why(round_id, place, ended))
+        answers.add_done_callback(lambda ended: _say_why(round_id, due.done(), ended))
+        self._places[round_id] = _Place(aggregators, due, answers)
 
     async def end(self, round_id: str) -> None:
         """The round needs no attempt any more, or not by this way."""
@@ -171,7 +170,7 @@ class Standing:
         nodes: Sequence[str],
         deadline_s: float,
         fetched: asyncio.Event | None = None,
-    ) -> dict[str, dict[str, Any]]:
+    ) -> Answers:
         """Have the attempt that `payload` describes (a `RoundCommand`) carried out; see `ports.Bridge`."""
         fetched = fetched or asyncio.Event()
         end = asyncio.get_running_loop().time() + deadline_s
@@ -209,14 +208,13 @@ class Standing:
         return await place.until(lambda: place.all_took, min(most_s, self._grace_s))
 
 
-def _say_why(round_id: str, place: _Place, ended: asyncio.Task[Any]) -> None:
-    """Log why a command stands no more; whoever has an attempt carried out hears the reason of that itself."""
+def _say_why(round_id: str, due: bool, ended: asyncio.Task[Answers]) -> None:
+    """Log why a command stands no more, unless it was due: whoever has the attempt carried out hears that itself."""
     if ended.cancelled():
         return
     error = ended.exception()
-    if place.due.done() and isinstance(error, AtollError):
-        return
     if isinstance(error, AtollError):
-        _log.warning("round %s: its standing command: %s", round_id, error)
+        if not due:
+            _log.warning("round %s: its standing command: %s", round_id, error)
     elif error is not None:
         _log.error("round %s: its standing command", round_id, exc_info=error)
