@@ -166,8 +166,7 @@ def open_bits(session: Session, step: str, shared: Pair) -> Steps[Ring]:
     missing = session.read_words(received, session.preceding, step, shared.first)
     again = session.read_words(received, session.following, step, shared.first)
     if not np.array_equal(missing, again):
-        names = " and ".join(sorted(session.names[peer] for peer in session.peers))
-        raise Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
+        raise _different(session, step)
     return shared.first ^ shared.second ^ missing
 
 
@@ -181,8 +180,7 @@ def missing_share(session: Session, step: str, shared: Pair) -> Steps[Ring]:
     received = yield Exchange(step, outgoing, session.peers)
     missing = session.read_words(received, session.preceding, step, shared.first)
     if _digest(step, received[session.preceding]) != received[session.following]:
-        names = " and ".join(sorted(session.names[peer] for peer in session.peers))
-        raise Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
+        raise _different(session, step)
     return missing
 
 
@@ -208,10 +206,36 @@ def _is_lacking(session: Session, step: str, shared: Pair, lacking: Ring) -> Ste
 
 
 def toss(session: Session, step: str) -> Steps[bytes]:
-    """32 random bytes that nobody could know before an honest party has come to this step. No commitments: the shares
-    of them lay ready since the attempt began, each at two parties, and what is opened is compared."""
-    shared = session.random(step, np.zeros(SEED_BYTES // 8, dtype=np.uint64))
-    return to_bytes((yield from open_bits(session, step, shared)))
+    """32 random bytes that nobody could know before both other parties have come to this step, hence had all that they
+    need for the steps before it. No commitments: the shares lay ready since the attempt began, each at two parties.
+
+    A share alone would come too early: of its two holders one may have nothing to wait for from the third party, who
+    would know the coin with a message still to send. So two random words are opened: what a party lacks of one it has
+    from the preceding party, of the other from the following one, and from the other of the two the digest.
+
+    Raises Untrusted, naming a peer for a message of another length, the two when they disagree.
+    """
+    like = np.zeros(SEED_BYTES // 8, dtype=np.uint64)
+    names = (step, f"{step}-after")
+    one, other = (session.random(name, like) for name in names)
+    outgoing = {
+        session.following: to_bytes(one.first) + _digest(names[1], to_bytes(other.first)),
+        session.preceding: to_bytes(other.second) + _digest(names[0], to_bytes(one.second)),
+    }
+    received = yield Exchange(step, outgoing, session.peers)
+    lacking, digests = [], []
+    for peer in (session.preceding, session.following):
+        data = received[peer]
+        if len(data) != 2 * SEED_BYTES:
+            raise Untrusted(f"{session.names[peer]}: step {step!r}: expected {2 * SEED_BYTES} bytes, found {len(data)}")
+        lacking.append(data[:SEED_BYTES])
+        digests.append(data[SEED_BYTES:])
+    if [_digest(name, data) for name, data in zip(names, lacking, strict=True)] != digests[::-1]:
+        raise _different(session, step)
+    words = one.first ^ one.second ^ other.first ^ other.second
+    for data in lacking:
+        words = words ^ np.frombuffer(data, dtype=_little(like))
+    return to_bytes(words)
 
 
 def beside(a: Pair, b: Pair) -> Pair:
@@ -233,6 +257,11 @@ def plus_public_bits(session: Session, shared: Pair, public: Ring) -> Pair:
         shared.first ^ public if session.index == 0 else shared.first,
         shared.second ^ public if session.following == 0 else shared.second,
     )
+
+
+def _different(session: Session, step: str) -> Untrusted:
+    names = " and ".join(sorted(session.names[peer] for peer in session.peers))
+    return Untrusted(f"step {step!r}: {names} sent different values for the share they both hold")
 
 
 def _digest(step: str, data: bytes) -> bytes:

@@ -75,3 +75,32 @@ def xor_sharing(value: np.ndarray) -> list[Pair]:
     a, b = (np.frombuffer(os.urandom(value.nbytes), dtype="<u8").reshape(value.shape) for _ in range(2))
     parts = [a, b, value ^ a ^ b]
     return [Pair(parts[i], parts[(i + 1) % 3]) for i in range(3)]
+
+
+def heard_by_the_silent(
+    make: Callable[[Session, int], Any], parties: list[Session], liar: int, silent: str
+) -> dict[tuple[int, str], bytes]:
+    """What a liar has been told, by sender and step, when it sends nothing from step `silent` on and the others have
+    come as far as they can: on a real network nobody waits for a message that is not for him."""
+    steps = [make(session, session.index) for session in parties]
+    waiting: list[Exchange | None] = [next(generator) for generator in steps]
+    mail: dict[tuple[int, int, str], bytes] = {}
+    moved = True
+    while moved:
+        moved = False
+        for index, exchange in enumerate(waiting):
+            if exchange is None or (index == liar and exchange.step == silent):
+                continue
+            before = len(mail)
+            mail.update({(index, peer, exchange.step): data for peer, data in exchange.outgoing.items()})
+            moved = moved or len(mail) > before
+            found = {peer: mail.get((peer, index, exchange.step)) for peer in exchange.expected}
+            given = {peer: data for peer, data in found.items() if data is not None}
+            if len(given) < len(found):
+                continue
+            moved = True
+            try:
+                waiting[index] = steps[index].send(given)
+            except StopIteration:
+                waiting[index] = None
+    return {(sender, step): data for (sender, receiver, step), data in mail.items() if receiver == liar}

@@ -171,8 +171,9 @@ def checked(steps: Protocol, wanted: Exchange, following: int, preceding: int) -
             x, y, _ = (own.first ^ own.second ^ missing)[: 3 * spare].reshape(3, -1)
             missing[2 * spare : 3 * spare] = (x & y) ^ (own.first ^ own.second)[2 * spare : 3 * spare]
         return {preceding: missing.tobytes(), following: _digest(wanted.step, missing.tobytes())}
-    if wanted.step in ("range-coin", "lift-sums", "lift-coin", "gram-coin"):
-        return dict.fromkeys(wanted.expected, os.urandom(32))
+    if "toss" in frames:
+        (step, after), one, other = frames["toss"]["names"], os.urandom(32), os.urandom(32)
+        return {preceding: one + _digest(after, other), following: other + _digest(step, one)}
     return None
 
 

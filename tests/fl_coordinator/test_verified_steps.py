@@ -22,8 +22,8 @@ from fl_coordinator.shares.sharing import Pair, Session, are_zero, are_zero_bits
 from fl_coordinator.shares.streams import Words, expand_bytes
 from fl_coordinator.shares.verifying import Conjunctions
 from model_delta.errors import Untrusted
-from tests.fakes.secure_round import ArrayRows, Tamper, random_sharing
-from tests.fakes.three_parties import LIAR, Change, sessions, together, xor_sharing
+from tests.fakes.secure_round import NAMES, ArrayRows, Tamper, random_sharing
+from tests.fakes.three_parties import LIAR, Change, heard_by_the_silent, sessions, together, xor_sharing
 
 
 def add_to(place: int, amount: int) -> Change:
@@ -78,6 +78,54 @@ def test_a_coin_is_the_same_for_all_and_never_the_same_again() -> None:
         together(lambda session, index: two(session, index, "heads"))
     with pytest.raises(Untrusted, match=r"centre and \w+ sent different values"):
         together(two, of_liar("heads"))
+
+
+@pytest.mark.parametrize("liar", range(3))
+def test_a_coin_takes_a_word_from_both_others(liar: int) -> None:
+    """What one of them sends, with all that the liar has itself, does not give the coin; what both send does."""
+    secrets = {frozenset(pair): os.urandom(32) for pair in ((0, 1), (1, 2), (2, 0))}
+
+    def parties() -> list[Session]:
+        return [Session(i, NAMES, {j: secrets[frozenset((i, j))] for j in range(3) if j != i}) for i in range(3)]
+
+    steps = [toss(session, "heads") for session in parties()]
+    sent = [next(step).outgoing for step in steps]
+    like, peers = np.zeros(4, dtype=np.uint64), [peer for peer in range(3) if peer != liar]
+    with pytest.raises(StopIteration) as ended:
+        steps[liar].send({peer: sent[peer][liar] for peer in peers})
+    coin, own = ended.value.value, parties()[liar]
+    pairs = [own.random(name, like) for name in ("heads", "heads-after")]
+    known = [pair.first ^ pair.second for pair in pairs]
+
+    def from_messages(*messages: bytes) -> set[bytes]:
+        pieces = [np.frombuffer(m[at : at + 32], "<u8") for m in messages for at in range(0, len(m), 32)]
+        sums = [like]
+        for piece in (*known, *pieces):
+            sums += [piece ^ other for other in sums]
+        return {found.tobytes() for found in sums}
+
+    assert all(coin not in from_messages(sent[peer][liar]) for peer in peers)
+    assert coin in from_messages(*(sent[peer][liar] for peer in peers))
+
+
+@pytest.mark.parametrize("liar", range(3))
+@pytest.mark.parametrize("silent", ["range-spare", "lift-bit", "lift", "lift-spare", "gram", "gram-taken"])
+def test_who_has_something_to_send_yet_has_no_coin(silent: str, liar: int) -> None:
+    """A message goes to one of the others, and the second has no reason to wait for it."""
+    if silent == "lift-bit" and liar != 0:
+        return
+    shares = random_sharing(np.arange(6, dtype=np.uint32).reshape(2, 3), 1)
+
+    def all_steps(session: Session, index: int) -> Any:
+        inside = yield from range_check(session, shares[index], 10)
+        assert inside.all()
+        return (yield from open_gram(session, (yield from lift(session, shares[index]))))
+
+    heard = heard_by_the_silent(all_steps, sessions(), liar, silent)
+    after = {"range": "range-coin", "lift": "lift-sums", "gram": "gram-coin"}[silent.split("-")[0]]
+    coin = "lift-coin" if silent == "lift-spare" else after
+    assert sum(step == coin for _, step in heard) < 2
+    assert silent in ("gram", "lift-bit") or any(step == silent for _, step in heard)
 
 
 def test_zero_is_known_without_being_opened() -> None:
