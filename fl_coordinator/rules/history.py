@@ -12,6 +12,9 @@ can avoid at the price of showing in another:
     together  one of a group that moves as one: the spectrum of the updates clipped at one median
     against   works against the others: the inner product with what was opened, the device's own part taken out
 
+One thing needs no weighing (`unrelated`): updates that are orthogonal to all others, round for round, are noise.
+Whatever its data are, a device that learns the task has something in common with another, or works against it.
+
 All of it is integers, follows from the signed transcripts alone, and reveals nothing that they do not.
 
 Compatibility: the packed form of a Memory is kept by coordinator and aggregators; fields are only ever added.
@@ -27,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.rules import spectral
-from fl_coordinator.rules.geometry import UNIT, Floats, Gram, clipped, robust_sigmas, squared_distances
+from fl_coordinator.rules.geometry import UNIT, Floats, Gram, clipped, median, robust_sigmas, squared_distances
 from model_delta.errors import Malformed
 
 FORGETTING_BITS = 7
@@ -39,6 +42,10 @@ SIGMAS_MAX = 6.0
 """No evidence in sigmas counts for more, so that none of the three silences the others."""
 SPREAD_MIN = 0.05
 """A sigma is at least this part of the median: where all devices are alike, tiny differences are no evidence."""
+UNRELATED_PART = 16
+"""Who has less than a 16th of what the median device has in common with the others has nothing to do with them. On the
+digits that constants are chosen on, noise has a 60th in its first round and a thousandth after ten; the least of any
+honest device is a fifth."""
 
 
 class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -126,6 +133,25 @@ def against(past: Past, voices: NDArray[np.int64]) -> Floats:
     count = len(past.now)
     met = np.diagonal(past.meetings)[:count].astype(np.float64)
     return -robust_sigmas((past.along[:count] + past.followed(voices)) / met, SPREAD_MIN)
+
+
+def unrelated(past: Past, hostile_max: int) -> NDArray[np.bool_]:
+    """Who has next to nothing in common with any other device, bool[n]; at most f, those with the least.
+
+    Only updates of half the median length and more: what is left of a device that has learned its rows is rounding.
+    Measured by the sum of squared cosines with the others in the mean remembered Gram matrix, beside the median one.
+    """
+    mean = past.mean(past.close)
+    lengths = np.sqrt(np.maximum(np.diagonal(mean), 1).astype(np.float64))
+    # Pairs that met in different rounds may seem to have more than all in common.
+    cosines = np.clip(np.rint(mean / lengths[:, None] / lengths[None, :] * UNIT), -UNIT, UNIT).astype(np.int64)
+    np.fill_diagonal(cosines, 0)
+    common = (cosines * cosines).sum(axis=1)
+    found = np.zeros(len(common), dtype=np.bool_)
+    few = UNRELATED_PART * common.astype(np.float64) < median(common.astype(np.float64))
+    low = np.flatnonzero(few & (4 * np.diagonal(mean) >= UNIT))
+    found[sorted(low.tolist(), key=lambda index: (int(common[index]), -index))[:hostile_max]] = True
+    return found
 
 
 def suspicion(*sigmas: Floats, groups: Floats) -> Floats:

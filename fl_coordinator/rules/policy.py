@@ -6,10 +6,11 @@ consequences:
     krum     refuses what is 3 sigma above the median (norm or distance) or outside DBSCAN's largest cluster, at most f
              devices in all, then Multi-Krum with what is left of f. Equal weights.
     robust   clips at the median norm and drops the 1.5 f highest spectral scores (`spectral`). The default.
-    history  counts copies as one voice, clips at the median norm, and doubts the 1.5 f devices that are most suspicious
-             over the remembered rounds (`history`): they have a quarter of a voice, and none where they stand out by
-             far. Every copy beyond the first uses up one of the 1.5 f, down to a quarter. Where data differ much some
-             of the doubted are honest, and whoever is left out altogether differs more and more.
+    history  counts copies as one voice, clips at the median norm, refuses what has nothing in common with anybody, and
+             doubts the 1.5 f devices that are most suspicious over the remembered rounds (`history`): they have a
+             quarter of a voice, and none where they stand out by far; the more are found for certain, the fewer are
+             doubted (`doubt`). Where data differ much some of the doubted are honest, and whoever is left out
+             altogether differs more and more.
     multikrum  Multi-Krum and nothing else. Equal weights. It can be computed without opening distances too; `unseen`
              has what decides where they stay hidden, and `reveals` which policy goes with what is opened.
 
@@ -21,25 +22,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_coordinator.rules import history, multikrum, outliers, spectral
+from fl_coordinator.rules import doubt, history, multikrum, outliers, spectral
 from fl_coordinator.rules.geometry import Gram, checked, clip_factors, clipped
 from fl_coordinator.rules.history import Memory, Past
 from model_delta.errors import Malformed
 
-WEIGHT_BITS = 7
-WEIGHT_FULL = 1 << WEIGHT_BITS
+WEIGHT_FULL = doubt.VOICE
+WEIGHT_BITS = WEIGHT_FULL.bit_length() - 1
 SHARE_MAX = 0.25
 """No opening gives one device more than this part of the sum of weights."""
-
-DOUBTED_VOICE = 0.25
-"""What `history` leaves to a suspicious device: enough to learn slowly from an honest one that differs."""
-REFUSED_TIMES = 3.0
-"""Unless its suspicion is that many times the highest among those who are not doubted."""
 
 
 @dataclass(frozen=True)
@@ -132,32 +127,21 @@ def robust(gram: Gram, hostile_max: int) -> Weighing:
 def remembering(gram: Gram, past: Past, hostile_max: int) -> Remembered:
     """The policy `history`, in two passes: what a device does against the others is measured against those whom the
     first pass believes."""
-    alone = 1.0 / outliers.copies(gram)
-    most = -(-3 * hostile_max // 2)
-    doubted = max(most - len(gram) + round(fsum(alone)), -(-most // 4))
+    copies, noise = outliers.copies(gram), history.unrelated(past, hostile_max)
     apart, groups = history.apart(past, hostile_max), history.together(past)
-    voices, _ = _voices(alone, history.suspicion(apart, groups=groups), doubted)
-    suspicion = history.suspicion(apart, history.against(past, voices), groups=groups)
-    voices, believed = _voices(alone, suspicion, doubted)
+    first = doubt.voices(copies, history.suspicion(apart, groups=groups), noise, hostile_max)
+    suspicion = history.suspicion(apart, history.against(past, first.integers), groups=groups)
+    heard = doubt.voices(copies, suspicion, noise, hostile_max)
+    voices = heard.integers
     integers = np.where(voices > 0, np.maximum(np.rint(clip_factors(gram) * voices), 1), 0).astype(np.int64)
     reasons = {
-        int(index): f"suspicion {suspicion[index]:.2g} over the remembered rounds; the highest of those believed is "
-        f"{believed:.2g}"
+        int(index): "nothing in common with any other device over the remembered rounds"
+        if noise[index]
+        else f"suspicion {suspicion[index]:.2g} over the remembered rounds; the highest of those believed is "
+        f"{heard.believed:.2g}"
         for index in np.flatnonzero(voices == 0)
     }
     return Remembered(Weighing(integers, int(voices.sum()), reasons), voices, suspicion)
-
-
-def _voices(
-    alone: NDArray[np.float64], suspicion: NDArray[np.float64], doubted: int
-) -> tuple[NDArray[np.int64], float]:
-    """Voices int64[n] of at most 128, and the highest suspicion among those who are not doubted (at least 1)."""
-    order = sorted(range(len(alone)), key=lambda index: (-float(suspicion[index]), -index))
-    believed = max(1.0, float(suspicion[order[doubted]]) if doubted < len(order) else 1.0)
-    factors = np.ones(len(alone))
-    for index in order[:doubted]:
-        factors[index] = DOUBTED_VOICE if suspicion[index] <= REFUSED_TIMES * believed else 0.0
-    return np.ceil(alone * factors * WEIGHT_FULL).astype(np.int64), believed
 
 
 def _without_highest(scores: NDArray[np.int64], dropped: int, factors: NDArray[np.float64], name: str) -> Weighing:

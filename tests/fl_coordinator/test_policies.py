@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fl_coordinator.rules import geometry, history, multikrum, outliers, policy, selection, spectral
+from fl_coordinator.rules import doubt, geometry, history, multikrum, outliers, policy, selection, spectral
 from fl_coordinator.rules.history import Memory
 from model_delta.errors import Malformed
 
@@ -71,7 +71,7 @@ def test_who_stands_out_by_far_is_refused_and_who_does_not_keeps_a_quarter() -> 
     found = chosen("history", updates(3, push=-1.0))
     assert set(found.refused) == set(range(HOSTILE))
     assert found.refused[0].startswith("suspicion ")
-    # Nine may be doubted: the six who push back, and three honest ones.
+    # Nine may be doubted. The six who are refused use them up, and a quarter of the nine remains.
     assert int((found.integers[HOSTILE:] <= policy.WEIGHT_FULL / 4).sum()) == 3
     nobody = chosen("history", updates(3, hostile=0))
     assert not nobody.refused
@@ -92,6 +92,89 @@ def test_one_round_hides_who_works_against_the_others_and_memory_finds_it() -> N
         missed.append(len(set(range(HOSTILE)) - set(highest.tolist())))
     assert missed[0] >= 1
     assert missed[-5:] == [0] * 5
+
+
+def noisy(rng: np.random.Generator, noise: int) -> NDArray[np.int64]:
+    """24 updates int64[24, 2000] of devices that differ more than they agree; the first `noise` are noise as long."""
+    found = rng.normal(size=2_000) + 2 * np.repeat(rng.normal(size=(6, 2_000)), 4, axis=0)
+    found[:noise] = np.sqrt(5) * rng.normal(size=(noise, 2_000))
+    return np.rint((found + 2 * rng.normal(size=(24, 2_000))) * 1_000).astype(np.int64)
+
+
+def test_noise_is_refused_however_much_devices_differ_and_nobody_is_doubted_on_its_account() -> None:
+    rng, memory = np.random.default_rng(4), Memory()
+    for _ in range(5):
+        found = chosen("history", noisy(rng, HOSTILE), memory)
+        memory = found.memory
+        assert set(found.refused) == set(range(HOSTILE))
+        assert found.refused[0].startswith("nothing in common with any other device over the remembered rounds")
+        assert found.integers[HOSTILE:].min() > policy.WEIGHT_FULL / 2
+
+
+@pytest.mark.parametrize("noise", [0, 9])
+def test_at_most_f_are_refused_as_noise(noise: int) -> None:
+    vectors = noisy(np.random.default_rng(5), noise)
+    past = history.recall(Memory(), NAMES, vectors @ vectors.T)
+    assert np.flatnonzero(history.unrelated(past, 24)).tolist() == list(range(noise))
+    assert history.unrelated(past, HOSTILE).sum() == min(noise, HOSTILE)
+
+
+def test_who_has_learned_its_rows_is_no_noise_and_pairs_that_met_in_other_rounds_do_not_overflow() -> None:
+    rng, memory = np.random.default_rng(6), Memory()
+    for short in (slice(0, 6), slice(6, 12)):
+        vectors = noisy(rng, 0)
+        vectors[short] = rng.integers(-1, 2, size=(6, 2_000))  # What rounding leaves of an update of length zero.
+        past = history.recall(memory, NAMES, vectors @ vectors.T)
+        assert not history.unrelated(past, HOSTILE).any()
+        memory = past.memory(np.full(24, 128))
+
+
+def test_copies_are_doubted_as_one_and_refused_together() -> None:
+    vectors = updates(9)
+    vectors[:HOSTILE] = -vectors[HOSTILE:].mean(axis=0)
+    found = chosen("history", vectors)
+    assert set(found.refused) == set(range(HOSTILE))
+    assert int((found.integers[HOSTILE:] <= policy.WEIGHT_FULL / 4).sum()) == 2
+
+
+def doubted(found: int, copies: int, noise: int) -> tuple[int, int]:
+    """How many of 32 devices have no voice and a quarter, f = 8: the first `found` stand out by far, the first `copies`
+    sent the same, the first `noise` are noise."""
+    same = np.ones(32, dtype=np.int64)
+    same[:copies] = max(copies, 1)
+    suspicion = np.where(np.arange(32) < found, 9.0, np.linspace(2, 1, 32))
+    voices = doubt.voices(same, suspicion, np.arange(32) < noise, 8).integers
+    return int((voices == 0).sum()), int((voices == doubt.VOICE // 4).sum())
+
+
+@pytest.mark.parametrize(
+    ("found", "copies", "noise", "expected"),
+    [
+        (0, 0, 0, (0, 12)),  # 1.5 f
+        (4, 0, 0, (4, 6)),
+        (8, 0, 0, (8, 3)),  # Never less than a quarter of it
+        (8, 8, 0, (8, 2)),  # of which copies were one.
+        (0, 0, 4, (4, 6)),
+        (0, 0, 8, (8, 0)),  # unless f are certain.
+        (8, 0, 4, (8, 2)),
+    ],
+)
+def test_whoever_is_found_takes_one_and_a_half_of_the_doubted_along(
+    found: int, copies: int, noise: int, expected: tuple[int, int]
+) -> None:
+    assert doubted(found, copies, noise) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 20), min_size=1, max_size=40), st.integers(0, 12), st.integers(0, 12))
+def test_no_more_than_one_and_a_half_f_lose_their_voice(values: list[float], hostile: int, noise: int) -> None:
+    count = len(values)
+    certain = np.arange(count) < min(noise, hostile)
+    ones = np.ones(count, dtype=np.int64)
+    voices = doubt.voices(ones, np.array(values), certain, hostile).integers
+    assert int((voices == 0).sum()) <= -(-3 * hostile // 2)
+    assert int((voices < doubt.VOICE).sum()) <= -(-3 * hostile // 2)
+    assert set(voices.tolist()) <= {0, doubt.VOICE // 4, doubt.VOICE}
 
 
 def test_differences_that_are_tiny_are_no_evidence() -> None:
