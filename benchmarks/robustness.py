@@ -215,8 +215,8 @@ def quick_orders() -> list[Run]:
 
 
 def full_orders() -> list[Run]:
-    """Everything: all splits seed by seed, textbook rules on four seeds and the compared rules on 28 others; on eight of
-    these they meet other numbers of attackers too."""
+    """Everything: all splits seed by seed, textbook rules on four seeds and the compared rules on 28 others; on eight
+    of these they meet other numbers of attackers too."""
     orders = []
     for seed in FULL_SEEDS:
         for task in TASKS:
