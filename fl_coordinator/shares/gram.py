@@ -78,7 +78,9 @@ def _require_product(session: Session, rows: Pair, gram: NDArray[np.int64], hidd
         multiply_transposed(rows.second, told) - taken.second,
     )
     due = multiply_by_small(gram.view(np.uint64), weights)
-    if not (yield from are_zero(session, "gram-zero", plus_public(session, left, -due))):
+    # Who lacks share 0 would else look at what its peers were told of the matrix, not at what it was told itself.
+    told_all = to_bytes(gram.view(np.uint64))
+    if not (yield from are_zero(session, "gram-zero", plus_public(session, left, -due), told_all)):
         raise Untrusted("step 'gram': what was opened are not the products of the sketches; an aggregator has deviated")
 
 

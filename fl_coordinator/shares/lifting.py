@@ -17,6 +17,11 @@ afterwards. If any word is off by a multiple of 2^32 that is not 0 modulo 2^64, 
 should be have two copies shorter than 2^27 each (`bounds`), 8 of them are shorter than 2^29, and a sum leaves that
 range with probability at most 2 exp(-16) (Hoeffding), were all updates as long as what passes the range check with
 probability 2^-48; if they are a fifth of that, and honest ones are a thirtieth, it is 2 exp(-400).
+
+That the sums are small, their highest words zero, is asked of 48 parities of 64 parities of all these bits: of random
+bits of them, the coin's first, then bits that nobody knows. What a lie of party 0 about its bits leaves in the sums
+depends on bits of the others, one for each word, and a digest of the sums would let it try which. Of parities that it
+does not know a digest tells nothing but whether all is zero, and if not, they are with probability 2^-64 + 2^-48.
 """
 
 from __future__ import annotations
@@ -38,13 +43,14 @@ from fl_coordinator.shares.sharing import (
     to_bytes,
     toss,
 )
-from fl_coordinator.shares.streams import Words64, expand_bytes
+from fl_coordinator.shares.streams import KeyStream, Words64
 from fl_coordinator.shares.verifying import Conjunctions
 from model_delta.errors import Untrusted
 
 SMALL_BITS = 29
 _OFFSET = 1 << SMALL_BITS
 _ROWS, _SUMS = 8, 40
+_PUBLIC, _HIDDEN = 64, 48
 
 
 def lift(session: Session, small: Pair) -> Steps[Pair]:
@@ -80,18 +86,34 @@ def _with_carries(words: Ring, carries: Ring) -> Words64:
 
 
 def _require_small(session: Session, lifted: Pair) -> Steps[None]:
-    coin = yield from toss(session, "lift-sums")
-    octets = _ROWS * lifted.first.shape[1] * _SUMS // 4
-    bits = np.unpackbits(np.frombuffer(expand_bytes(coin, octets), dtype=np.uint8)).view(np.int8)
+    coin = KeyStream((yield from toss(session, "lift-sums")))
+    octets = coin.take(_ROWS * lifted.first.shape[1] * _SUMS // 4)
+    bits = np.unpackbits(np.frombuffer(octets, dtype=np.uint8)).view(np.int8)
     ternary = (bits[0::2] - bits[1::2]).astype(np.float64).reshape(-1, _SUMS)
     sums = Pair(_summed(lifted.first, ternary), _summed(lifted.second, ternary))
     made = Conjunctions(session, "lift")
     raised = yield from binary(session, made, plus_public(session, sums, np.uint64(1 << 31)))
+    counted = np.frombuffer(coin.take(8 * _PUBLIC * sums.first.size), dtype="<u8").reshape(_PUBLIC, -1)
+    told = Pair(*(_gathered(share >> np.uint64(32), counted) for share in (raised.first, raised.second)))
+    hidden = session.random("lift-hidden", np.zeros(_HIDDEN, dtype=np.uint64))
+    kept = yield from made.of("kept", told, hidden)
     yield from made.check()
-    if not (yield from are_zero_bits(session, "lift-small", raised >> 32)):
+    if not (yield from are_zero_bits(session, "lift-small", Pair(_parity(kept.first), _parity(kept.second)))):
         raise Untrusted(
             "step 'lift': a lifted sketch is no small integer, an aggregator has deviated; nothing of it was opened"
         )
+
+
+def _gathered(words: Ring, counted: Words64) -> Ring:
+    """The parities of the bits of `words` that each row of `counted` has, bit k of a word from row k; it 48 times."""
+    parities = _parity(np.bitwise_xor.reduce(counted & words.reshape(-1), axis=1))
+    word = np.bitwise_or.reduce(parities << np.arange(_PUBLIC, dtype=np.uint64))
+    return np.full(_HIDDEN, word, dtype=np.uint64)
+
+
+def _parity(words: Ring) -> Ring:
+    """Of each word of 64 bits the sum of its bits modulo 2."""
+    return (np.bitwise_count(words) & 1).astype(np.uint64)
 
 
 def _summed(words: Words64, coefficients: NDArray[np.float64]) -> Words64:

@@ -190,17 +190,17 @@ def are_zero_bits(session: Session, step: str, shared: Pair) -> Steps[bool]:
     return (yield from _is_lacking(session, step, shared, shared.first ^ shared.second))
 
 
-def are_zero(session: Session, step: str, shared: Pair) -> Steps[bool]:
-    """The same of an additively shared array."""
-    return (yield from _is_lacking(session, step, shared, -(shared.first + shared.second)))
+def are_zero(session: Session, step: str, shared: Pair, public: bytes = b"") -> Steps[bool]:
+    """The same of an additively shared array, and whether all three have the same `public` bytes. (Numbers that are
+    added to shares stand on one, which a party that lacks it has from another's numbers.)"""
+    return (yield from _is_lacking(session, step, shared, -(shared.first + shared.second), public))
 
 
-def _is_lacking(session: Session, step: str, shared: Pair, lacking: Ring) -> Steps[bool]:
-    expected = _digest(step, to_bytes(lacking))
-    outgoing = {
-        session.following: _digest(step, to_bytes(shared.first)),
-        session.preceding: _digest(step, to_bytes(shared.second)),
-    }
+def _is_lacking(session: Session, step: str, shared: Pair, lacking: Ring, public: bytes = b"") -> Steps[bool]:
+    expected, first, second = (
+        _digest(step, public + to_bytes(words)) for words in (lacking, shared.first, shared.second)
+    )
+    outgoing = {session.following: first, session.preceding: second}
     received = yield Exchange(step, outgoing, session.peers)
     return all(hmac.compare_digest(received[peer], expected) for peer in session.peers)
 

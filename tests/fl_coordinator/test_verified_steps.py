@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_coordinator.shares import combining, verifying
+from fl_coordinator.shares import combining, lifting, verifying
 from fl_coordinator.shares.binary import binary
 from fl_coordinator.shares.combining import GROUPS, SUMS, RandomSums
 from fl_coordinator.shares.gram import multiply_by_small, open_gram
@@ -270,6 +270,33 @@ def test_a_lie_about_a_highest_bit_shifts_by_nothing_or_is_noticed() -> None:
     assert 5 < noticed < 35
 
 
+def test_what_a_lie_about_highest_bits_leaves_is_compared_in_parities_of_secret_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A digest of the sums themselves would let party 0 try which of the bits that it lied about count. Always the same
+    lie, shares and bits: what is not zero looks random whatever it is."""
+    small = np.random.default_rng(5).integers(-(2**20), 2**20, size=(3, 4), dtype=np.int32)
+    shares, compared = random_sharing(small.view(np.uint32), 1), list[np.ndarray]()
+
+    def listening(session: Session, step: str, shared: Pair) -> Any:
+        if step == "lift-small":
+            compared.append(shared.first)
+        return (yield from are_zero_bits(session, step, shared))
+
+    def tamper(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        return (np.frombuffer(data, "<u4") + np.uint32(3)).tobytes() if name == "lift-bit" else data
+
+    monkeypatch.setattr(lifting, "are_zero_bits", listening)
+    for _ in range(30):
+        with pytest.raises(Untrusted, match="step 'lift': a lifted sketch is no small integer"):
+            together(lambda s, i: lift(s, shares[i]), tamper)
+    left = np.array(compared).reshape(30, 3, -1)
+    values = left[:, 0] ^ left[:, 1] ^ left[:, 2]
+    assert (values <= 1).all()
+    assert abs(values.mean() - 0.5) < 5 * 0.5 / values.size**0.5
+    assert abs(values.mean(axis=0) - 0.5).max() < 0.5  # no place is always the same
+
+
 @pytest.mark.parametrize("width", [3, 2048])
 def test_the_matrix_that_is_opened_is_that_of_the_rows_or_the_round_ends(width: int) -> None:
     rows = np.random.default_rng(2).integers(-(2**16), 2**16, size=(9, width)).astype(np.int64)
@@ -279,6 +306,23 @@ def test_the_matrix_that_is_opened_is_that_of_the_rows_or_the_round_ends(width: 
     for step, place, amount in (("gram", 44, 2000), ("gram", 1, -2), ("gram-taken", 0, 1), ("gram-taken", -1, 1 << 63)):
         with pytest.raises(Untrusted, match="what was opened are not the products of the sketches"):
             together(lambda s, i: open_gram(s, shares[i]), lies={step: add_to(place, amount)})
+
+
+@pytest.mark.parametrize(("liar", "victim"), [(i, j) for i in range(3) for j in range(3) if i != j])
+def test_nobody_is_told_another_matrix_than_the_rest(liar: int, victim: int) -> None:
+    """Whichever two of them hold the share on which the matrix counts."""
+    rows = np.random.default_rng(2).integers(-(2**16), 2**16, size=(4, 3)).astype(np.int64)
+    shares = random_sharing(rows.view(np.uint64), 4)
+
+    def tamper(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        if (sender, receiver, name) != (liar, victim, "gram"):
+            return data
+        words = np.frombuffer(data, "<u8").copy()
+        words[0] += np.uint64(2000)
+        return words.tobytes()
+
+    with pytest.raises(Untrusted, match="what was opened are not the products of the sketches"):
+        together(lambda s, i: open_gram(s, shares[i]), tamper)
 
 
 def test_products_with_small_numbers_are_exact() -> None:
