@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_coordinator.shares import combining, lifting, verifying
+from fl_coordinator.shares import combining, gram, lifting, sharing, verifying
 from fl_coordinator.shares.binary import binary
 from fl_coordinator.shares.combining import GROUPS, SUMS, RandomSums
 from fl_coordinator.shares.gram import multiply_by_small, open_gram
@@ -142,6 +142,23 @@ def test_zero_is_known_without_being_opened() -> None:
     assert asked(one, are_zero_bits, xor_sharing) == asked(one, are_zero, added) == {False}
 
 
+@pytest.mark.parametrize("liar", range(3))
+@pytest.mark.parametrize("added", [True, False])
+def test_what_is_not_zero_is_not_made_so_by_one(liar: int, added: bool) -> None:
+    """A liar that knows by how much it is not zero knows what each of the others expects, and says that."""
+    value = np.array([0, 5], dtype=np.uint64)
+    shares = random_sharing(value, 3) if added else xor_sharing(value)
+
+    def tamper(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        own = shares[receiver]
+        expected = -(own.first + own.second) if added else own.first ^ own.second
+        return sharing._digest(name, sharing.to_bytes(expected)) if sender == liar else data
+
+    question = are_zero if added else are_zero_bits
+    answers = together(lambda session, index: question(session, "zero", shares[index]), tamper)
+    assert not any(answers[index] for index in range(3) if index != liar)
+
+
 def test_a_share_that_is_sent_once_is_compared_with_its_digest() -> None:
     words = np.arange(5, dtype=np.uint64)
     shares = xor_sharing(words)
@@ -211,6 +228,43 @@ def test_lies_pass_no_more_often_than_proved(pattern: tuple[int, ...], monkeypat
 def test_as_many_spare_products_as_the_bound_needs(count: int) -> None:
     lanes, shown = verifying._lanes(count)
     assert shown**lanes >= 2**40
+
+
+def test_lanes_are_turned_independently_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    turned = verifying._turned
+
+    def watching(shared: Pair, turns: list[int]) -> Pair:
+        seen.append(turns)
+        return turned(shared, turns)
+
+    monkeypatch.setattr(verifying, "_turned", watching)
+    together(product_of(1))
+    assert all(turns == seen[0] for turns in seen)
+    assert len(seen[0]) == 4
+    assert len(set(seen[0])) > 1
+    assert all(0 <= turn < 1 + (1 << 10) for turn in seen[0])
+
+
+def test_as_many_sums_parities_weights_and_groups_as_the_bounds_need() -> None:
+    """The figures of docs/decisions/0002."""
+    assert 2.0**-lifting._SUMS + 2.0**-lifting._PUBLIC + 2.0**-lifting._HIDDEN <= 2.0**-40 * 1.01
+    assert gram._CHECKS * 8 >= 40
+    assert (SUMS, GROUPS) == (4, 16)
+
+
+def test_of_a_range_check_one_bit_a_device_is_opened_and_no_partial_result() -> None:
+    sums = np.zeros((3, 48), dtype=np.int32)
+    sums[1, 7] = 1 << 20
+    shares, told = random_sharing(sums.view(np.uint32), 1), dict[int, np.ndarray]()
+
+    def listen(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        if name == "range" and receiver == (sender + 1) % 3:
+            told[sender] = np.frombuffer(data, "<u4")
+        return data
+
+    together(lambda s, i: range_check(s, shares[i], 10), listen)
+    assert (told[0] ^ told[1] ^ told[2]).tolist() == [1, 0, 1]
 
 
 def test_a_range_check_is_not_opened_when_a_bit_of_it_was_wronged() -> None:
@@ -301,11 +355,45 @@ def test_what_a_lie_about_highest_bits_leaves_is_compared_in_parities_of_secret_
 def test_the_matrix_that_is_opened_is_that_of_the_rows_or_the_round_ends(width: int) -> None:
     rows = np.random.default_rng(2).integers(-(2**16), 2**16, size=(9, width)).astype(np.int64)
     shares = random_sharing(rows.view(np.uint64), 4)
-    for gram in together(lambda s, i: open_gram(s, shares[i])):
-        assert np.array_equal(gram, rows @ rows.T)
+    for opened in together(lambda s, i: open_gram(s, shares[i])):
+        assert np.array_equal(opened, rows @ rows.T)
     for step, place, amount in (("gram", 44, 2000), ("gram", 1, -2), ("gram-taken", 0, 1), ("gram-taken", -1, 1 << 63)):
         with pytest.raises(Untrusted, match="what was opened are not the products of the sketches"):
             together(lambda s, i: open_gram(s, shares[i]), lies={step: add_to(place, amount)})
+
+
+def test_what_is_opened_to_check_the_matrix_is_masked() -> None:
+    rows = np.random.default_rng(2).integers(-(2**16), 2**16, size=(4, 50)).astype(np.int64)
+    shares, told = random_sharing(rows.view(np.uint64), 4), dict[int, np.ndarray]()
+
+    def listen(sender: int, receiver: int, name: str, data: bytes) -> bytes:
+        if name == "gram-sums" and receiver == (sender + 1) % 3:
+            told[sender] = np.frombuffer(data, "<u8")
+        return data
+
+    together(lambda s, i: open_gram(s, shares[i]), listen)
+    opened = (told[0] + told[1] + told[2]).view(np.int64)
+    assert (np.abs(opened.astype(np.float64)) > 2.0**40).mean() > 0.9  # without a mask it is below 2^26
+
+
+def test_who_foresees_a_weight_is_right_one_time_in_256(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one column, a liar that takes back what its lie adds for one weight passes if that is the weight."""
+    monkeypatch.setattr(gram, "_CHECKS", 1)
+    rows = np.random.default_rng(2).integers(-(2**16), 2**16, size=(2, 3)).astype(np.int64)
+    shares, passed, tries = random_sharing(rows.view(np.uint64), 4), 0, 128
+    for place in range(tries):
+        lies = {"gram": add_to(0, 2), "gram-taken": add_to(0, -(place % 2))}
+        with contextlib.suppress(Untrusted):
+            together(lambda s, i: open_gram(s, shares[i]), lies=lies)
+            passed += 1
+    assert passed <= 8
+
+
+def test_a_matrix_beyond_what_sketches_can_have_is_refused() -> None:
+    gram._require_possible(np.array([[1 << 54, 1 << 53], [1 << 53, 1 << 54]]))
+    for found in ([[1 << 55]], [[-1]], [[4, 5], [5, 4]], [[0, 1], [1, 4]]):
+        with pytest.raises(Untrusted, match="the opened numbers are no inner products"):
+            gram._require_possible(np.array(found))
 
 
 @pytest.mark.parametrize(("liar", "victim"), [(i, j) for i in range(3) for j in range(3) if i != j])
