@@ -18,10 +18,10 @@ should be have two copies shorter than 2^27 each (`bounds`), 8 of them are short
 range with probability at most 2 exp(-16) (Hoeffding), were all updates as long as what passes the range check with
 probability 2^-48; if they are a fifth of that, and honest ones are a thirtieth, it is 2 exp(-400).
 
-That the sums are small, their highest words zero, is asked of 48 parities of 64 parities of all these bits: of random
-bits of them, the coin's first, then bits that nobody knows. What a lie of party 0 about its bits leaves in the sums
-depends on bits of the others, one for each word, and a digest of the sums would let it try which. Of parities that it
-does not know a digest tells nothing but whether all is zero, and if not, they are with probability 2^-64 + 2^-48.
+Small sums have highest halves of zero. What a lie of party 0 about its bits leaves there depends on bits of the others,
+one for each word, and from a digest of it party 0 could find many by trying. So all halves together give 64 parities of
+bits that the coin chooses, and these 48 parities of bits that nobody knows: the digest is of those. If a half is not
+zero they are random, all zero with probability 2^-64 + 2^-48.
 """
 
 from __future__ import annotations

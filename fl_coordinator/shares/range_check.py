@@ -46,7 +46,7 @@ def range_check(session: Session, sums: Pair, exponent: int) -> Steps[NDArray[np
         inside = yield from made.of(f"bit-{places}", inside, inside >> places)
         places //= 2
     yield from made.check()
-    # Bits above the lowest hold partial results about single devices: they must not be opened.
+    # The bits above are zero by now, as zeros were moved in; that nothing else is opened does not rest on it.
     lowest = Pair(inside.first & word(1), inside.second & word(1))
     opened = yield from open_bits(session, "range", lowest)
     passed: NDArray[np.bool_] = opened[:, 0] == 1
