@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,7 +290,8 @@ def test_a_death_in_any_step_is_noticed_in_bounded_time_and_the_next_attempt_suc
     whole = Platform(tmp_path / "whole")
     whole.contribute(updates(4))
     expected = combine_openings(whole.run(), whole.world.task)
-    steps = list(dict.fromkeys(step for name, _, step, _ in whole.trace if name == "centre"))
+    # Of steps that differ in a number alone, the levels of an adder, one stands for all.
+    steps = list({re.sub(r"-[0-9]+$", "", step): step for name, _, step, _ in whole.trace if name == "centre"}.values())
     assert len(steps) > 10
     for step in steps:
         platform = Platform(tmp_path / digest_of(step.encode())[:8])
