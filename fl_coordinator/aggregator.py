@@ -12,6 +12,7 @@ one by one, what it holds and is not frozen is dropped.
 
     aggregator_state    keys, decisions, answers
     following, copies   what it read of the log
+    completing          what it did not read is fetched
     round_command       which commands it takes
     standing_by         waits for the list of a round that was announced
     conversation        what it says to the other two
@@ -36,8 +37,9 @@ import msgspec
 from fl_coordinator.aggregation import OPENING_TYPE, Opening
 from fl_coordinator.aggregator_state import AggregatorState, RoundProgress
 from fl_coordinator.channel import ChannelMessage
+from fl_coordinator.completing import Completing, Fetch
 from fl_coordinator.conversation import Conversation, Send
-from fl_coordinator.copies import Copies, HeldRound
+from fl_coordinator.copies import Copies
 from fl_coordinator.following import Announcement, Following, LogSource
 from fl_coordinator.kept_memories import KeptMemories
 from fl_coordinator.kept_spends import KeptSpends
@@ -45,7 +47,7 @@ from fl_coordinator.mailbox import Bell, Mailbox
 from fl_coordinator.memory_chain import after, proven
 from fl_coordinator.round_command import RoundCommand, accepted, stands_s
 from fl_coordinator.rules.policy import remembers
-from fl_coordinator.shares.contribution import Holding, hold, keep, size_max
+from fl_coordinator.shares.contribution import Holding, hold
 from fl_coordinator.shares.decision import Decision
 from fl_coordinator.shares.fixed_point import Rng
 from fl_coordinator.shares.freezing import FROZEN_TYPE
@@ -54,23 +56,18 @@ from fl_coordinator.shares.remembering import RoundMemory, empty_memory
 from fl_coordinator.shares.sharing import Exchange, to_bytes
 from fl_coordinator.standing_by import FetchAttempt, StandingBy
 from fl_coordinator.threads import in_thread
-from model_delta.digest import digest_of, require_match
+from model_delta.digest import digest_of
 from model_delta.encoding import pack, unpack
-from model_delta.errors import AtollError, Malformed, NotFound, StorageFull, Unavailable
+from model_delta.errors import AtollError, Malformed, Unavailable
 from model_delta.task import AggregatorKey, RoundTask
 from model_delta.trust.signing import open_envelope, public_bytes, seal_envelope, sign
 from model_delta.trust.updater import TrustAnchors
 
-_READING_S = 0.3
-"""So long the log may bring nothing that is missing before it is fetched elsewhere."""
-_RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 RUNS_MAX = 4
 """Rounds that may run because they stood, and were frozen at about the same moment: each needs memory."""
 
 _log = logging.getLogger("atoll.aggregator")
 
-Fetch = Callable[[str, str], Awaitable[bytes]]
-"""fetch(round_id, digest): a contribution of a frozen round. Raises Unavailable, NotFound when it is not given out."""
 FetchMemory = Callable[[str], Awaitable[bytes]]
 """The packed `MemoryProof` of what a round begins with, by round id. Raises Unavailable."""
 
@@ -105,7 +102,6 @@ class Aggregator:
         self._anchors = anchors
         self._ca_pem = ca_pem
         self._revoked = revoked
-        self._fetch = fetch
         self._send_bytes = send
         self._fetch_memory = fetch_memory
         self._memories = KeptMemories(self._state.store)
@@ -115,7 +111,9 @@ class Aggregator:
         self._step_timeout_s = step_timeout_s
         self._mailbox = Mailbox()
         self._kept = Bell()
-        self._follows = False
+        self._completing = Completing(
+            name, copies=self._copies, kept=self._kept, fetch=fetch, step_timeout_s=step_timeout_s
+        )
         self._running: dict[str, tuple[RoundCommand, asyncio.Task[dict[str, Any]]]] = {}
         self._standing_by = fetch_attempt and StandingBy(
             anchors=anchors, key=self.key, fetch=fetch_attempt, run=self._run_stood, clock=clock
@@ -147,11 +145,11 @@ class Aggregator:
 
     async def follow(self, following: Following) -> None:
         """Keep copies of contributions as they come, until cancelled."""
-        self._follows = True
+        self._completing.follows = True
         try:
             await following.run()
         finally:
-            self._follows = False
+            self._completing.follows = False
 
     def deliver(self, sender: str, name: str, data: bytes) -> None:
         """Take a peer's message; to be called in the event loop. It is opened, and so authenticated, when it is needed.
@@ -243,7 +241,7 @@ class Aggregator:
         )
         try:
             begun = await self._memory_of(task)
-            await self._complete(command, task, index)
+            await self._completing.complete(command, task, index)
             # Masked vectors stay on disk: a round of many large ones would not fit into memory.
             with self._copies.opened(command.round_id, command.contributions) as copies:
                 revoked, now = self._revoked(), self._clock()
@@ -260,58 +258,6 @@ class Aggregator:
             conversation.end()
         await in_thread(self._keep_memory, task, begun, outcome)
         return task, await in_thread(self._sign, command, index, outcome)
-
-    async def _complete(self, command: RoundCommand, task: RoundTask, index: int) -> None:
-        """Have a copy of each frozen contribution, and of no other one of the round. The log has a moment to bring what
-        is missing; the rest is fetched, until a step's time is over."""
-        round_id = command.round_id
-        await in_thread(self._copies.begin, HeldRound(round_id, task.deadline))
-        while True:
-            rings = self._kept.rings
-            missing = await in_thread(self._copies.missing, round_id, command.contributions)
-            if not missing or not self._follows:
-                break
-            try:
-                async with asyncio.timeout(_READING_S):
-                    await self._kept.rung(rings)
-            except TimeoutError:
-                break
-        deadline = asyncio.get_running_loop().time() + self._step_timeout_s
-        for digest in missing:
-            data = await self._fetched(command, digest, deadline)
-            entry = await in_thread(keep, data, size_max(task))
-            await in_thread(self._copies.keep, {round_id: [entry.needed_by(index)]})
-        if missing:
-            _log.info("round %s: %d of its contributions were not read in time and fetched", round_id, len(missing))
-        held = await in_thread(self._copies.devices, round_id)
-        frozen = set(command.contributions)
-        left_out = {digest: device_id for digest, device_id in held.items() if digest not in frozen}
-        if left_out:
-            names = sorted(set(left_out.values()))
-            _log.warning(
-                "round %s: the log has contributions that the coordinator did not freeze, of %s%s; dropped",
-                *(round_id, ", ".join(names[:8]), " and others" if len(names) > 8 else ""),
-            )
-            await in_thread(self._copies.drop, round_id, left_out)
-
-    async def _fetched(self, command: RoundCommand, digest: str, deadline: float) -> bytes:
-        """One frozen contribution from the coordinator. Raises NotFound, Unavailable, DigestMismatch; each names it."""
-        what = f"round {command.round_id!r}: contribution {command.contributions.index(digest)} ({digest[:16]}…)"
-        pause = _RETRY_FIRST_S
-        while True:
-            try:
-                data = await self._fetch(command.round_id, digest)
-                require_match(data, digest, what)
-                return data
-            except NotFound as error:
-                raise NotFound(f"{what} is frozen, but {self.name} finds it nowhere: {error}") from None
-            except StorageFull:
-                raise
-            except Unavailable as error:
-                if asyncio.get_running_loop().time() + pause >= deadline:
-                    raise Unavailable(f"{what} does not come: {error}") from None
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _RETRY_MAX_S)
 
     async def _memory_of(self, task: RoundTask) -> RoundMemory:
         """What the round's policy remembers: the copy that is kept here, or one that the coordinator proves."""

@@ -310,7 +310,7 @@ def test_who_finds_a_frozen_contribution_nowhere_says_which_and_the_peers_hear_i
     async def hidden(round_id: str, digest: str) -> bytes:
         raise NotFound("not given out")
 
-    platform.aggregators["south"]._fetch = hidden
+    platform.aggregators["south"]._completing._fetch = hidden
     failures = platform.run()
     assert isinstance(failures[2], NotFound)
     named = f"contribution 7 ({digest_of(platform.data[7])[:16]}…)"
