@@ -5,6 +5,7 @@ thread, 128 devices, sketched distances; bytes and messages do not depend on the
 `rounds` are of the steps in the place of the opened Gram matrix: from its shares to the choice and the opened norm of
 the sum. Lifting, which all rounds do, is not among them. CPU seconds are of those steps too, of the slowest party.
 
+    fl.checks.*         what aggregators do in any round to check each other, when distances are opened
     fl.graph.*          with an announced eps; `.found`: with one that is found on shares
     fl.selection.*      Multi-Krum on shares
     fl.leak.graph       correlation with another device's entry that a device and one server get from the opened bits,
@@ -56,6 +57,8 @@ COUNT, HOSTILE = 128, 12
 HONEST, PROBERS = 64, 6
 SEEDS = (100, 101)
 ELSEWHERE = ("hello", "compare", "coin", "measured", "range", "lift", "agree", "noise")
+CHECKS = ("lift-sums", "lift-carr", "lift-kept", "lift-small", "gram-")
+CHECKS_OF = ("-spare", "-coin", "-check", "-zero")
 LENGTHS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """Of a probe, over the clip."""
 
@@ -72,7 +75,7 @@ class Cost:
 
 def measure(options: argparse.Namespace) -> Sequence[Claim]:
     """All claims."""
-    claims: list[Claim] = []
+    claims = _checks(options.seed)
     for name, reveal, eps, most_bytes, most_rounds in (
         ("fl.graph", "graph", 1.2, 1e6, 10),
         ("fl.graph.found", "graph", 0.0, 1e6, 40),
@@ -86,7 +89,34 @@ def measure(options: argparse.Namespace) -> Sequence[Claim]:
     return claims
 
 
+def _checks(seed: int) -> list[Claim]:
+    """What the checks between aggregators add to a round that opens distances."""
+    costs = _round("distances", 0.0, seed)
+    steps = [step for step in costs[0].sent if step.startswith(CHECKS) or step.endswith(CHECKS_OF)]
+    sent = max(sum(cost.sent[step] for step in steps) for cost in costs)
+    seconds = max(sum(cost.seconds[step] for step in steps) for cost in costs)
+    return [
+        at_most("fl.checks.bytes", sent, f"bytes sent by an aggregator (n={COUNT}, sketched)", 10e6),
+        at_most("fl.checks.rounds", len(steps), f"messages one after the other (n={COUNT})", 30),
+        at_most("fl.checks.cpu", seconds, f"CPU s an aggregator (n={COUNT}, sketched)", 0.2),
+    ]
+
+
 def _cost(name: str, reveal: str, eps: float, most_bytes: float, most_rounds: int, seed: int) -> list[Claim]:
+    costs = _round(reveal, eps, seed)
+    steps = [step for step in costs[0].sent if not step.startswith(ELSEWHERE)]
+    sent = max(sum(cost.sent[step] for step in steps) for cost in costs)
+    seconds = max(sum(cost.seconds[step] for step in steps) for cost in costs)
+    unit = f"n={COUNT}, in the place of {8 * COUNT * (COUNT + 1)} bytes in one message to both"
+    return [
+        at_most(f"{name}.bytes", sent, f"bytes sent by an aggregator ({unit})", most_bytes),
+        at_most(f"{name}.rounds", len(steps), f"messages one after the other (n={COUNT})", most_rounds),
+        at_most(f"{name}.cpu", seconds, f"CPU s an aggregator (n={COUNT})", 1.5),
+    ]
+
+
+def _round(reveal: str, eps: float, seed: int) -> list[Cost]:
+    """What a round costs each of the three."""
     world = SecureRound(
         length=4_096,
         hostile_max=HOSTILE,
@@ -101,16 +131,8 @@ def _cost(name: str, reveal: str, eps: float, most_bytes: float, most_rounds: in
     updates = [0.01 * (common + rng.standard_normal(4_096)) * (-1 if at < HOSTILE else 1) for at in range(COUNT)]
     costs, decision = _run(world, np.stack([world.encode(update) for update in updates]), seed)
     if decision.selected != tuple(range(HOSTILE, COUNT)):
-        raise SystemExit(f"{name}: selected {decision.selected}, expected all but the first {HOSTILE}")
-    steps = [step for step in costs[0].sent if not step.startswith(ELSEWHERE)]
-    sent = max(sum(cost.sent[step] for step in steps) for cost in costs)
-    seconds = max(sum(cost.seconds[step] for step in steps) for cost in costs)
-    unit = f"n={COUNT}, in the place of {8 * COUNT * (COUNT + 1)} bytes in one message to both"
-    return [
-        at_most(f"{name}.bytes", sent, f"bytes sent by an aggregator ({unit})", most_bytes),
-        at_most(f"{name}.rounds", len(steps), f"messages one after the other (n={COUNT})", most_rounds),
-        at_most(f"{name}.cpu", seconds, f"CPU s an aggregator (n={COUNT})", 1.5),
-    ]
+        raise SystemExit(f"{reveal}: selected {decision.selected}, expected all but the first {HOSTILE}")
+    return costs
 
 
 def _run(world: SecureRound, rows: NDArray[np.uint32], seed: int) -> tuple[list[Cost], Decision]:

@@ -95,8 +95,8 @@ class Learning:
 
 class Participation:
     """Follows round announcements for one device and model. Without `learning` it only says that it sits them out, so
-    that no round waits for it. `told` is called when `sitting_out` has something to say
-    that will not change any more."""
+    that no round waits for it. `told` is called when `sitting_out` has something to say that will not change any
+    more."""
 
     def __init__(
         self,

@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_coordinator.shares.binary import binary
-from fl_coordinator.shares.sharing import Pair, Ring, Session, Steps, beside, open_bits, plus_public
+from fl_coordinator.shares.sharing import (
+    Pair,
+    Session,
+    Steps,
+    beside,
+    open_bits,
+    plus_public,
+    plus_public_bits,
+)
 from fl_coordinator.shares.verifying import Conjunctions
 
 
@@ -47,8 +55,7 @@ def range_check(session: Session, sums: Pair, exponent: int) -> Steps[NDArray[np
         places //= 2
     yield from made.check()
     # The bits above are zero by now, as zeros were moved in; that nothing else is opened does not rest on it.
-    lowest = Pair(inside.first & word(1), inside.second & word(1))
-    opened = yield from open_bits(session, "range", lowest)
+    opened = yield from open_bits(session, "range", inside & word(1))
     passed: NDArray[np.bool_] = opened[:, 0] == 1
     return passed
 
@@ -56,9 +63,4 @@ def range_check(session: Session, sums: Pair, exponent: int) -> Steps[NDArray[np
 def _negated_above(session: Session, value: Pair, free_bits: int) -> Pair:
     """NOT value, with the lowest `free_bits` bits replaced by ones. Share 0 carries the negation."""
     word = value.first.dtype.type
-    above, ones = ~word((1 << free_bits) - 1), ~word(0)
-
-    def masked(share: Ring, number: int) -> Ring:
-        return (share & above) ^ ones if number == 0 else share & above
-
-    return Pair(masked(value.first, session.index), masked(value.second, session.following))
+    return plus_public_bits(session, value & ~word((1 << free_bits) - 1), ~word(0))

@@ -57,6 +57,10 @@ class Pair:
     def __xor__(self, other: Pair) -> Pair:
         return Pair(self.first ^ other.first, self.second ^ other.second)
 
+    def __and__(self, public: Any) -> Pair:
+        """With bits that everybody knows."""
+        return Pair(self.first & public, self.second & public)
+
     def __lshift__(self, places: int) -> Pair:
         by = self.first.dtype.type(places)
         return Pair(self.first << by, self.second << by)
@@ -251,7 +255,7 @@ def plus_public(session: Session, shared: Pair, public: Any) -> Pair:
     )
 
 
-def plus_public_bits(session: Session, shared: Pair, public: Ring) -> Pair:
+def plus_public_bits(session: Session, shared: Pair, public: Any) -> Pair:
     """Exclusive-or shares of the same with public bits added: share 0 carries them."""
     return Pair(
         shared.first ^ public if session.index == 0 else shared.first,

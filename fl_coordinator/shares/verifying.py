@@ -42,6 +42,7 @@ from fl_coordinator.shares.streams import Words64
 from model_delta.errors import Untrusted
 
 _MANY = 1 << 15
+"""From so many products on three lanes are shorter than four."""
 
 
 class Conjunctions:
@@ -79,7 +80,7 @@ class Conjunctions:
         if not np.array_equal(parts[0] & parts[1], parts[2]):
             raise _deviation(what)
         rho, sigma = parts[3:]
-        left = product ^ beside[2] ^ _masked(a, sigma) ^ _masked(b, rho)
+        left = product ^ beside[2] ^ (a & sigma) ^ (b & rho)
         if not (yield from are_zero_bits(session, f"{what}-zero", plus_public_bits(session, left, rho & sigma))):
             raise _deviation(what)
 
@@ -107,10 +108,6 @@ def _turned(shared: Pair, turns: list[int]) -> Pair:
         return np.stack([np.roll(lane, -turn) for lane, turn in zip(share, turns, strict=True)])
 
     return Pair(turned(shared.first), turned(shared.second))
-
-
-def _masked(shared: Pair, public: Ring) -> Pair:
-    return Pair(shared.first & public, shared.second & public)
 
 
 def _opened(session: Session, step: str, shared: list[Pair]) -> Steps[list[Ring]]:
