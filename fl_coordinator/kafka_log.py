@@ -35,6 +35,7 @@ _SLACK_BYTES = 2**20
 _PREFETCHED_S = 0.05
 _FIRST_LOOK_S = 1.0
 """A login that is refused stays refused: whoever waits for the brokers looks so early whether it was."""
+_LAST_WORD_S = 0.1
 _NO_ANSWER = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)
 _NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
 
@@ -241,8 +242,10 @@ class KafkaLog:
             except KafkaException as error:
                 errors.insert(0, _said(error.args[0]))
             except (BufferError, SystemError) as error:  # a producer beyond repair calls `settled` while it raises
-                errors.insert(0, str(error.__cause__ or error))
+                cause = error.__cause__
+                errors.insert(0, _said(cause.args[0]) if isinstance(cause, KafkaException) else str(cause or error))
             if errors or len(offsets) < len(records):
+                self._refusal.heard(self._producer.poll)
                 self._replace_producer()
                 raise self._refusal.error(errors[0] if errors else "no acknowledgement")
             self._refusal.forget()
@@ -380,6 +383,15 @@ class _Refusal:
             if self._text or timeout_s == patience_s or failed.code() not in _NO_ANSWER:
                 break
         raise self.error(_said(failed))
+
+    def heard(self, look: Callable[[float], object]) -> None:
+        """Take in why a client failed, if it has not said so yet; `look` is its poll, which raises what is fatal."""
+        end = time.monotonic() + _LAST_WORD_S
+        while not self._text and time.monotonic() < end:
+            try:
+                look(_LAST_WORD_S)
+            except KafkaException as error:
+                self(error.args[0])
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:

@@ -136,9 +136,8 @@ def test_mosquitto_refuses_whoever_was_revoked_while_it_runs(tmp_path: Path) -> 
         async with asyncio.timeout(30):
             while await asyncio.to_thread(admitted, folders["pos-1"], port):  # noqa: ASYNC110 - another process decides
                 await asyncio.sleep(0.1)
-        before = len(reloads)
-        await asyncio.sleep(0.15)
-        assert len(reloads) == before <= 3  # nothing new to say, nothing said
+        await asyncio.sleep(0.3)
+        assert len(reloads) <= 3  # and not at every look: once at the start, and once for each of two files
         for task in (keeping, watching):
             task.cancel()
 
