@@ -92,6 +92,21 @@ def reconnect_delay_s(failures: int, rng: random.Random, first_s: float = 0.25, 
     return whole * (0.5 + rng.random() / 2)
 
 
+class WholePackets(paho.Client):
+    """paho, which hands on a packet as soon as it is complete.
+
+    paho 2.1 rests after a hundred pieces of a large packet, and does so even when the hundredth was the last: the
+    packet, a contribution of a few megabytes, then lay there until the broker sent something else.
+    """
+
+    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
+        """As paho's, called when something can be read; MQTT_ERR_SUCCESS when the line is still good."""
+        code = super().loop_read(max_packets)
+        while not code and self._in_packet["have_remaining"] and not self._in_packet["to_process"]:
+            code = super().loop_read(max_packets)
+        return code
+
+
 class MqttLink:
     """A `Link` over MQTT 5. `async with MqttLink(...)` starts it and does not wait for the broker.
 
@@ -123,7 +138,7 @@ class MqttLink:
         self._client = self._make_client(tls, connect_timeout_s)
 
     def _make_client(self, tls: TlsFiles | None, connect_timeout_s: float) -> paho.Client:
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=self.client_id, protocol=paho.MQTTv5)
+        client = WholePackets(CallbackAPIVersion.VERSION2, client_id=self.client_id, protocol=paho.MQTTv5)
         client.connect_timeout = connect_timeout_s
         if tls is not None:
             for path in (tls.ca, tls.certificate, tls.key):

@@ -8,6 +8,7 @@ import getpass
 import random
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -22,6 +23,7 @@ from model_delta.errors import Malformed, Unavailable
 from model_delta.topics import MESSAGE_BYTES_MAX, PACKET_BYTES_MAX, plan_topic, up
 from tests.fakes.link import FakeBroker
 from tests.fakes.real_servers import absent
+from tests.regional_gateway.mqtt_stage import Authority, publish_packet
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("/usr/sbin/mosquitto")
 
@@ -259,6 +261,51 @@ def test_backoff_grows_is_jittered_and_bounded() -> None:
     assert all(0.125 <= delay <= 15.0 for delay in delays)
     assert min(delays[10:]) >= 7.5
     assert len({round(delay, 6) for delay in delays[10:]}) > 20
+
+
+def test_a_packet_whose_hundredth_piece_is_its_last_arrives_without_waiting_for_another(tmp_path: Path) -> None:
+    """Pieces are what one read brings: over TLS a record, here all at once, so that no read finds the line empty."""
+    authority = Authority(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.ca))
+    tls.load_cert_chain(*authority.issue("broker", server=True))
+    payload = bytes(4_000)
+    whole = publish_packet("a", payload)
+
+    def broker(listener: socket.socket) -> None:
+        line, _ = listener.accept()
+        with line:
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            secured = tls.wrap_bio(incoming, outgoing, server_side=True)
+            for step in (secured.do_handshake, secured.read):  # CONNECT is what it reads
+                while True:
+                    try:
+                        step()
+                        break
+                    except ssl.SSLWantReadError:
+                        line.sendall(outgoing.read())
+                        incoming.write(line.recv(65_536))
+            secured.write(bytes([0x20, 3, 0, 0, 0]))  # CONNACK: accepted
+            for piece in range(99):
+                secured.write(whole[piece * 40 : piece * 40 + 40])
+            secured.write(whole[99 * 40 :])
+            line.sendall(outgoing.read())
+            while line.recv(65_536):  # until the link is closed
+                pass
+
+    async def story(listener: socket.socket) -> None:
+        heard: list[bytes] = []
+        certificate, key = authority.issue("pos-1")
+        files = TlsFiles(authority.ca, certificate, key)
+        host, port = listener.getsockname()
+        async with MqttLink(host=host, port=port, client_id="pos-1", tls=files, keepalive_s=600) as link:
+            link.subscribe("a", lambda _, payload: heard.append(payload))
+            await eventually(lambda: heard == [payload])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = threading.Thread(target=broker, args=(listener,))
+        serving.start()
+        asyncio.run(story(listener))
+        serving.join()
 
 
 def test_what_is_not_acknowledged_is_neither_sent_twice_nor_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What the broker tests play on: a certificate authority, a broker process of either kind, paho clients, raw packets.
 
-paho is used directly, not through the product's own link, so that a fault in one cannot hide a fault in the other.
+paho is used directly, not through the product's own link, so that a fault in one cannot hide a fault in the other; of
+the link it takes only the mend of paho's rest in the middle of large packets.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edge_runtime.link import WholePackets
 from regional_gateway import mosquitto
 from tests.fakes.ports import free_port
 
@@ -201,7 +203,7 @@ class Client:
         self._acks: dict[int, int] = {}
         self._suback: queue.Queue[list[int]] = queue.Queue()
         self._changed = threading.Condition()
-        self.paho = paho.Client(
+        self.paho = WholePackets(
             CallbackAPIVersion.VERSION2,
             client_id=name if client_id is None else client_id,
             protocol=paho.MQTTv5,
