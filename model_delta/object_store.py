@@ -36,7 +36,8 @@ RETRIES_MAX = 8
 _ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 _RESTARTS = 4
 _STATUS = re.compile(r"status(?: code)?:? (\d{3})")
-_NO_ROOM = re.compile(r"\b507\b|QuotaExceeded|StorageFull|InsufficientStorage|no space left", re.IGNORECASE)
+_NO_ROOM = re.compile(r"<Code>(QuotaExceeded|StorageFull|InsufficientStorage)|no space left", re.IGNORECASE)
+"""Beside status 507. Errors name the object and the time they took too, so that no bare word or number will do."""
 
 
 class ObjectStore:
@@ -198,7 +199,7 @@ class ObjectStore:
             raise
         except (BaseError, OSError) as error:
             status = _STATUS.search(str(error))
-            if _NO_ROOM.search(str(error)):
+            if (status and status[1] == "507") or _NO_ROOM.search(str(error)):
                 raise StorageFull(
                     f"store {self._label}: {full}{what}; nothing was changed, free some space or raise the quota"
                 ) from None

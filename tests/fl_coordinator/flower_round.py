@@ -51,6 +51,11 @@ class FlowerRound(Platform):
         """Whom a command to stand by has reached, and whom an attempt, by Flower."""
         assert self.local.keys == tuple(member.key for member in self.aggregators.members.values())
 
+    def open(self) -> None:
+        super().open()
+        standing = self.coordinator._standing  # a platform would send the attempt if the machine were this busy
+        standing._grace_s = standing._travel_s = 30.0
+
     def relays(self) -> Mapping[str, Tell]:
         return {region: through(self.bridge, f"relay-{region}", 60.0) for region in REGIONS}
 
