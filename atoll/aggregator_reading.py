@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 import httpx
 
+from atoll.bounded_answers import answer
 from atoll.updates import EMBEDDED, UpdatesPlace, login_properties
 from fl_coordinator.following import LogSource
 from fl_coordinator.threads import in_thread
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, unpacked_part
-from model_delta.errors import Malformed, NotFound, Unavailable
 
 LOG_WAIT_S = 2.0
 """Short, because a coordinator that is told to stop finishes what it answers."""
@@ -25,7 +25,6 @@ TOPIC_WAIT_S = 0.5
 ATTEMPT_WAIT_S = 2.0
 """As short, and for the same reason."""
 ATTEMPT_BYTES_MAX = 32 * 2**20
-ANSWER_S = 10.0
 ANNOUNCEMENT_BYTES_MAX = 16 * 2**20
 MEMORY_BYTES_MAX = 128 * 2**20
 _FRAMES_BYTES = 2**20
@@ -68,20 +67,7 @@ class CoordinatorClient:
         return await asyncio.to_thread(unpacked_part, data)
 
     async def _get(self, path: str, what: str, bytes_max: int, wait_s: float = 0.0) -> bytes:
-        data = bytearray()
-        try:
-            async with self._client.stream("GET", self._url + path, timeout=wait_s + ANSWER_S) as response:
-                async for chunk in response.aiter_bytes():
-                    data += chunk
-                    if len(data) > bytes_max:
-                        raise Malformed(f"{what}: expected at most {bytes_max} bytes from the coordinator, found more")
-        except httpx.HTTPError as error:
-            raise Unavailable(f"{what}: the coordinator did not answer: {type(error).__name__}") from None
-        if response.status_code in (200, 204):
-            return bytes(data)
-        kind = {404: NotFound, 400: Malformed}.get(response.status_code, Unavailable)
-        text = bytes(data[:200]).decode(errors="replace")
-        raise kind(f"{what}: the coordinator answered {response.status_code}: {text}")
+        return await answer(self._client, "GET", self._url + path, what, bytes_max, wait_s=wait_s)
 
 
 class CoordinatorLog:

@@ -152,7 +152,14 @@ async def _gateway(data: DataFolder, region: str, events: Events) -> None:
         distant = not isinstance(kept, DirectoryStore)
         mirror = Mirror(region=region, link=link, store=store, fetch=fetch, metrics=metrics, distant=distant)
         app = create_app(gateway, server_version=__version__)
-        announcing = relaying(data, region, link=link, vouching=vouching, reachable=mirror.reachable, metrics=metrics)
+        announcing = relaying(
+            *(data, region),
+            link=link,
+            client=client,
+            vouching=vouching,
+            reachable=mirror.reachable,
+            metrics=metrics,
+        )
         async with serving(app, port_of(endpoints.gateways[region]), name), announcing, asyncio.TaskGroup() as tasks:
             tasks.create_task(vouching.run(), name="vouching")
             tasks.create_task(supply.run(), name="supply")

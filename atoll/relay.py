@@ -12,19 +12,43 @@ import importlib.util
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
+import httpx
+
+from atoll.bounded_answers import answer
 from atoll.flower_nodes import relay_key, superlink_place
 from atoll.platform import relay_name
 from atoll.settings import TENANT, DataFolder
 from edge_runtime.link import MqttLink
 from fl_coordinator.flower_node import FlowerNode
+from model_delta.encoding import unpack_plain
+from model_delta.errors import Malformed
 from monitoring.metrics import Metrics
-from regional_gateway.relay import Relay
+from regional_gateway.relay import ANNOUNCEMENT_BYTES_MAX, ANNOUNCEMENTS_MAX, Ask, Relay
 from regional_gateway.vouching import Vouching
 
 COMMAND_DEADLINE_S = 30.0
+END_WAIT_S = 2.0
+"""Short, because a coordinator that is told to stop finishes what it answers."""
+ENDS_BYTES_MAX = ANNOUNCEMENTS_MAX * (ANNOUNCEMENT_BYTES_MAX + 1024)
 
 log = logging.getLogger(__name__)
+
+
+def asking(client: httpx.AsyncClient, region: str) -> Ask:
+    """Asks the coordinator, whose address and token `client` has, which rounds announced in `region` are over."""
+
+    async def ask(word: str, have: Mapping[str, str]) -> Mapping[str, Any]:
+        what, url = "ends of rounds", f"/v1/relays/{quote(region, safe='')}/ends?wait={END_WAIT_S:g}"
+        body = {"word": word, "have": dict(have)}
+        data = await answer(client, "POST", url, what, ENDS_BYTES_MAX, wait_s=END_WAIT_S, body=body)
+        found = unpack_plain(data) if data else {}
+        if not isinstance(found, dict):
+            raise Malformed(f"{what}: expected a map by model from the coordinator, found {type(found).__name__}")
+        return found
+
+    return ask
 
 
 @contextlib.asynccontextmanager
@@ -33,11 +57,13 @@ async def relaying(
     region: str,
     *,
     link: MqttLink,
+    client: httpx.AsyncClient,
     vouching: Vouching,
     reachable: Callable[[], int],
     metrics: Metrics,
 ) -> AsyncIterator[None]:
-    """Announce rounds in `region` while entered; nothing on a platform without Flower."""
+    """Announce rounds in `region` while entered; nothing on a platform without Flower. `client` reaches the
+    coordinator."""
     if not data.endpoints().flower_port:
         yield
         return
@@ -49,6 +75,7 @@ async def relaying(
         anchors=lambda: vouching.anchors,
         renew=vouching.refresh,
         reachable=reachable,
+        ask=asking(client, region),
         metrics=metrics,
     )
     loop = asyncio.get_running_loop()

@@ -8,7 +8,9 @@ stand by to three aggregators (`fl_coordinator.standing`). A round goes on as so
 list of 32 contributions is put up at the first relay's answer, where the aggregators ask for it over HTTP, and they
 answer when they have it: there is nothing to compute. The figure is the time from handing over the announcement to the
 last aggregator's answer. Had an aggregator not come for the list it would have been sent a second message; the text
-says how many messages there were. Between rounds lies a pause of two seconds that is not counted.
+says how many messages there were. That the round is over is not measured and is none of them: a relay asks for it over
+HTTP, and is sent a message only if it does not (`fl_coordinator.relaying`). Between rounds lies a pause of two seconds
+that is not counted.
 
     fl.control         p50 with the product's nodes. Each relay checks the announcement and retains it on a real MQTT
                        broker (the embedded one) before it answers; each aggregator checks it before it stands by.

@@ -11,6 +11,7 @@
     GET  /v1/rounds/{id}/attempt?aggregator=&wait=   what an aggregator stands by for, long poll; see `standing`
     GET  /v1/rounds/{id}/contributions/{digest}   one of the frozen contributions
     GET  /v1/rounds/{id}/transcript               canonical CBOR; see `transcript`
+    POST /v1/relays/{region}/ends?wait=           body: JSON RelayQuestion; which rounds are over, long poll
     GET  /v1/log?from=&wait=                      the updates log from an offset on, long poll; see `updates_log`
     POST /v1/enroll   /v1/aggregators   /v1/notes   /v1/identities/{name}/revoke
     GET  /v1/revoked

@@ -41,7 +41,7 @@ from fl_coordinator.ports import Clock, Link, StandingBridge, Tell, UpdatesLog
 from fl_coordinator.promotion import Evaluate, Limits
 from fl_coordinator.publishing import Publisher
 from fl_coordinator.reception import Reception
-from fl_coordinator.relaying import Relaying
+from fl_coordinator.relaying import Relaying, RelayQuestion
 from fl_coordinator.remembered_rounds import proof_for
 from fl_coordinator.retention import Terms
 from fl_coordinator.rollout import Rollout
@@ -372,6 +372,10 @@ class Coordinator:
     async def attempt_for(self, round_id: str, aggregator: str, wait_s: float) -> bytes | None:
         """What an aggregator stands by for; see `Standing.attempt_for`."""
         return await self._standing.attempt_for(round_id, aggregator, wait_s)
+
+    async def round_ends(self, region: str, question: RelayQuestion, wait_s: float) -> dict[str, bytes]:
+        """What a region's relay asks for while its rounds are open; see `Relaying.ends`."""
+        return await self._relaying.ends(region, question, wait_s)
 
     def frozen_contribution(self, round_id: str, digest: str) -> bytes:
         """One contribution of a frozen round; see `RoundDriver`. Blocking."""

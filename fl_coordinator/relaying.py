@@ -6,6 +6,12 @@ took. So a relay that is down, slow or lying holds up nobody: the others have be
 with the devices of their regions, and the round's record names who did not announce it, and why. One that comes back is
 told what it missed.
 
+That a round is over costs no message as a rule. A relay asks over HTTP, a long poll, what has ended of the rounds that
+it has announced (`ends`), and its next question shows by digest what it took. Who does not ask, or asks and does not
+come back with it, is sent it. A question counts for a region only with the word that its relay, and nobody else, was
+given with its messages: regions share one token, and none shall speak for another. The word is of this process; after a
+restart a message with a new one goes to each relay.
+
 Whom to tell is a callable by region: a Flower node in that region, or, on a platform without relays, the coordinator's
 own relay under the name "".
 """
@@ -14,17 +20,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
+import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from fl_coordinator.ledger import Ledger
+from fl_coordinator.mailbox import Bell
 from fl_coordinator.ports import Bridge, Clock, Tell
-from fl_coordinator.recorded_rounds import every_round
+from fl_coordinator.recorded_rounds import every_round, newest_round
 from fl_coordinator.rounds import Round, State
 from model_delta.digest import digest_of
-from model_delta.errors import AtollError, Malformed
+from model_delta.errors import AtollError, Malformed, NotFound
 
 OWN, OWN_NAME = "", "coordinator"
 """The coordinator's own relay, which tells the devices of all regions; and what a round's record calls it."""
@@ -33,7 +44,11 @@ TELL_S = 30.0
 AT_ONCE_MAX = 16
 PAUSE_MAX_S = 15.0
 ROUNDS_KEPT = 16
+GRACE_TICKS = 3
+"""How long a relay that asks may take to fetch an end, retain it and say so, before it is sent. It needs a fraction of
+that. Who asks in vain loses no more than one exchange takes with stock nodes (`fl.control.stock.exchange`)."""
 
+_OPEN = frozenset({State.ANNOUNCED, State.COLLECTING})
 _log = logging.getLogger("atoll.coordinator")
 
 
@@ -58,6 +73,14 @@ def complaints(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return found
 
 
+class RelayQuestion(msgspec.Struct, frozen=True):
+    """A relay's question about ends: its `word`, and `have`, by model the digest of the announcement that is on its
+    disk and acknowledged by its broker."""
+
+    word: str
+    have: dict[str, str]
+
+
 class _Relay:
     """What one relay was told and has said."""
 
@@ -68,6 +91,11 @@ class _Relay:
         self.taken: dict[str, str] = {}  # model: digest of the announcement it has
         self.opened: dict[str, tuple[float, int]] = {}  # round: when it had announced it, to how many devices
         self.failure = "did not answer yet"
+        self.word = secrets.token_urlsafe(16)
+        self.news = Bell()
+        self.asks: frozenset[str] = frozenset()  # the models of its newest question
+        self.asking, self.asked = 0, float("-inf")  # questions that are open, and when the last one was answered
+        self.graces: dict[str, float] = {}  # digest of an end that it lacks: until when it may fetch it
 
 
 class Relaying:
@@ -79,6 +107,7 @@ class Relaying:
         self._ledger = ledger
         self._clock = clock
         self._tick_s = tick_s
+        self._grace_s = GRACE_TICKS * tick_s
         self._relays = {region: _Relay(tell) for region, tell in relays.items()}
         self._heard = asyncio.Condition()
 
@@ -91,6 +120,38 @@ class Relaying:
         """There may be something new to announce."""
         for relay in self._relays.values():
             relay.wanted.set()
+            relay.news.ring()
+
+    async def ends(self, region: str, question: RelayQuestion, wait_s: float) -> dict[str, bytes]:
+        """What says that rounds are over whose announcements a region's relay has: sealed announcements by model, none
+        if there are none within `wait_s` seconds. An end that it has counts as taken, as by its answer to a message.
+
+        Raises NotFound for a word that this coordinator has not told that relay, Malformed for too many at once.
+        """
+        relay = self._relays.get(region)
+        if relay is None or not hmac.compare_digest(relay.word.encode(), question.word.encode()):
+            raise NotFound(f"relay {region[:64]!r}: was not given this word by this coordinator; a message brings one")
+        if not 0 < len(question.have) <= AT_ONCE_MAX:
+            raise Malformed(f"relay {region}: expected a question about 1 to {AT_ONCE_MAX} announcements")
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        relay.asks, relay.asking = frozenset(question.have), relay.asking + 1
+        try:
+            while True:
+                rings = relay.news.rings
+                ended = await asyncio.to_thread(self._ended, question.have)
+                newer = {model: sealed for model, sealed in ended.items() if digest_of(sealed) != question.have[model]}
+                for model in ended.keys() - newer.keys():
+                    if relay.taken.get(model) != question.have[model]:
+                        relay.taken[model] = question.have[model]
+                        relay.wanted.set()
+                if newer or len(ended) == len(question.have) or loop.time() >= until:
+                    return newer
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        await relay.news.rung(rings)
+        finally:
+            relay.asking, relay.asked = relay.asking - 1, loop.time()
 
     async def announced(self, found: Round, patience_s: float) -> bool:
         """Whether any relay has announced the open round; waits up to `patience_s` for the first."""
@@ -126,9 +187,9 @@ class Relaying:
         while True:
             relay.wanted.clear()
             try:
-                lacks = await asyncio.to_thread(self._lacks, relay)
-                if lacks:
-                    await self._tell(relay, lacks)
+                due = await self._due(relay)
+                if due:
+                    await self._tell(relay, due)
                     pause_s = self._tick_s
                     continue
             except AtollError as error:
@@ -139,7 +200,9 @@ class Relaying:
                 relay.failure = f"failed with {type(error).__name__}; see the log"
                 _log.exception("relay %s", region)
             else:
-                await relay.wanted.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(relay.graces.values(), default=None)):
+                        await relay.wanted.wait()
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
@@ -152,11 +215,28 @@ class Relaying:
         lacking = [one for one in newest.items() if relay.taken.get(one[0]) != digest_of(one[1].announcement)]
         return dict(lacking[:AT_ONCE_MAX])
 
+    def _ended(self, models: Iterable[str]) -> dict[str, bytes]:
+        """The newest announcements of those models whose newest round is over. Blocking."""
+        newest = {model: newest_round(self._ledger, model) for model in models}
+        return {model: found.announcement for model, found in newest.items() if found and found.at not in _OPEN}
+
+    async def _due(self, relay: _Relay) -> dict[str, Round]:
+        """What a relay lacks and is to be sent now: all but the ends that it is fetching."""
+        lacks = await asyncio.to_thread(self._lacks, relay)
+        now = asyncio.get_running_loop().time()
+        asking = relay.asks if relay.asking or now - relay.asked <= self._grace_s else frozenset()
+        ends = {
+            model: digest_of(found.announcement)
+            for model, found in lacks.items()
+            if found.at not in _OPEN and (model in asking or digest_of(found.announcement) in relay.graces)
+        }
+        relay.graces = {digest: relay.graces.get(digest, now + self._grace_s) for digest in ends.values()}
+        return {model: found for model, found in lacks.items() if model not in ends or relay.graces[ends[model]] <= now}
+
     async def _tell(self, relay: _Relay, lacks: Mapping[str, Round]) -> None:
         """One message. It is given up when there is something newer to say. Raises what the relay's refusal is."""
-        telling = asyncio.ensure_future(
-            relay.tell({"announcements": {model: found.announcement for model, found in lacks.items()}})
-        )
+        announcements = {model: found.announcement for model, found in lacks.items()}
+        telling = asyncio.ensure_future(relay.tell({"announcements": announcements, "word": relay.word}))
         try:
             while not telling.done():
                 newer = asyncio.ensure_future(relay.wanted.wait())
@@ -165,7 +245,7 @@ class Relaying:
                 if telling.done():
                     break
                 relay.wanted.clear()
-                now = await asyncio.to_thread(self._lacks, relay)
+                now = await self._due(relay)
                 if {one.announcement for one in now.values()} != {one.announcement for one in lacks.values()}:
                     relay.wanted.set()
                     return
@@ -185,7 +265,7 @@ class Relaying:
                 missing.append(str(refused.get(model, "it did not say that it took this announcement"))[:300])
                 continue
             relay.taken[model] = taken[model]
-            if found.at in (State.ANNOUNCED, State.COLLECTING):
+            if found.at in _OPEN:
                 relay.opened[found.round_id] = (self._clock(), devices if isinstance(devices, int) else -1)
         while len(relay.opened) > ROUNDS_KEPT:
             del relay.opened[next(iter(relay.opened))]

@@ -1,4 +1,4 @@
-"""Federated rounds over HTTP, and what aggregators read: the updates log, announcements, frozen contributions."""
+"""Federated rounds over HTTP, and what aggregators and relays ask for: the log, announcements, contributions, ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from fl_coordinator.coordinator import Coordinator
+from fl_coordinator.relaying import RelayQuestion
 from fl_coordinator.rounds import Round, RoundSpec
 from fl_coordinator.routes.access import Access
 from fl_coordinator.routes.requests import BODY_BYTES_MAX, body_of, encoded, number_in, whole_number_in
 from fl_coordinator.updates_log import packed_part
+from model_delta.encoding import pack
 from model_delta.errors import Malformed
 
 LOG_WAIT_S_MAX = 20.0
@@ -40,6 +42,7 @@ class RoundRoutes:
             Route("/v1/rounds/{round_id}/contributions/{digest}", guard(self._contribution, "aggregator")),
             Route("/v1/rounds/{round_id}/memory", guard(self._memory, "aggregator")),
             Route("/v1/rounds/{round_id}/transcript", guard(self._transcript, "aggregator", "gateway")),
+            Route("/v1/relays/{region}/ends", guard(self._ends, "gateway"), methods=["POST"]),
             Route("/v1/log", guard(self._log, "aggregator")),
         ]
 
@@ -78,6 +81,18 @@ class RoundRoutes:
         round_id = request.path_params["round_id"]
         found = await self._coordinator.attempt_for(round_id, aggregator, min(wait, LOG_WAIT_S_MAX))
         return Response(status_code=204) if found is None else Response(found, media_type="application/cbor")
+
+    async def _ends(self, request: Request) -> Response:
+        """Which of the rounds that a relay has announced are over. 204: none yet, or it has their ends; 404: it has
+        to be told by a message first."""
+        wait = number_in(request.query_params.get("wait", "0"), "wait", 0.0, 3600.0)
+        try:
+            question = msgspec.json.decode(await body_of(request, BODY_BYTES_MAX), type=RelayQuestion)
+        except msgspec.DecodeError as error:
+            raise Malformed(f"question of a relay: {error}; see RelayQuestion for the keys") from None
+        region = request.path_params["region"]
+        found = await self._coordinator.round_ends(region, question, min(wait, LOG_WAIT_S_MAX))
+        return Response(pack(found), media_type="application/cbor") if found else Response(status_code=204)
 
     async def _contribution(self, request: Request) -> Response:
         round_id, digest = request.path_params["round_id"], request.path_params["digest"]

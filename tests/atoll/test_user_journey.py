@@ -223,6 +223,8 @@ def _learn_while_an_aggregator_dies(
     assert (read["kept"], read["refused"], read["gaps"]) == (2, 0, 0)
     assert read["offset"] == 5 or not on_kafka
     assert told["figures"]["relays"]["eu-west"]["contributions"] == 5
+    until(lambda: _announcements(running, "fetched") == 1, 10, "the relay has asked for the end")
+    assert _announcements(running, "taken") == 1, "and was sent one message"
 
 
 def _leave_out_whom_a_round_took_before(data: Path, folder: Path) -> None:
@@ -251,6 +253,13 @@ def _until_it_is_back(data: Path, words: str, before: int, port: int) -> None:
         20,
         f"{words} comes back",
     )
+
+
+def _announcements(running: Platform, result: str) -> float:
+    """How many announcements came to the region's relay with this result."""
+    text = http(f"{running.endpoints['gateways']['eu-west']}/metrics")[1].decode()
+    found = re.search(rf'atoll_relay_announcements_total{{result="{result}"}} (\S+)', text)
+    return float(found[1]) if found else 0.0
 
 
 def _read_of_the_log(url: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from fl_coordinator.flower_bridge import FlowerBridge
 from fl_coordinator.flower_node import FlowerNode, Handler
 from fl_coordinator.local_round import LocalAggregators
 from fl_coordinator.ports import Tell
-from fl_coordinator.relaying import through
+from fl_coordinator.relaying import RelayQuestion, through
 from fl_coordinator.round_command import stands_s
 from fl_coordinator.shares.fixed_point import Rng
 from model_delta.digest import digest_of
@@ -48,7 +48,9 @@ class FlowerRound(Platform):
         self.aggregators.on_attempt = lambda name: self.begun[name].set()
         self.stood: list[str] = []
         self.sent: list[str] = []
-        """Whom a command to stand by has reached, and whom an attempt, by Flower."""
+        """Whom a command to stand by has reached, and whom an attempt or an announcement, by Flower."""
+        self.relaying: dict[str, asyncio.Task[None]] = {}
+        self.coordinator._relaying._grace_s = 30.0  # whoever asks for ends gets none by Flower while this test waits
         assert self.local.keys == tuple(member.key for member in self.aggregators.members.values())
 
     def open(self) -> None:
@@ -71,6 +73,8 @@ class FlowerRound(Platform):
     async def __aexit__(self, *_: object) -> None:
         for node in self.nodes.values():
             await asyncio.to_thread(node.stop)
+        for task in self.relaying.values():
+            task.cancel()
         await self._life.aclose()
 
     async def restart_aggregator(self, name: str) -> None:
@@ -81,7 +85,14 @@ class FlowerRound(Platform):
 
     def start_relay(self, region: str) -> None:
         """As a gateway that starts does."""
-        relay = self.relay(region, self.broker.link(f"gateway-{region}"))
+
+        async def ask(word: str, have: Mapping[str, str]) -> Mapping[str, bytes]:
+            return await self.coordinator.round_ends(region, RelayQuestion(word, dict(have)), 2.0)
+
+        relay = self.relay(region, self.broker.link(f"gateway-{region}"), ask)
+        if region in self.relaying:
+            self.relaying[region].cancel()
+        self.relaying[region] = asyncio.create_task(relay.run())
         self._start(f"relay-{region}", relay.carry_out)
 
     def dies_with_its_first_command(self, region: str) -> asyncio.Event:
@@ -123,6 +134,11 @@ class FlowerRound(Platform):
         tasks = [one.task for one in self.devices.values()]
         heard = all(task is not None and task.round_id == round_id for task in tasks)
         return heard and all("announced_s" in one for one in told)
+
+    def over_everywhere(self, round_id: str) -> bool:
+        """Whether both relays have announced that a round is over, and the coordinator has heard that they have."""
+        over = digest_of(self.coordinator.round(round_id).announcement)
+        return all(relay.taken.get("fraud") == over for relay in self.coordinator._relaying._relays.values())
 
     async def ready(self) -> list[Device]:
         """Four devices in each region, on their first version."""

@@ -38,7 +38,7 @@ from model_delta.task import RoundTask
 from model_delta.trust.signing import seal_envelope, sign
 from model_delta.trust.updater import TrustState, accept_plan, accept_task
 from monitoring.telemetry import ModelSummary, Report, UpdateOutcome, latency_bucket
-from regional_gateway.relay import Relay
+from regional_gateway.relay import Ask, Relay
 from tests.fakes.link import FakeBroker, FakeLink
 
 Arguments = ParamSpec("Arguments")
@@ -173,7 +173,7 @@ class Platform:
         """The coordinator's own relay, or others."""
         return {"": self.own_relay.carry_out}
 
-    def relay(self, region: str, link: FakeLink) -> Relay:
+    def relay(self, region: str, link: FakeLink, ask: Ask | None = None) -> Relay:
         """A relay of `region` on a line to the broker."""
         return Relay(
             tenant="acme",
@@ -181,6 +181,7 @@ class Platform:
             link=link,
             folder=self.folder / f"relay {region}",
             anchors=self.keyring.anchors,
+            ask=ask,
             clock=self.clock,
             tick_s=0.02,
         )

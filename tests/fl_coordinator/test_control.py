@@ -61,6 +61,7 @@ async def test_each_role_may_call_its_own_and_nothing_else(tmp_path: Path) -> No
         ("GET", "/v1/rounds/r/contributions/" + "0" * 64): {"admin", "aggregator"},
         ("GET", "/v1/rounds/r/attempt?aggregator=a0"): {"admin", "aggregator"},
         ("GET", "/v1/log?from=0"): {"admin", "aggregator"},
+        ("POST", "/v1/relays/eu-west/ends"): {"admin", "gateway"},
         ("GET", "/v1/store/blob/" + "0" * 64): {"admin", "gateway"},
         ("POST", "/v1/enroll"): {"admin", "gateway", "join"},
         ("POST", "/v1/aggregators"): {"admin", "aggregator"},
