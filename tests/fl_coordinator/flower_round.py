@@ -50,13 +50,12 @@ class FlowerRound(Platform):
         self.sent: list[str] = []
         """Whom a command to stand by has reached, and whom an attempt or an announcement, by Flower."""
         self.relaying: dict[str, asyncio.Task[None]] = {}
-        self.coordinator._relaying._grace_s = 30.0  # whoever asks for ends gets none by Flower while this test waits
         assert self.local.keys == tuple(member.key for member in self.aggregators.members.values())
 
     def open(self) -> None:
         super().open()
-        standing = self.coordinator._standing  # a platform would send the attempt if the machine were this busy
-        standing._grace_s = standing._travel_s = 30.0
+        standing = self.coordinator._standing  # a platform would send attempts and ends if the machine were this busy
+        standing._grace_s = standing._travel_s = self.coordinator._relaying._grace_s = 30.0
 
     def relays(self) -> Mapping[str, Tell]:
         return {region: through(self.bridge, f"relay-{region}", 60.0) for region in REGIONS}
@@ -75,6 +74,7 @@ class FlowerRound(Platform):
             await asyncio.to_thread(node.stop)
         for task in self.relaying.values():
             task.cancel()
+        await asyncio.gather(*self.relaying.values(), return_exceptions=True)
         await self._life.aclose()
 
     async def restart_aggregator(self, name: str) -> None:
