@@ -24,7 +24,6 @@ def decided_by(device: subprocess.Popen[str], version: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_a_device_follows_a_root_that_changes_hands_and_new_online_keys(tmp_path: Path) -> None:
     data = tmp_path / "data"
     (tmp_path / "words").write_text("five random words are enough")

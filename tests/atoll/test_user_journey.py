@@ -132,7 +132,7 @@ def fleets(data: Path, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 @pytest.mark.slow(seconds=30)
-@pytest.mark.timeout(240)  # 30 s on two cores, three times that on two overloaded ones
+@pytest.mark.timeout(600)  # 30 s on two cores
 def test_any_process_may_die_while_a_device_decides_and_while_a_fleet_learns(
     tmp_path: Path, updates_log: list[str]
 ) -> None:

@@ -33,7 +33,7 @@ from tests.fakes.ports import free_ports
 from tests.fakes.real_servers import absent, built, required
 
 VERSION = "4.1.1"
-START_S = 60.0
+START_S = 180.0
 STOP_S = 30
 COORDINATOR, READER = "coordinator", "reader"
 """Who may log in: the first may do anything, the second only what a test allows it."""

@@ -20,7 +20,7 @@ from tests.scenarios.chaos import Kill, Outcome, survive
 from tests.systems import on_linux
 
 SEED = 4
-pytestmark = [on_linux, pytest.mark.slow(seconds=40), pytest.mark.timeout(300)]
+pytestmark = [on_linux, pytest.mark.slow(seconds=40), pytest.mark.timeout(600)]
 
 
 @dataclass

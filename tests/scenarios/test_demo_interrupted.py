@@ -11,7 +11,7 @@ import pytest
 from tests.scenarios.chaos import Demo, demo
 from tests.systems import on_linux
 
-pytestmark = [on_linux, pytest.mark.slow(seconds=20), pytest.mark.timeout(300)]
+pytestmark = [on_linux, pytest.mark.slow(seconds=20)]
 
 
 @pytest.mark.parametrize(
