@@ -37,6 +37,13 @@ _FIRST_LOOK_S = 1.0
 """A login that is refused stays refused: whoever waits for the brokers looks so early whether it was."""
 _LAST_WORD_S = 0.1
 _NO_ANSWER = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)
+_NO_LEADER = (
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.OFFSET_NOT_AVAILABLE,
+)
+"""What brokers say for a moment: a topic is new, or one of them came, went or stood still."""
+_ELECTION_PAUSE_S = 0.1
 _NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
 
 _log = logging.getLogger("atoll.kafka")
@@ -322,11 +329,14 @@ class KafkaLog:
 
     def _found(self) -> Any:
         """What the brokers know of the topic, or None."""
-        return self._refusal.asked(
-            lambda timeout_s: self._admin.list_topics(self._topic, timeout=timeout_s).topics.get(self._topic),
-            lambda: self._admin.poll(0.0),
-            self._patience_s,
-        )
+
+        def ask(timeout_s: float) -> Any:
+            found = self._admin.list_topics(self._topic, timeout=timeout_s).topics.get(self._topic)
+            if found is not None and found.error is not None and found.error.code() in _NO_LEADER:
+                raise KafkaException(found.error)
+            return found
+
+        return self._refusal.asked(ask, lambda: self._admin.poll(0.0), self._patience_s)
 
     def _create_topic(self) -> None:
         topic = NewTopic(self._topic, num_partitions=1, config=dict(_TOPIC))
@@ -370,17 +380,24 @@ class _Refusal:
         self._text = ""
 
     def asked(self, ask: Callable[[float], T], look: Callable[[], object], patience_s: float) -> T:
-        """What `ask` answers within so many seconds; `look` is the client's poll. Raises Unavailable."""
+        """What `ask` answers within so many seconds; `look` is the client's poll. A leader that is being chosen is
+        waited for. Raises Unavailable."""
         self.forget()
+        end = time.monotonic() + patience_s
         first = min(_FIRST_LOOK_S, patience_s)
-        for timeout_s in (first, patience_s - first):
+        timeouts_s = [patience_s - first, first]
+        while timeouts_s:
+            timeout_s = timeouts_s.pop()
             try:
                 return ask(timeout_s)
             except KafkaException as error:
                 failed: KafkaError = error.args[0]
                 with contextlib.suppress(KafkaException):
                     look()
-            if self._text or timeout_s == patience_s or failed.code() not in _NO_ANSWER:
+            if failed.code() in _NO_LEADER and time.monotonic() < end:
+                time.sleep(_ELECTION_PAUSE_S)
+                timeouts_s.append(timeout_s)
+            elif self._text or timeout_s == patience_s or failed.code() not in _NO_ANSWER:
                 break
         raise self.error(_said(failed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
-from fl_coordinator.kafka_log import KafkaLog, TopicReader, place_of
+from fl_coordinator.kafka_log import KafkaLog, TopicReader, _Refusal, place_of
 from fl_coordinator.ports import UpdatesLog
 from fl_coordinator.updates_log import PART_BYTES, RECORD_BYTES_MAX, LogPart, SegmentLog
 from model_delta.errors import Malformed, NotFound, Unavailable
@@ -246,8 +247,9 @@ def test_what_was_acknowledged_survives_a_writer_that_is_killed(place: str) -> N
 @pytest.mark.slow
 def test_a_broker_that_is_killed_keeps_what_it_acknowledged_and_is_waited_for(kafka: Broker) -> None:
     url = topic_on(kafka)
+    with contextlib.closing(KafkaLog(url)) as patient:
+        offsets = patient.append([b"before", b"the end"])
     log, follower = KafkaLog(url, patience_s=2.0), TopicReader(url, patience_s=2.0)
-    offsets = log.append([b"before", b"the end"])
     part = follower.read_from(0)
     assert part.records == ((offsets[0], b"before"), (offsets[1], b"the end"))
     kafka.end(signal.SIGKILL)
@@ -263,8 +265,8 @@ def test_a_broker_that_is_killed_keeps_what_it_acknowledged_and_is_waited_for(ka
     found = followed(follower, part.next)
     assert found[-1] == (after, b"after")
     assert {record for _, record in found} == {b"after"}  # an append that failed by its deadline may be there as well
-    log.append([b"waited for"])
-    assert follower.read_from(after + 1, wait_s=5.0).records[0][1] == b"waited for"
+    [awaited] = append_soon(log, b"waited for")
+    assert (awaited, b"waited for") in follower.read_from(awaited, wait_s=60.0).records
     log.close()
     follower.close()
 
@@ -331,6 +333,25 @@ def test_several_brokers_may_be_named_and_properties_only_for_security() -> None
     assert place_of("kafka://one:9092,two:9092/fraud.updates") == ("one:9092,two:9092", "fraud.updates")
     with pytest.raises(Malformed, match="property 'acks'"):
         KafkaLog("kafka://127.0.0.1:1/t", {"acks": "0"})
+
+
+@pytest.mark.parametrize("code", [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE])
+def test_a_leader_that_is_being_chosen_is_waited_for_and_one_that_never_comes_is_said(code: int) -> None:
+    told = iter([KafkaException(KafkaError(code)), KafkaException(KafkaError(code)), (0, 7)])
+
+    def ask(timeout_s: float) -> tuple[int, int]:
+        answer = next(told)
+        if isinstance(answer, KafkaException):
+            raise answer
+        return answer
+
+    def never(timeout_s: float) -> tuple[int, int]:
+        raise KafkaException(KafkaError(code))
+
+    refusal = _Refusal("kafka://127.0.0.1:1/t")
+    assert refusal.asked(ask, lambda: None, 60.0) == (0, 7)
+    with pytest.raises(Unavailable, match=f"updates log kafka://.*{KafkaError(code).name()}"):
+        refusal.asked(never, lambda: None, 0.05)
 
 
 def test_without_a_broker_the_log_is_unavailable_by_name() -> None:
