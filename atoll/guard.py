@@ -14,6 +14,8 @@ from pathlib import Path
 from atoll import child as child_program
 
 GUARD_SECONDS = 3.0
+END_SECONDS = 60.0
+"""It needs little more than the above, unless the machine stands still."""
 
 
 class Guard:
@@ -62,7 +64,7 @@ class Guard:
         if process is None:
             return
         with contextlib.suppress(BrokenPipeError):
-            process.communicate(timeout=GUARD_SECONDS + 2.0)
+            process.communicate(timeout=END_SECONDS)
 
     def _tell(self, line: str) -> None:
         process = self._process

@@ -29,6 +29,8 @@ from regional_gateway.mqtt.access import FLEET_RULES, AccessRules, valid_identit
 from regional_gateway.mqtt.session import Limits
 
 OLDEST = (2, 0)
+LOOK_SECONDS = 60.0
+"""For a program that only says its version: a machine that is that busy has a mosquitto all the same."""
 _ELSEWHERE = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 
 
@@ -56,7 +58,7 @@ def find(search_path: str | None = None) -> Mosquitto | None:
     if found is None:
         return None
     try:
-        told = subprocess.run([found, "-h"], capture_output=True, text=True, timeout=5, check=False).stdout
+        told = subprocess.run([found, "-h"], capture_output=True, text=True, timeout=LOOK_SECONDS, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
     version = version_in(told)
