@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class _Coordinator:
 
 @dataclass
 class _Carried:
-    """A command under way. Times are of the monotonic clock; `ends` is when nobody waits for it any more."""
+    """A command under way. Times are of the carrier's clock; `ends` is when nobody waits for it any more."""
 
     id: str
     nodes: tuple[str, ...]
@@ -130,7 +130,8 @@ class _Carried:
 
 
 class CommandCarrier:
-    """The ServerApp's loop, on Flower's Grid: one message per node and command, its own polling, its own deadlines."""
+    """The ServerApp's loop, on Flower's Grid: one message per node and command, its own polling, its own deadlines.
+    `clock` gives seconds that never go back."""
 
     def __init__(
         self,
@@ -138,11 +139,13 @@ class CommandCarrier:
         coordinator: _Coordinator,
         poll_s: float = POLL_S,
         after_failure_s: float = AFTER_FAILURE_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._grid = grid
         self._coordinator = coordinator
         self._poll_s = poll_s
         self._after_failure_s = after_failure_s
+        self._clock = clock
         self._held: dict[str, _Carried] = {}
         self._singly = False
 
@@ -155,25 +158,25 @@ class CommandCarrier:
         pause_s, failures, failed_at, ask_at = 0.2, 0, 0.0, 0.0
         while True:
             try:
-                if time.monotonic() >= ask_at:
+                if self._clock() >= ask_at:
                     self._take_up()
                     pause_s = 0.2
             except (Unavailable, Malformed) as error:
                 print(f"ServerApp: {error}", flush=True)  # into the SuperLink's log
-                ask_at = time.monotonic() + pause_s
+                ask_at = self._clock() + pause_s
                 pause_s = min(2.0, pause_s * 2)
             try:
                 if self.step():
                     failures = 0
             except Exception as error:
-                failures = failures + 1 if time.monotonic() < failed_at + FAILURE_S else 1
-                failed_at = time.monotonic()
+                failures = failures + 1 if self._clock() < failed_at + FAILURE_S else 1
+                failed_at = self._clock()
                 print(f"ServerApp: {type(error).__name__}: {error}", flush=True)
                 if failures >= CARRY_FAILURES_MAX:
                     raise
                 self._held.clear()
                 time.sleep(pause_s)
-            if self._busy or time.monotonic() < ask_at:
+            if self._busy or self._clock() < ask_at:
                 time.sleep(self._poll_s)
 
     @property
@@ -195,7 +198,7 @@ class CommandCarrier:
     def begin(self, command: Any) -> None:
         """Take up a command in its wire form, or hear that one which rested is due. Raises Malformed."""
         read = read_command(command)
-        ends = time.monotonic() + read.left_s
+        ends = self._clock() + read.left_s
         held = self._held.get(read.id)
         if held is not None and held.rests:
             held.rests, held.ends, held.deadline = read.rests, ends, ends - REPLY_MARGIN_S
@@ -213,7 +216,7 @@ class CommandCarrier:
         One node that fails fails its command, so the command's others are waited for only a little longer: the next
         attempt is what helps, and it should not wait for a node that died with this one in hand.
         """
-        now = time.monotonic()
+        now = self._clock()
         self._send(now, [one for one in self._held.values() if not one.done(now) and now >= one.directory_at])
         for one in self._held.values():
             if now >= one.report_at and not one.done(now):
@@ -224,8 +227,8 @@ class CommandCarrier:
         delivered = False
         for one in list(self._held.values()):
             if one.failures:
-                one.deadline = min(one.deadline, time.monotonic() + self._after_failure_s)
-            if one.wanted and one.done(time.monotonic()):
+                one.deadline = min(one.deadline, self._clock() + self._after_failure_s)
+            if one.wanted and one.done(self._clock()):
                 one.wanted = not self._deliver(one)
                 delivered = delivered or not one.wanted
             if not one.wanted:
@@ -294,7 +297,7 @@ class CommandCarrier:
             failures = one.failures | missing
             self._coordinator.reply(write_reply(one.id, one.replies, failures, one.undone | unasked, unasked))
         except Unavailable as error:
-            if time.monotonic() < one.ends:
+            if self._clock() < one.ends:
                 return False
             print(f"ServerApp: {error}", flush=True)
         return True
