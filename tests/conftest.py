@@ -1,5 +1,6 @@
 """What every test may count on, however the suite was started."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.fakes.patient_loop import PatientLoops
 
 if TYPE_CHECKING:
     from tests.fakes.kafka_server import Broker
@@ -20,6 +24,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+asyncio.set_event_loop_policy(PatientLoops())
+
+# An example is as slow as the machine is busy. The same code meets the same examples, unless somebody asks for others.
+settings.register_profile(
+    "atoll",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="ATOLL_TESTS_OTHER_EXAMPLES" not in os.environ,
+)
+settings.load_profile("atoll")
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES_MIN = 4 << 30

@@ -53,7 +53,7 @@ class Platform:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send the signal and wait for the end."""
         self.process.send_signal(number)
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=90)
         return self.process.returncode
 
     def pid_of(self, words: str) -> int:
@@ -100,7 +100,7 @@ def _command_lines() -> Iterator[tuple[int, str]]:
                 yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
-def atoll(data: Path, *words: str, seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
+def atoll(data: Path, *words: str, seconds: float = 100.0) -> subprocess.CompletedProcess[str]:
     """A command in a second terminal."""
     environment = {**os.environ, "ATOLL_DATA": str(data)}
     return subprocess.run(
@@ -126,7 +126,7 @@ def http(url: str, body: Any = None, token: str = "") -> tuple[int, bytes]:
     data = None if body is None else json.dumps(body).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url, data, headers), timeout=10) as response:
+        with opener.open(urllib.request.Request(url, data, headers), timeout=60) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -141,7 +141,10 @@ def listens(port: int) -> bool:
 
 def free_run(count: int) -> int:
     """The first of `count` free ports in a row, below the range that the system hands out."""
-    for first in range(21_000 + os.getpid() % 1_000 * 8, 32_000, count):
+    # Each worker looks in a block of its own first: the ports are listened on a while after they were found.
+    begin, end = 21_000, 32_000
+    block = begin + os.getpid() % 22 * 500
+    for first in (*range(block, end - count, count), *range(begin, block - count, count)):
         if all(_is_free(port) for port in range(first, first + count)):
             return first
     raise AssertionError("no free ports in a row")

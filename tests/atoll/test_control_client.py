@@ -90,8 +90,12 @@ def test_nobody_there_is_unavailable_and_retried_until_the_deadline(server: Serv
         calls += 1
         return client.get("/v1/health")
 
-    with pytest.raises(Unavailable, match="expected an answer"):
-        retry_until(time.monotonic() + 0.5, call, pause_s=0.02)
+    for seconds in (0.5, 5.0, 20.0):  # a machine that stands still for the whole of it allows a single call
+        with pytest.raises(Unavailable, match="expected an answer"):
+            retry_until(time.monotonic() + seconds, call, pause_s=0.02)
+        if calls > 1:
+            break
+        calls = 0
     assert calls > 1
 
 

@@ -27,7 +27,7 @@ def test_an_event_is_one_object_and_silence_is_the_default(capsys: pytest.Captur
     assert capsys.readouterr().out == ""
     Events("broker", as_json=True).say("ready", url="mqtts://127.0.0.1:1", folder=Path("/x"))
     (said,) = lines(capsys.readouterr().out)
-    assert abs(said.pop("time") - time.time()) < 5
+    assert abs(said.pop("time") - time.time()) < 300
     assert said == {"event": "ready", "process": "broker", "url": "mqtts://127.0.0.1:1", "folder": "/x"}
 
 
@@ -127,7 +127,7 @@ def test_every_program_says_when_it_is_ready_and_when_it_has_stopped(tmp_path: P
             assert {key: told[key] for key in fields} == fields
         for name, process in reversed(running.items()):
             process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=60)
             said = [line for line in lines(out) if line["event"] in ("ready", "stopped", "error")]
             assert [line["event"] for line in said] == ["stopped"], (name, out, err)
             assert process.returncode == 0

@@ -78,7 +78,7 @@ def gone(pids: list[int], seconds: float = 30.0) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 (the condition is another process)
             await asyncio.sleep(0.01)
 
@@ -91,7 +91,7 @@ def play(scene: Callable[[Supervisor, list[ProcessEvent]], Awaitable[None]]) -> 
             await scene(supervisor, events)
 
     asyncio.run(run())
-    assert gone([event.pid for event in events], 1.0)
+    assert gone([event.pid for event in events])
     return events
 
 
@@ -124,7 +124,7 @@ import pathlib, signal, sys, time
 me, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 def leave(*_):
     (folder / f"{me}.told").touch()
-    for _ in range(500):
+    for _ in range(3000):
         if len(list(folder.glob("*.told"))) == 3:
             sys.exit()
         time.sleep(0.01)
@@ -187,7 +187,7 @@ def test_whoever_loses_patience_with_the_stop_still_leaves_nothing_behind(tmp_pa
         async with Supervisor() as supervisor:
             for name in ("broker", "coordinator", "gateway"):
                 ready = (tmp_path / f"{name}.log").exists
-                child = python(name, STUBBORN, tmp_path, stop_seconds=60.0)
+                child = python(name, STUBBORN, tmp_path, stop_seconds=600.0)
                 pids.append(await supervisor.start(child))
                 await until(lambda ready=ready: ready())  # type: ignore[misc]
             asyncio.get_running_loop().call_later(0.2, task_of_run[0].cancel)
@@ -201,7 +201,7 @@ def test_whoever_loses_patience_with_the_stop_still_leaves_nothing_behind(tmp_pa
 
     started = time.monotonic()
     asyncio.run(twice())
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     assert not any(alive(pid) for pid in pids)
 
 
@@ -231,7 +231,7 @@ def test_a_child_killed_for_good_stays_down_and_may_be_started_anew(tmp_path: Pa
         )
         grandchild = int((tmp_path / "gateway.log").read_text().split()[1])
         await supervisor.kill("gateway")
-        assert gone([pid, grandchild], 1.0)
+        assert gone([pid, grandchild])
         assert not supervisor.running("gateway")
         await supervisor.start(python("gateway", SLEEP, tmp_path))
 
@@ -315,12 +315,12 @@ def test_one_that_ignores_sigterm_is_killed_with_its_family(tmp_path: Path) -> N
 
     started = time.monotonic()
     events = play(scene)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 60.0
     assert {event.name: event.exit_code for event in events if event.kind == "stopped"} == {
         "deaf": -signal.SIGKILL,
         "family": -signal.SIGTERM,
     }
-    assert gone([int((tmp_path / "family.log").read_text().split()[1])], 1.0)
+    assert gone([int((tmp_path / "family.log").read_text().split()[1])])
 
 
 def start_parent(tmp_path: Path, *codes: str) -> tuple[subprocess.Popen[str], dict[str, int]]:
@@ -358,7 +358,7 @@ def test_nothing_survives_a_parent_that_is_killed(tmp_path: Path, guarded: bool)
         os.kill(parent.pid, signal.SIGSTOP)
         os.kill(pids["guard"], signal.SIGKILL)
     os.kill(parent.pid, signal.SIGKILL)
-    parent.wait(10)
+    parent.wait(60)
     assert gone(list(pids.values()))
 
 
@@ -377,8 +377,8 @@ def test_a_killed_guard_is_replaced(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     parent, pids = start_parent(tmp_path, SLEEP, FAMILY)
     os.kill(parent.pid, signal.SIGINT)
-    assert parent.wait(15) != 0
-    assert gone(list(pids.values()), 1.0)
+    assert parent.wait(60) != 0
+    assert gone(list(pids.values()))
 
 
 def test_ctrl_c_while_a_child_is_starting_leaves_nothing(tmp_path: Path) -> None:
@@ -393,8 +393,8 @@ def test_ctrl_c_while_a_child_is_starting_leaves_nothing(tmp_path: Path) -> None
     assert parent.stdout is not None
     pids = [int(parent.stdout.readline().split()[2]) for _ in range(3)]
     os.kill(parent.pid, signal.SIGINT)
-    assert parent.wait(15) != 0
-    assert gone(pids, 1.0)
+    assert parent.wait(60) != 0
+    assert gone(pids)
 
 
 def test_restart_delays_grow_and_end() -> None:

@@ -60,7 +60,7 @@ def test_serials_are_learned_and_kept_while_the_coordinator_is_away() -> None:
         port = server.sockets[0].getsockname()[1]
         revoked: set[int] = {3}
         informed = asyncio.create_task(keep_informed(revoked, f"http://127.0.0.1:{port}", "token", 0.01))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asked_on.wait()
             while big not in revoked:  # noqa: ASYNC110 (a set has no event to offer)
                 await asyncio.sleep(0.005)
@@ -78,11 +78,11 @@ def mosquitto_on(data: DataFolder, endpoints: Endpoints) -> Iterator["subprocess
     """The platform's mosquitto, listening."""
     process = subprocess.Popen(mosquitto_argv(data, endpoints), stderr=subprocess.DEVNULL)
     try:
-        until(lambda: listens(endpoints.broker.port), 10, "mosquitto listens")
+        until(lambda: listens(endpoints.broker.port), 60, "mosquitto listens")
         yield process
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def admitted(folder: Path, port: int) -> bool:
@@ -94,7 +94,7 @@ def admitted(folder: Path, port: int) -> bool:
     context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
     try:
         with (
-            socket.create_connection(("127.0.0.1", port), 5) as plain,
+            socket.create_connection(("127.0.0.1", port), 30) as plain,
             context.wrap_socket(plain, server_hostname="127.0.0.1"),
         ):
             return True
@@ -133,7 +133,7 @@ def test_mosquitto_refuses_whoever_was_revoked_while_it_runs(tmp_path: Path) -> 
         keeping = asyncio.create_task(keep_list(path, keyring.revoked, keyring.revocation_list, 0.02))
         watching = asyncio.create_task(reload_when_changed(path, hang_up, 0.02))
         keyring.revoke(serial_of((folders["pos-1"] / "certificate.pem").read_bytes()))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while await asyncio.to_thread(admitted, folders["pos-1"], port):  # noqa: ASYNC110 - another process decides
                 await asyncio.sleep(0.1)
         await asyncio.sleep(0.3)

@@ -80,11 +80,11 @@ def member(name: str, open_device: Callable[[], AbstractAsyncContextManager[Paym
 
 
 def run_until(condition: Callable[[], bool], members: list[Member], counts: FleetCounts, **options: object) -> None:
-    """Run the fleet until `condition` holds, then cancel it as Ctrl-C does. Fails after five seconds."""
+    """Run the fleet until `condition` holds, then cancel it as Ctrl-C does. Fails after a minute."""
 
     async def main() -> None:
         fleet = asyncio.create_task(run_fleet(members, FAST, 1, counts, **options))  # type: ignore[arg-type]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not condition() and not fleet.done():  # noqa: ASYNC110 - counts are plain numbers
                 await asyncio.sleep(0.005)
         fleet.cancel()

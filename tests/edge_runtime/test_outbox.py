@@ -192,7 +192,7 @@ def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
     while said < 500:
         said = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     process.stdout.close()
     found = records_of(Outbox(tmp_path, 8))
     assert len(found) >= said

@@ -143,26 +143,23 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_record(tmp_path: Path) 
         "import sys, pathlib, msgspec\n"
         "from edge_runtime.slots import Slots, UpdateRecord\n"
         "slots = Slots(pathlib.Path(sys.argv[1]))\n"
-        "print('ready', flush=True)\n"
         "number = 0\n"
         "while True:\n"
         "    number += 1\n"
+        "    if number == 5: print('four are written', flush=True)\n"
         "    slots.write_record(UpdateRecord(adopted=number, rolled_back=number, plan=bytes(20000)))\n"
     )
-    last = 0
     for _ in range(5):
         process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.11)
+            process.wait(0.05)
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
         record = Slots(tmp_path).read_record()
-        assert record.adopted == record.rolled_back > 0
-        last = max(last, record.adopted)
-    assert last > 3
+        assert record.adopted == record.rolled_back > 3
 
 
 def test_the_record_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from tests.fakes.real_servers import absent
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 _CONTRAST = Path(__file__).with_name("contrast.js")
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (

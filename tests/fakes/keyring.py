@@ -37,7 +37,7 @@ class HangingKeyring:
                 pass
             else:
                 self.on_loop.append(name)
-            if not self.answering.wait(30.0):
+            if not self.answering.wait(60.0):
                 raise AssertionError(f"{name}: nobody let the fake keyring answer")
             return method(*args, **options)
 

@@ -54,7 +54,7 @@ class LivePage:
         finally:
             self.drop()
             server.should_exit = True
-            thread.join(5)
+            thread.join(30)
             listening.close()
 
     async def _events(self, request: Request) -> Response:

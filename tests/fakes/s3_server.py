@@ -22,8 +22,8 @@ from tests.fakes.ports import free_port
 from tests.fakes.real_servers import absent, built
 
 BUCKET = "models"
-READY_S = 20
-STOP_S = 10
+READY_S = 60
+STOP_S = 30
 TRIES = 5
 VERSION = "1.8.0"
 

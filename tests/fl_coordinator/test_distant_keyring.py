@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from tests.fl_coordinator.learning_platform import SPEC, Learning
 from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, on_a_loop
 
 DEADLINE_S = 0.05
+PATIENCE_S = 60.0
+"""Where it has to answer, on a busy machine too."""
 
 
 @pytest.fixture
@@ -52,13 +53,12 @@ def test_who_asks_a_silent_server_is_told_in_time_and_the_next_at_once(behind: H
     behind.answering.clear()
     with pytest.raises(Unavailable, match=r"keys of acme: sign: .* none within 0.05 s"):
         ring.sign("release", "x", b"payload")
-    started = time.monotonic()
     with pytest.raises(Unavailable, match="before this"):
         ring.ca_pem()
-    assert time.monotonic() - started < DEADLINE_S
-    assert behind.begun == ["sign"]
+    assert behind.begun == ["sign"], "nobody is asked, so nothing is waited for"
     behind.answering.set()
     now[0] = 2 * DEADLINE_S  # it may be asked again
+    ring._deadline_s = PATIENCE_S
     assert ring.ca_pem().startswith(b"-----BEGIN")
 
 
@@ -74,7 +74,7 @@ def test_calls_that_hang_are_bounded(behind: HangingKeyring) -> None:
 
 
 def test_what_was_revoked_is_still_known(behind: HangingKeyring) -> None:
-    ring = DistantKeyring(behind.as_keyring(), 10 * DEADLINE_S)  # it has to answer in time here, on a busy machine too
+    ring = DistantKeyring(behind.as_keyring(), PATIENCE_S)
     ring.revoke(7)
     behind.answering.clear()
     with pytest.raises(Unavailable):
@@ -82,18 +82,17 @@ def test_what_was_revoked_is_still_known(behind: HangingKeyring) -> None:
     behind.answering.set()
     assert ring.revoked() == {7}
     behind.answering.clear()
+    ring._deadline_s = DEADLINE_S
     assert ring.revoked() == {7}
 
 
 class FarKeys(Platform):
-    """The platform in memory, with its keys behind `behind` and a deadline."""
-
-    deadline_s = DEADLINE_S
+    """The platform in memory, with its keys behind `behind`: `distant` has the deadline."""
 
     def open(self) -> None:
         near = self.keyring
         self.behind = HangingKeyring(near)
-        self.keyring = DistantKeyring(self.behind.as_keyring(), self.deadline_s)  # type: ignore[assignment]
+        self.keyring = self.distant = DistantKeyring(self.behind.as_keyring(), PATIENCE_S)  # type: ignore[assignment]
         super().open()
         self.keyring = near  # what the devices and aggregators of the tests use
 
@@ -116,17 +115,22 @@ async def test_a_silent_key_server_does_not_stall_the_coordinator(tmp_path: Path
         first = await call("GET", "/v1/revoked", "aggregator")
         assert first.json() == {"serials": []}
         platform.behind.answering.clear()
+        platform.distant._deadline_s = DEADLINE_S
         try:
-            longest = 0.0
-            asked = asyncio.create_task(call("GET", "/v1/revoked", "aggregator"))
-            keys = asyncio.create_task(call("GET", "/v1/keys"))
-            while not (asked.done() and keys.done()):
-                started = time.monotonic()
-                await asyncio.sleep(0.001)
-                longest = max(longest, time.monotonic() - started)
-            assert longest < DEADLINE_S
-            assert (await asked).json() == {"serials": []}
-            assert (await keys).status_code == 503
+            turns = 0
+            for _ in range(50):  # a machine that stands still for the whole deadline proves nothing
+                platform.distant._silent_until = 0.0
+                begun = len(platform.behind.begun)
+                asked = asyncio.create_task(call("GET", "/v1/revoked", "aggregator"))
+                keys = asyncio.create_task(call("GET", "/v1/keys"))
+                while not (asked.done() and keys.done()):
+                    await asyncio.sleep(0.001)
+                    turns += len(platform.behind.begun) > begun  # while somebody waits for the key server
+                assert (await asked).json() == {"serials": []}
+                assert (await keys).status_code == 503
+                if turns > 5:
+                    break
+            assert turns > 5
         finally:
             platform.behind.answering.set()
 

@@ -288,13 +288,13 @@ async def answers_of_300_kb(platform: Platform, bridge: FlowerBridge) -> None:
 
 async def failures_have_names(bridge: FlowerBridge) -> None:
     with pytest.raises(CommandFailed) as caught:
-        await bridge.command({"question": "refuse", "salt": b""}, (NAMES[0], "aggregator-9"), 2.5)
+        await bridge.command({"question": "refuse", "salt": b""}, (NAMES[0], "aggregator-9"), 60.0)
     assert caught.value.failures == {
         NAMES[0]: "Untrusted: device pos-0007: its two shares differ",
         "aggregator-9": "is not online",
     }
     with pytest.raises(CommandFailed) as caught:
-        await bridge.command({"question": "fail", "salt": b""}, NAMES[:1], 10.0)
+        await bridge.command({"question": "fail", "salt": b""}, NAMES[:1], 60.0)
     assert caught.value.failures == {NAMES[0]: "failed with KeyError; see its log"}
 
 
@@ -407,7 +407,7 @@ async def a_death_in_the_middle_of_an_answer_costs_seconds(platform: Platform, b
         command = asyncio.create_task(
             bridge.command({"seconds": 0.0, "question": "q", "salt": b"6"}, (*NAMES[:2], "aggregator-4"), 90.0)
         )
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(60.0):
             assert await dying.wait() == 9
         died = time.monotonic()
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE_PROCESS, *words)
@@ -500,7 +500,7 @@ async def an_aborted_round_ends_at_once_and_its_answer_is_dropped(
         await networked.coordinator.abort_round(opened.round_id)
         while (ended := networked.coordinator.round(opened.round_id)).live:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        assert time.monotonic() - told < 5.0
+        assert time.monotonic() - told < 25.0
     assert (ended.state, ended.reason, ended.attempt) == ("FAILED", "an operator aborted it", 1)
     assert networked.ledger.round_result(opened.round_id) is None
     assert networked.ledger.opened_without_noise("fraud") == [opened.round_id], "nobody here can know"
@@ -538,7 +538,7 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     finally:
         supervisor.kill()
         supervisor.communicate()
-    deadline = time.monotonic() + 15.0
+    deadline = time.monotonic() + 60.0
     while processes_of(place):
         assert time.monotonic() < deadline, f"still there: {processes_of(place)}"
         time.sleep(0.1)

@@ -107,7 +107,7 @@ def test_only_processes_of_this_folder_are_found_and_ended(tmp_path: Path) -> No
             process.stdout.readline()
         assert set(flower_superlink.processes_of(mine)) == {running[0].pid}
         assert flower_superlink.end_processes(mine) == [running[0].pid]
-        running[0].wait(5)
+        running[0].wait(60)
         assert flower_superlink.processes_of(mine) == {}
         assert running[1].poll() is None
     finally:

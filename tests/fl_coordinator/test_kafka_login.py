@@ -97,7 +97,7 @@ def test_what_the_brokers_refuse_is_said_with_what_to_do(kafka: Broker, tmp_path
     with ThreadPoolExecutor(len(every)) as threads:  # each waits for a second or more
         for (words, *_), told in zip(every, threads.map(lambda one: refused(one[1], one[2]), every), strict=True):
             assert told.startswith(words)
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 60.0
 
 
 @pytest.mark.parametrize(

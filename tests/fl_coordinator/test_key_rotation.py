@@ -153,7 +153,7 @@ class Waiting(EmbeddedKeyring):
     def rewrap(self, records: Sequence[tuple[str, bytes]]) -> list[bytes]:
         self.batches.append(len(records))
         self.came.release()
-        assert self.let.acquire(timeout=10)
+        assert self.let.acquire(timeout=60)
         return super().rewrap(records)
 
 
@@ -176,14 +176,14 @@ async def test_a_rotation_tells_how_far_it_is_and_ends_though_who_asked_for_it_l
         assert await told() == (0, 0)
         asking = asyncio.create_task(http.post("/v1/keys/rotate", json={}))
         for done in (0, 2, 4):
-            assert await asyncio.to_thread(ring.came.acquire, timeout=10)
+            assert await asyncio.to_thread(ring.came.acquire, timeout=60)
             assert await told() == (done, 5)
             if done == 2:
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
                 assert asking.cancelled()
             ring.let.release()
-    await asyncio.to_thread(platform.publisher._one_at_a_time.acquire, timeout=10)
+    await asyncio.to_thread(platform.publisher._one_at_a_time.acquire, timeout=60)
     platform.publisher._one_at_a_time.release()
     assert ring.batches == [2, 2, 1]
     assert platform.publisher.keys.rewrapping == (0, 0)

@@ -338,11 +338,11 @@ def test_both_ends_of_a_tls_connection_accept_the_certificates(tmp_path: Path) -
         thread = threading.Thread(target=serve)
         thread.start()
         with (
-            socket.create_connection(listener.getsockname(), timeout=5) as raw,
+            socket.create_connection(listener.getsockname(), timeout=60) as raw,
             contexts[ssl.PROTOCOL_TLS_CLIENT].wrap_socket(raw, server_hostname="127.0.0.1") as connection,
         ):
             assert connection.recv(5) == b"hello"
-        thread.join(5)
+        thread.join(60)
     assert names == ["p"]
 
 

@@ -56,6 +56,7 @@ from model_delta.trust.updater import read_manifest
 from model_delta.version import private_branch
 from tests.model_delta.models import NOW, keyring, layers, model, nudged
 
+UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 KEYS = [bytes([number]) * 32 for number in range(4)]
 
 
@@ -323,7 +324,7 @@ def test_an_empty_file_at_hand_is_no_base() -> None:
 # What can be wrong.
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=UNCHECKED, max_examples=60, deadline=None)
 @given(st.data())
 def test_a_corrupt_blob_never_opens(publisher: Publisher, data: st.DataObject) -> None:
     held = data.draw(st.sampled_from([(), (0,), (1,)]))
@@ -523,7 +524,7 @@ def large(publisher: Publisher) -> tuple[Release, bytes]:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=UNCHECKED, max_examples=40, deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_healed_by_its_damaged_segments_alone(
     large: tuple[Release, bytes], data: st.DataObject

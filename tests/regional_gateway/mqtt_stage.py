@@ -36,7 +36,7 @@ from edge_runtime.link import WholePackets
 from regional_gateway import mosquitto
 from tests.fakes.ports import free_port
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 EMBEDDED_PROGRAM = """
 import asyncio, signal, sys

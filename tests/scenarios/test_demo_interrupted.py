@@ -37,7 +37,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(
             time.sleep(0.3)
             running.below()
         # Death by the signal is what a shell shows as 130, too: the last one came when everything was tidied up.
-        assert running.end(20.0) in (code, -signal.SIGINT)
+        assert running.end(90.0) in (code, -signal.SIGINT)
         assert running.leftovers() == []
         assert not any("Traceback" in line for _, line in running.lines[5:])
 
@@ -46,7 +46,7 @@ def _reach(running: Demo, at: str | None) -> None:
     if at is None:
         time.sleep(0.5)
         return
-    if not running.wait_for(at, 90):
+    if not running.wait_for(at, 150):
         pytest.fail(f"the demo did not come to {at!r}:\n" + "\n".join(line for _, line in running.lines))
     end = time.monotonic() + 0.7
     while time.monotonic() < end:
