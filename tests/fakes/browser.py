@@ -134,7 +134,7 @@ class Browser:
     @contextlib.contextmanager
     def page(self) -> Iterator[Page]:
         """A new tab with nothing in it, closed afterwards."""
-        with connect(self._address, max_size=None, proxy=None) as socket:
+        with connect(self._address, max_size=None, proxy=None, open_timeout=DEADLINE_S, ping_interval=None) as socket:
             target = _ask(socket, 1, "Target.createTarget", url="about:blank")["targetId"]
             session = _ask(socket, 2, "Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             page = Page(socket, session)
@@ -165,10 +165,10 @@ def chromium() -> Iterator[Browser]:
         finally:
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
+                process.wait(60)
 
 
 def _address(told: Path, process: subprocess.Popen[bytes]) -> str:

@@ -31,7 +31,7 @@ async def fetch(bridge: FlowerBridge) -> tuple[str, tuple[str, ...], Any, float]
 
 def test_a_command_reaches_its_nodes_and_their_answers_come_back() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         task = asyncio.create_task(bridge.command({"round_id": "r-1", "attempt": 2, "salt": b"\x00"}, NODES, 5.0))
         command_id, nodes, payload, left_s = await fetch(bridge)
         assert nodes == NODES
@@ -50,7 +50,7 @@ def test_a_command_is_handed_out_again_until_it_is_answered() -> None:
     """A ServerApp that dies with a command in its hands takes nothing with it."""
 
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
         first, second = await fetch(bridge), await fetch(bridge)
         assert first[:3] == second[:3]
@@ -64,7 +64,7 @@ def test_a_command_is_handed_out_again_until_it_is_answered() -> None:
 @pytest.mark.parametrize("fetched", [1, 2])
 def test_failures_name_the_node_and_keep_the_other_answers(fetched: int) -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         task = asyncio.create_task(bridge.command({"n": 1}, (*NODES, "aggregator-3"), 5.0))
         for _ in range(fetched):
             command_id = (await fetch(bridge))[0]
@@ -82,7 +82,7 @@ def test_failures_name_the_node_and_keep_the_other_answers(fetched: int) -> None
 
 def test_the_deadline_says_whether_anybody_fetched_the_command() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         with pytest.raises(CommandFailed, match="was not asked: the ServerApp fetched no command") as unasked:
             await bridge.command({"n": 1}, NODES, 0.05)
         assert unasked.value.undone == set(NODES)
@@ -119,7 +119,7 @@ def test_a_poll_waits_for_a_command_and_tells_that_the_server_app_lives() -> Non
 
 def test_the_queue_is_bounded_and_empties_when_callers_give_up() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0)) for n in range(PENDING_MAX)]
         await asyncio.sleep(0)
         with pytest.raises(Unavailable, match=f"{PENDING_MAX} commands wait already"):
@@ -143,7 +143,7 @@ def test_the_queue_is_bounded_and_empties_when_callers_give_up() -> None:
 )
 def test_a_malformed_answer_is_refused_and_the_command_stays(body: Any) -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
         command_id = (await fetch(bridge))[0]
         if isinstance(body, dict) and body.get("id") == "KNOWN":
@@ -163,7 +163,7 @@ def test_a_malformed_answer_is_refused_and_the_command_stays(body: Any) -> None:
 )
 def test_a_node_that_answers_nonsense_is_named_at_once_and_the_others_count(answer: Any) -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         task = asyncio.create_task(bridge.command({"n": 1}, NODES, 5.0))
         command_id = (await fetch(bridge))[0]
         good = base64.b64encode(pack({})).decode()
@@ -187,7 +187,7 @@ def test_a_command_needs_a_node() -> None:
 
 def test_a_command_that_is_held_is_not_handed_out_again_and_keeps_no_other_waiting() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0)) for n in range(2)]
         first = await bridge.next_command(1.0)
         assert first is not None
@@ -210,7 +210,7 @@ def test_a_caller_that_gives_up_just_as_its_answer_comes_ends(steps: int) -> Non
     """At shutdown both can happen in the same step of the loop; who is cancelled must not wait on."""
 
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         fetching = asyncio.create_task(bridge.next_command(30.0))
         await asyncio.sleep(0)
         asking = asyncio.create_task(bridge.command({"n": 1}, NODES, 30.0))
@@ -232,7 +232,7 @@ def test_a_caller_that_gives_up_just_as_its_answer_comes_ends(steps: int) -> Non
 
 def test_a_command_that_stands_rests_until_it_is_due_and_is_told_to_who_lets_it_rest() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(bridge.command({"n": 1}, NODES, 3600.0, due=due))
         first = await bridge.next_command(1.0)
@@ -257,7 +257,7 @@ def test_a_command_that_stands_rests_until_it_is_due_and_is_told_to_who_lets_it_
 
 def test_a_command_that_stands_ends_by_its_own_deadline_and_by_the_one_it_gets() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         with pytest.raises(CommandFailed, match=r"within 0\.05 s") as failed:
             await bridge.command({"n": 1}, NODES, 0.05, due=due)
@@ -277,7 +277,7 @@ def test_a_command_that_stands_ends_by_its_own_deadline_and_by_the_one_it_gets()
 
 def test_commands_that_stand_do_not_fill_the_queue() -> None:
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         tasks = [asyncio.create_task(bridge.command({"n": n}, NODES, 5.0, due=due)) for n in range(STANDING_MAX)]
         await asyncio.sleep(0)
@@ -299,7 +299,7 @@ def test_of_a_command_that_stood_those_surely_did_nothing_who_say_so(dies: str) 
     """A ServerApp that died while the command rested has asked nobody for anything; one that dies later may have."""
 
     async def scenario() -> None:
-        bridge = FlowerBridge()
+        bridge = FlowerBridge(asyncio.get_running_loop().time)
         due: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         nodes = (*NODES, "aggregator-3")
         task = asyncio.create_task(bridge.command({"n": 1}, nodes, 60.0, due=due))

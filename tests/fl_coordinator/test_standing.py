@@ -30,7 +30,7 @@ class World:
     """A coordinator's side with a command that stands, and what a ServerApp and aggregators do with it."""
 
     def __init__(self) -> None:
-        self.bridge = FlowerBridge()
+        self.bridge = FlowerBridge(asyncio.get_running_loop().time)
         self.standing = Standing(self.bridge, TICK_S)
         self.fetched = asyncio.Event()
         self.said: set[str] = set()

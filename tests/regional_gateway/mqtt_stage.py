@@ -211,6 +211,7 @@ class Client:
             manual_ack=manual_ack,
         )
         self.paho.tls_set_context(broker.authority.client_tls(name))
+        self.paho.connect_timeout = PATIENCE_SECONDS
         self.paho.on_connect = self._on_connect
         self.paho.on_message = lambda _c, _u, message: self.messages.put(message)
         self.paho.on_disconnect = lambda _c, _u, _f, code, _p: self.disconnects.put(code.value)

@@ -114,7 +114,7 @@ class Demo:
         self.ports |= listening(self.pids)
         return found
 
-    def find(self, victim: str, seconds: float = 10.0) -> int | None:
+    def find(self, victim: str, seconds: float = 60.0) -> int | None:
         """The id of the process called `victim`, waited for: it may be on its way up."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:

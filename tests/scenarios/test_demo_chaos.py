@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ]
     watched = trace.command(folder / "trace") if shutil.which("strace") else []
     environment = {"HOME": str(home)}
-    outcome = survive(folder / "demo", kills, environment=environment, wrapper=watched, cwd=cwd, deadline_s=280)
+    outcome = survive(folder / "demo", kills, environment=environment, wrapper=watched, cwd=cwd, deadline_s=550)
     return Run(outcome, folder / "trace" if watched else None, home, cwd, folder / "demo")
 
 
