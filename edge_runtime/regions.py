@@ -5,8 +5,8 @@
 
 A region that refuses the connection, breaks it, answers 5xx or takes longer than `try_deadline_s` is set aside for
 `set_aside_s`; after that a single request probes it again, while the others go on elsewhere. A request is lost only if
-no region answered it within `total_deadline_s`. How long a failure lasted for the callers is measured from the start
-of the first failed try to the first answer from another region.
+no region answered it within `total_deadline_s`, which is time for more than one try of each. How long a failure lasted
+for the callers is measured from the start of the first failed try to the first answer from another region.
 
 Connections are kept alive in a small pool per region and used by a few threads (`http.client` blocks); a kept
 connection that the server has closed meanwhile is replaced once before anything is held against the region.
@@ -71,6 +71,10 @@ class _Refused(Exception):
 
 class _NotServing(Unavailable):
     """The region is there and says that it has not got this model (yet)."""
+
+
+class _NoTime(Unavailable):
+    """The region has had its time, with a connection that the server had closed."""
 
 
 class _Region:
@@ -138,7 +142,10 @@ class RegionClient:
                 region.idle.pop().close()
 
     async def ask(self, features: Mapping[str, float], device_id: str, nearest: str) -> RegionAnswer:
-        """One question, to `nearest` first. Raises Unavailable when no region answered (the request is counted lost),
+        """One question, to `nearest` first. Regions that did not answer in time are asked again as long as
+        `total_deadline_s` allows, and once more when this process stood still during a try, however late it is then.
+
+        Raises Unavailable when no region answered (the request is counted lost),
         NotFound when all are there and none has ever served this model, Untrusted for a refused token, Malformed for a
         refused question or an answer that cannot be read."""
         body = msgspec.json.encode({"features": dict(features), "device_id": device_id, **self._asked_for})
@@ -146,17 +153,18 @@ class RegionClient:
         self.requests += 1
         loop = asyncio.get_running_loop()
         tried: list[str] = []
-        not_serving = 0
+        not_serving, silent, stood_still = 0, False, False
         while (left := deadline - self._clock()) > 0:
             region = self._choose(nearest, tried)
             if region is None:
-                break
+                if not silent:
+                    break
+                tried, not_serving, silent = [], 0, False
+                continue
             tried.append(region.name)
-            begun = self._clock()
+            begun, try_s = self._clock(), min(left, self._try_deadline_s)
             try:
-                answer = await loop.run_in_executor(
-                    self._threads, self._ask_one, region, body, min(left, self._try_deadline_s)
-                )
+                answer = await loop.run_in_executor(self._threads, self._ask_one, region, body, try_s)
             except _Refused as refused:
                 self._works(region)
                 kind = Untrusted if refused.status in (401, 403) else Malformed
@@ -164,6 +172,9 @@ class RegionClient:
             except (OSError, http.client.HTTPException, Unavailable) as error:
                 self._fails(region, begun)
                 not_serving += isinstance(error, _NotServing)
+                silent = silent or isinstance(error, TimeoutError | _NoTime)
+                if self._clock() - begun > try_s + self._try_deadline_s and not stood_still:
+                    stood_still, deadline = True, max(deadline, self._clock() + self._try_deadline_s)
                 continue
             self._works(region)
             self.answered_by[region.name] += 1
@@ -242,7 +253,7 @@ class RegionClient:
             else:
                 line.close()
             return _read_answer(region.name, status, payload)
-        raise Unavailable(f"region {region.name}: no time left for a second connection")
+        raise _NoTime(f"region {region.name}: no time left for a second connection")
 
     def _connect(self, region: _Region, timeout_s: float) -> http.client.HTTPConnection:
         if region.secure:

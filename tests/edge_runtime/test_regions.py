@@ -200,6 +200,41 @@ def test_a_request_is_lost_only_when_nobody_answers(regions: tuple[Region, Regio
     asking(regions, story)
 
 
+@pytest.mark.parametrize("stands_still_s", [0.0, 60.0])
+def test_a_region_that_was_too_slow_once_is_asked_again_before_a_request_is_lost(
+    regions: tuple[Region, Region], stands_still_s: float
+) -> None:
+    """Also on a machine that stood still meanwhile, for longer than a request may take."""
+    near, far = regions
+    near.kill()
+    far.delay_s, ahead = 600.0, [0.0]
+
+    async def story(client: RegionClient) -> None:
+        asking = asyncio.create_task(client.ask(FEATURES, "pos-0001", "eu-west"))
+        while not far.asked:  # noqa: ASYNC110 - a thread counts
+            await asyncio.sleep(0.005)
+        far.delay_s, ahead[0] = 0.0, stands_still_s
+        assert (await asking).region == "ap-south"
+        assert client.lost_requests == 0
+
+    asking(regions, story, try_deadline_s=0.3, clock=lambda: time.monotonic() + ahead[0])
+
+
+def test_regions_that_stay_silent_cost_the_whole_time_of_a_request_and_no_more(regions: tuple[Region, Region]) -> None:
+    for region in regions:
+        region.delay_s = 600.0
+
+    async def story(client: RegionClient) -> None:
+        begun = time.monotonic()
+        with pytest.raises(Unavailable, match=r"no region answered \(tried "):
+            await client.ask(FEATURES, "pos-0001", "eu-west")
+        assert 0.3 <= time.monotonic() - begun < 60
+        assert client.lost_requests == 1
+        assert all(1 <= region.asked <= 3 for region in regions)
+
+    asking(regions, story, try_deadline_s=0.1, total_deadline_s=0.3)
+
+
 def test_a_connection_the_server_has_closed_is_replaced_silently(regions: tuple[Region, Region]) -> None:
     async def story(client: RegionClient) -> None:
         await client.ask(FEATURES, "pos-0001", "eu-west")
