@@ -19,7 +19,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -43,6 +43,8 @@ _NO_LEADER = (
     KafkaError.OFFSET_NOT_AVAILABLE,
 )
 """What brokers say for a moment: a topic is new, or one of them came, went or stood still."""
+_NOT_HEARD_OF_YET = (KafkaError._UNKNOWN_PARTITION,)
+"""What a client says of a topic for as long as a broker that has just started, or just made it, does."""
 _ELECTION_PAUSE_S = 0.1
 _NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
 
@@ -65,10 +67,16 @@ class TopicReader:
     """Reads the one partition of a topic by offset. Safe to call from several threads, one at a time."""
 
     def __init__(
-        self, url: str, properties: Mapping[str, str] | None = None, *, patience_s: float = PATIENCE_S
+        self,
+        url: str,
+        properties: Mapping[str, str] | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+        known: bool = False,
     ) -> None:
         """Nothing is asked of the brokers yet. `properties` are librdkafka's for authentication and TLS; every call
-        ends within about `patience_s`. Raises Malformed for a URL or a property that will not do."""
+        ends within about `patience_s`. `known` says that the topic is there, so a broker that has not heard of it is
+        waited for. Raises Malformed for a URL or a property that will not do."""
         self._url = url
         brokers, self._topic = place_of(url)
         self._patience_s = patience_s
@@ -90,6 +98,7 @@ class TopicReader:
                 "check.crcs": True,
             },
         )
+        self._passing = _NO_LEADER + _NOT_HEARD_OF_YET if known else _NO_LEADER
         self._low, self._end = 0, 0
         self._next = -1
 
@@ -180,9 +189,10 @@ class TopicReader:
             self._next = -1  # what this takes up by chance is read again
             self._consumer.poll(0.0)
 
-        found = self._refusal.asked(ask, look, self._patience_s)
+        found = self._refusal.asked(ask, look, self._patience_s, self._passing)
         if found is None:
             raise Unavailable(f"updates log {self._url}: no answer within {self._patience_s:g} s")
+        self._passing = _NO_LEADER + _NOT_HEARD_OF_YET
         low, end = found
         self._low, self._end = max(low, 0), max(end, 0)
         return self._low, self._end
@@ -207,7 +217,7 @@ class KafkaLog:
         self._admin = _made(url, AdminClient, self._settings)
         self._require_topic()
         self._producer = self._new_producer()
-        self._reader = TopicReader(url, properties, patience_s=patience_s)
+        self._reader = TopicReader(url, properties, patience_s=patience_s, known=True)
         try:
             self._reader.bounds()
         except Unavailable:
@@ -379,9 +389,15 @@ class _Refusal:
         """The brokers did what was asked."""
         self._text = ""
 
-    def asked(self, ask: Callable[[float], T], look: Callable[[], object], patience_s: float) -> T:
+    def asked(
+        self,
+        ask: Callable[[float], T],
+        look: Callable[[], object],
+        patience_s: float,
+        passing: Collection[int] = _NO_LEADER,
+    ) -> T:
         """What `ask` answers within so many seconds; `look` is the client's poll. A leader that is being chosen is
-        waited for. Raises Unavailable."""
+        waited for, and whatever else is `passing`. Raises Unavailable."""
         self.forget()
         end = time.monotonic() + patience_s
         first = min(_FIRST_LOOK_S, patience_s)
@@ -394,7 +410,7 @@ class _Refusal:
                 failed: KafkaError = error.args[0]
                 with contextlib.suppress(KafkaException):
                     look()
-            if failed.code() in _NO_LEADER and time.monotonic() < end:
+            if failed.code() in passing and time.monotonic() < end:
                 time.sleep(_ELECTION_PAUSE_S)
                 timeouts_s.append(timeout_s)
             elif self._text or timeout_s == patience_s or failed.code() not in _NO_ANSWER:

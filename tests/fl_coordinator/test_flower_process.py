@@ -341,11 +341,11 @@ async def a_killed_superlink_costs_nothing(platform: Platform, bridge: FlowerBri
     await platform.kill("superlink")
     impatient = asyncio.create_task(bridge.command({"question": "late", "salt": b""}, NAMES[:1], 0.5))
     assert not platform.aggregators[untaken.name].calls
-    untaken.gate.set()
     for aggregator in platform.aggregators.values():
         aggregator.release.set()
     with pytest.raises(CommandFailed) as caught:
         await impatient
+    untaken.gate.set()
     assert list(caught.value.failures) == [untaken.name]
     assert "within 0.5 s" in caught.value.failures[untaken.name]
     digest = hashlib.sha256(b"3").digest()
