@@ -191,7 +191,7 @@ ROUND = """
 apiVersion: atoll/v1
 kind: Round
 metadata: {name: one}
-spec: {model: fraud, quorum: 5, contributions_max: 5, deadline: 60s, f: 0, m_min: 3, training: {steps: 5}}
+spec: {model: fraud, quorum: 5, contributions_max: 5, deadline: 240s, f: 0, m_min: 3, training: {steps: 5}}
 """
 
 
@@ -205,7 +205,7 @@ def _learn_while_an_aggregator_dies(
     (folder / "round.yaml").write_text(ROUND)
     shards[1].send_signal(signal.SIGSTOP)
     round_id = answer(data, "round", "run", "--file", str(folder / "round.yaml"), "--no-wait")["round_id"]
-    until(lambda: _read_of_the_log(url).get("kept") == 3, 60, "three contributions are read")
+    until(lambda: _read_of_the_log(url).get("kept") == 3, 150, "three contributions are read")
     before, reached = running.pid_of("aggregator run --name a1"), _read_of_the_log(url)["offset"]
     assert reached == 3 or not on_kafka
     os.kill(before, signal.SIGKILL)
@@ -214,7 +214,7 @@ def _learn_while_an_aggregator_dies(
     until(lambda: _read_of_the_log(url).get("offset") == reached, 60, "it goes on where it was")
     shards[1].send_signal(signal.SIGCONT)
     told = answer(data, "round", "status", round_id)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while told["state"] not in ("PUBLISHED", "FAILED") and time.monotonic() < end:
         told = answer(data, "round", "status", round_id)
     assert (told["state"], told["reason"]) == ("PUBLISHED", "")

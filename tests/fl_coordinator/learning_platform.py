@@ -69,6 +69,8 @@ class Aggregators:
     """Three aggregators in this process, and the ServerApp that fetches commands for them. `commands` are the attempts
     that any of them heard of, from wherever; `messages` is all that came by the bridge."""
 
+    step_timeout_s = 10.0
+
     def __init__(self, platform: Platform, rngs: Mapping[str, Rng] | None = None) -> None:
         self.platform = platform
         self.down: set[str] = set()
@@ -103,7 +105,7 @@ class Aggregators:
             fetch_memory=self._fetch_memory,
             fetch_attempt=self._attempts_for(name),
             clock=self.platform.clock,
-            step_timeout_s=1.0,
+            step_timeout_s=self.step_timeout_s,
             rng=self._rngs.get(name, os.urandom),
         )
 

@@ -17,7 +17,7 @@ from model_delta.digest import digest_of
 from model_delta.encoding import pack
 from model_delta.errors import Malformed, NotFound, Unavailable
 from model_delta.manifest import Manifest
-from tests.fl_coordinator.learning_platform import LENGTH, SPEC, asked, contribute_all, honest, learning
+from tests.fl_coordinator.learning_platform import LENGTH, SPEC, Aggregators, asked, contribute_all, honest, learning
 from tests.fl_coordinator.platform_in_memory import Platform, adopt_first, fleet, fraud_model, on_a_loop, until
 
 
@@ -89,7 +89,10 @@ async def test_too_few_contributions_fail_the_round_by_name(tmp_path: Path) -> N
 
 
 @on_a_loop
-async def test_an_aggregator_that_is_down_is_tried_again_with_the_same_set(tmp_path: Path) -> None:
+async def test_an_aggregator_that_is_down_is_tried_again_with_the_same_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Aggregators, "step_timeout_s", 1.0)  # two wait for one that is down
     async with learning(tmp_path) as at:
         at.aggregators.down = {"a1"}
         opened = await at.coordinator.open_round(SPEC)

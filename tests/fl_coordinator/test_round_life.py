@@ -31,6 +31,7 @@ from model_delta.trust.signing import open_envelope, pre_authentication_encoding
 from tests.fl_coordinator.control_calls import calls
 from tests.fl_coordinator.learning_platform import (
     SPEC,
+    Aggregators,
     Learning,
     asked,
     contribute_all,
@@ -220,7 +221,10 @@ async def test_an_expired_certificate_is_said_to_be_expired(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @on_a_loop
-async def test_a_round_with_privacy_is_paid_for_once_and_told_in_its_transcript(tmp_path: Path) -> None:
+async def test_a_round_with_privacy_is_paid_for_once_and_told_in_its_transcript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Aggregators, "step_timeout_s", 1.0)  # two wait for one that is down
     private = asked(privacy=Privacy(epsilon=4, delta=1e-5, noise_multiplier=2.0))
     once = [Spend(2.0)]
     async with learning(tmp_path) as at:
